@@ -1,0 +1,66 @@
+"""Flags out of a dataclass of knobs, and wrong input answered in one line instead of a traceback."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, get_args, get_type_hints
+
+
+class BadInput(ValueError):
+    """The person's input is at fault: the message is one line with the value, the reason and the remedy."""
+
+
+def knob(default: Any, help: str, least: float | None = None, choices: Iterable[str] | None = None) -> Any:
+    """A dataclass field whose flag has this text under `--help`, and these limits."""
+    choices = None if choices is None else tuple(choices)
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise BadInput(f"{message} (see {self.prog} --help)")
+
+
+def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[str, Any]:
+    """The flags that were given, by knob name, converted to the knob's type. Raises BadInput.
+
+    `--max-new-tokens 512` sets `max_new_tokens`; a bool is a switch, `--eval` or `--no-eval`.
+    No abbreviations: a flag added later must not change what an old command means.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=formatter)
+    hints = get_type_hints(knobs_class)
+    for field in dataclasses.fields(knobs_class):
+        hint = hints[field.name]
+        how: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": f"{field.metadata['help']} ({field.default})",
+        }
+        if hint is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = next(t for t in (get_args(hint) or (hint,)) if t is not type(None))
+            how["metavar"] = how["type"].__name__.upper()
+        if field.metadata["choices"]:
+            how |= {"choices": field.metadata["choices"], "metavar": "|".join(field.metadata["choices"])}
+        how["help"] = how["help"].replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), **how)
+    given = vars(parser.parse_args(argv))
+    for field in dataclasses.fields(knobs_class):
+        least, value = field.metadata["least"], given.get(field.name)
+        if least is not None and value is not None and not value >= least:  # `not >=` catches NaN too
+            raise BadInput(f"--{field.name.replace('_', '-')} {value} is below {least}: raise it")
+    return given
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit: 2 and one line on bad input, 130 after Ctrl-C. A bug keeps its traceback."""
+    try:
+        sys.exit(main())
+    except BadInput as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
