@@ -1,0 +1,106 @@
+"""Rollouts: the student writes its own answers, token by token, with a KV cache.
+
+Shapes: B rows, b of them still going, P longest prompt, R longest response, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass
+class Rollout:
+    """B sampled responses. The mask is the sampler's own record: ids can't tell padding from a real token."""
+
+    prompts: list[list[int]]
+    tokens: Tensor  # (B, R) int64, 0 after the end
+    response_mask: Tensor  # (B, R) bool: true on sampled tokens, the end token included
+    logp: Tensor  # (B, R) fp32 log-probability of each token under the law it was sampled from
+    finished: Tensor  # (B,) bool: ended with an end token, was not cut at the horizon
+
+    def sequences(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Model input for `rows`: ids (b, L), and predicts (b, L): which states predict a response token.
+
+        `hidden[predicts]` is in the order of `tokens[rows][response_mask[rows]]`. Padding goes to the right,
+        where causal attention never looks: scoring needs no attention mask.
+        """
+        texts = [self.prompts[row] + self.tokens[row][self.response_mask[row]].tolist() for row in rows]
+        ids = self.tokens.new_zeros(len(rows), max(map(len, texts)) - 1)  # nothing to predict from the last
+        predicts = torch.zeros_like(ids, dtype=torch.bool)
+        for i, (row, text) in enumerate(zip(rows, texts)):
+            ids[i, : len(text) - 1] = ids.new_tensor(text[:-1])
+            predicts[i, len(self.prompts[row]) - 1 : len(text) - 1] = True  # state t predicts token t + 1
+        return ids, predicts
+
+    def micro_batches(self, size: int) -> list[list[int]]:
+        """Row numbers in groups of `size`, rows of like length together so that little is padding."""
+        lengths = [len(p) + n for p, n in zip(self.prompts, self.response_mask.sum(1).tolist())]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A token a row from softmax(logits / temperature), at 0 the likeliest: (b, V) -> token (b,), logp (b,).
+
+    One uniform number a row, looked up in the cumulative sum: `torch.multinomial` draws V of them. A token
+    of probability 0 is never hit.
+    """
+    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        token = logp.argmax(-1)
+    else:
+        cumulative = logp.exp().cumsum(-1)
+        uniform = torch.rand(len(logp), 1, device=logp.device, generator=generator) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1)
+    return token, logp.gather(-1, token[:, None]).squeeze(-1)
+
+
+@torch.no_grad()
+def rollout(
+    model,  # any Hugging Face causal LM
+    prompts: list[list[int]],
+    horizon: int,
+    end_ids: set[int],
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample at most `horizon` tokens after each prompt; every id of `end_ids` ends a row.
+
+    The law is softmax(logits[:vocab_size] / temperature), no top-k, no top-p, nothing out of the checkpoint's
+    generation config. Rows that end leave the batch, and so does their cache: padding costs no compute.
+    """
+    device, width = model.get_input_embeddings().weight.device, max(map(len, prompts))
+    # Padding goes to the left, so that each row's next token comes last: (B, P) both.
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)  # each row counts from its own first token
+    tokens = ids.new_zeros(len(prompts), horizon)
+    response_mask, logp = (
+        torch.zeros_like(tokens, dtype=torch.bool),
+        torch.zeros_like(tokens, dtype=torch.float),
+    )
+    going = torch.arange(len(prompts), device=device)  # rows still in the batch
+    finished, ends = torch.zeros_like(going, dtype=torch.bool), torch.tensor(sorted(end_ids), device=device)
+    cache, was_training = DynamicCache(config=model.config), model.training
+    model.eval()  # dropout off, and gradient checkpointing, which would turn the cache off
+    try:
+        for t in range(horizon):
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token, token_logp = sample(out.logits[:, -1, :vocab_size], temperature, generator)  # (b,) both
+            tokens[going, t], logp[going, t], response_mask[going, t] = token, token_logp, True
+            finished[going] = ended = torch.isin(token, ends)
+            keep = (~ended).nonzero().squeeze(-1)
+            if len(keep) == 0:
+                break
+            if len(keep) < len(going):
+                going, token, mask, positions = going[keep], token[keep], mask[keep], positions[keep]
+                cache.reorder_cache(keep)  # selects rows, here fewer than there were
+            ids, positions = token[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    finally:
+        model.train(was_training)
+    return Rollout(prompts, tokens[:, : t + 1], response_mask[:, : t + 1], logp[:, : t + 1], finished)
