@@ -1,0 +1,230 @@
+"""What comes out of a run: its folder, a rollout to look at, a table and a curve.
+
+config.json     every knob, library versions, git commit, hardware
+metrics.csv     a row per step
+positions.csv   now and then, the statistics of the tokens by their position in the response
+summary.json    before, after, teacher
+curve.png       drawn from metrics.csv; `python report.py RUN` draws it again
+student/        an ordinary Hugging Face folder
+"""
+
+import csv
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cli import BadInput, run
+from rollout import Rollout
+
+
+def new_folder(out: str, default: str) -> Path:
+    """`out`, or the first free runs/`default`-N. Raises BadInput rather than write into another run."""
+    if out:
+        if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+            raise BadInput(f"output {out} already holds a run or a file: name another folder with --out")
+        return Path(out)
+    number = 1
+    while Path("runs", f"{default}-{number}").exists():
+        number += 1
+    return Path("runs", f"{default}-{number}")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What it takes to run the same again: libraries, commit, hardware."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "datasets", "math-verify"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    try:
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+        found["git_commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["git_commit"] = "not a git checkout"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
+    found["hardware"] = f"{name}, {torch.get_num_threads()} CPU threads"
+    return found
+
+
+def write_config(folder: Path, knobs: dict, device: torch.device) -> None:
+    """config.json, and a line that says where the run goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = knobs | environment(device)
+    write_json(folder / "config.json", content)
+    print(f"{content['hardware']}, {knobs['dtype'].removeprefix('torch.')}; run folder {folder}", flush=True)
+
+
+COLUMNS = (
+    *("step", "horizon", "reverse_kl", "loss", "response_tokens", "response_length", "truncated"),
+    *("grad_norm", "lr", "rollout_s", "score_s", "update_s", "seconds", "accuracy"),
+    *("student_entropy", "teacher_entropy", "agreement"),
+)
+
+
+def log_step(folder: Path, bar: tqdm, row: dict, ro: Rollout, stats: dict[str, Tensor]) -> None:
+    """A row of metrics.csv, and the same in short on the bar; reverse_kl is exact, whatever the loss."""
+    row = row | {name: values.float().mean().item() for name, values in stats.items()}
+    tokens = len(stats["reverse_kl"])
+    row |= {"response_tokens": tokens, "response_length": tokens / len(ro.prompts)}
+    row |= {"truncated": 1 - ro.finished.float().mean().item()}
+    append_csv(folder / "metrics.csv", [{name: row.get(name, "") for name in COLUMNS}])
+    speed = tokens / (row["rollout_s"] + row["score_s"] + row["update_s"])
+    shown = {"horizon": row["horizon"], "reverse_kl": f"{row['reverse_kl']:.4f}"}
+    shown |= {"length": f"{row['response_length']:.0f}", "tokens/s": f"{speed:.0f}"}
+    bar.set_postfix(shown, refresh=False)
+
+
+def show_rollout(
+    folder: Path, bar: tqdm, step: int, tokenizer, ro: Rollout, stats: dict[str, Tensor]
+) -> None:
+    """The step's first answer with the teacher's gap on each token, and a block of positions.csv."""
+    gap = (stats["teacher_logp"] - stats["student_logp"])[stats["row"] == 0]  # one row: already in order
+    colour = sys.stdout.isatty()
+    text = gap_text(tokenizer, ro.tokens[0], gap, colour)
+    bar.write(f"step {step}, teacher's gap {'in red' if colour else 'in brackets'}: {text}")
+    names, length = ("reverse_kl", "student_entropy", "teacher_entropy", "agreement"), ro.tokens.shape[1]
+    means = {name: mean_by_position(stats[name], stats["position"], length).tolist() for name in names}
+    count = ro.response_mask.sum(0).tolist()
+    keys = [{"step": step, "position": i, "tokens": count[i]} for i in range(length)]
+    append_csv(
+        folder / "positions.csv", [key | {n: means[n][i] for n in names} for i, key in enumerate(keys)]
+    )
+
+
+def stop_not_finite(folder: Path, row: dict, ro: Rollout, tokenizer) -> None:
+    """Save the batch whose loss or gradient is no number, and end the run with exit code 1."""
+    texts = [tokenizer.decode(p + t[m].tolist()) for p, t, m in zip(ro.prompts, ro.tokens, ro.response_mask)]
+    where = folder / "not_finite.json"
+    write_json(where, {name: str(value) for name, value in row.items()} | {"batch": texts})
+    what = f"step {row['step']} gave loss {row['loss']} and gradient norm {row['grad_norm']}"
+    sys.exit(f"error: {what}: its batch is in {where}; lower --lr, or look for odd data there")
+
+
+def finish(folder: Path, summary: dict) -> None:
+    """summary.json, curve.png and the table."""
+    rows = read_csv(folder / "metrics.csv")
+    summary |= {"response_tokens": sum(int(row["response_tokens"]) for row in rows), "steps": len(rows)}
+    write_json(folder / "summary.json", summary)
+    draw_curve(folder)
+    print(table(summary))
+    print(f"curve: {folder / 'curve.png'}, student: {folder / 'student'}")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append_csv(path: Path, rows: list[dict]) -> None:
+    """Add rows, and a header to a new file. Floats keep 6 digits."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def gap_text(tokenizer, tokens: Tensor, gap: Tensor, colour: bool, most: int = 120) -> str:
+    """A response with the teacher's gap log p_T(y) - log p_S(y) on each token: (R,), (R,) -> text.
+
+    The redder a token, the less the teacher would have said it, at 3 nats (a factor of 20) full red. Without
+    colour the gap stands in brackets where it is beyond half a nat. After `most` tokens the text is cut.
+    """
+    pieces, before = [], ""
+    for i, nats in enumerate(gap[:most].tolist()):
+        text = tokenizer.decode(tokens[: i + 1])  # of the whole prefix: a character may span two tokens
+        piece, before = text[len(before) :], text
+        if colour:
+            light = 255 - int(min(max(-nats, 0.0), 3.0) * 60)
+            piece = f"\033[38;2;0;0;0;48;2;255;{light};{light}m{piece}\033[0m"
+        elif abs(nats) > 0.5:
+            piece += f"[{nats:+.1f}]"
+        pieces.append(piece)
+    return "".join(pieces) + (" ..." if len(tokens) > most else "")
+
+
+def mean_by_position(values: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Mean of (N,) values at each response position: (length,), NaN where no row has a token."""
+    total = values.new_zeros(length).index_add(0, positions, values)
+    return total / values.new_zeros(length).index_add(0, positions, torch.ones_like(values))
+
+
+def table(summary: dict) -> str:
+    """Three rows: student before, student after, teacher; and what it cost."""
+    lines = [f"{'':16}{'accuracy':>10}{'+- se':>8}{'truncated':>11}{'length':>8}{'n':>6}"]
+    for name, key in (("student before", "before"), ("student after", "after"), ("teacher", "teacher")):
+        s = summary[key]
+        if s is None:
+            lines.append(f"{name:16}{'-':>10}")
+        else:
+            row = f"{name:16}{s['accuracy']:>10.1%}{s['se']:>8.1%}{s['truncated']:>11.1%}"
+            lines.append(row + f"{s['mean_length']:>8.0f}{s['n']:>6}")
+    tokens, minutes = summary["response_tokens"], summary["seconds"] / 60
+    return "\n".join(
+        [*lines, f"{tokens:,} tokens sampled in {summary['steps']} steps, {minutes:.1f} minutes"]
+    )
+
+
+def draw_curve(folder: Path) -> Path:
+    """curve.png: reverse KL, accuracy and horizon by step. Raises BadInput if there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise BadInput(f"{folder} has no metrics.csv: name the folder of a run")
+    rows = read_csv(path)
+    steps = [int(row["step"]) for row in rows]
+    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    axes[0].plot(steps, [float(row["reverse_kl"]) for row in rows], color="#0072b2")
+    axes[0].set(title="reverse KL, nats per token", ylim=(0, None))
+    seen = [(int(r["step"]) + 1, float(r["accuracy"])) for r in rows if r["accuracy"]]
+    if summary.get("after"):
+        seen.append((len(steps), summary["after"]["accuracy"]))
+    if summary.get("before"):
+        seen = [(0, summary["before"]["accuracy"]), *seen]
+        ends = (("student before", "before", "#999999"), ("teacher", "teacher", "#009e73"))
+        for label, key, colour in ends:
+            if summary.get(key):
+                axes[1].axhline(summary[key]["accuracy"], color=colour, linestyle=":", label=label)
+    if seen:
+        axes[1].plot(*zip(*seen), color="#d55e00", marker="o", label="student")
+        axes[1].legend(loc="center right")
+    axes[1].set(title="held-out accuracy", ylim=(-0.02, 1.02))
+    axes[2].step(steps, [int(row["horizon"]) for row in rows], color="#0072b2", label="horizon")
+    axes[2].plot(steps, [float(row["response_length"]) for row in rows], color="#cc79a7", label="mean length")
+    axes[2].set(title="response tokens", ylim=(0, None))
+    axes[2].legend()
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curve.png", dpi=110)
+    plt.close(figure)
+    return folder / "curve.png"
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise BadInput(f"{len(sys.argv) - 1} arguments where one is needed: python report.py RUN_FOLDER")
+    print(draw_curve(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,171 @@
+"""On-policy distillation: the student answers, the teacher scores each token, the student moves towards it.
+
+    python train.py --schedule topd --horizon 0.1      laptop: a toy world, about a minute
+    python train.py --preset qwen                      one GPU: a 0.5B student, a 1.5B teacher, GSM8K
+
+Left out: top-k and top-p in training (the loss must differentiate the very law that was sampled), and the
+reuse of old rollouts (off-policy).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import report
+import toy
+from cli import BadInput, knob, parse, run
+from eval_math import INSTRUCTION, evaluate
+from opd import DIVERGENCES, opd_loss
+from rollout import Rollout, rollout
+from schedules import SCHEDULES, make_schedule
+
+
+@dataclass(frozen=True)
+class Knobs:
+    schedule: str = knob("topd", "how long rollouts are", choices=SCHEDULES)
+    horizon: float | None = knob(
+        None, "up to 1 a share of --max-new-tokens, above 1 tokens; where POPD starts"
+    )
+    popd_growth: int | None = knob(None, "tokens that POPD adds; default: full length at 2/3 of the run")
+    popd_interval: int | None = knob(None, "steps between two additions; default: 1/30 of the run")
+    divergence: str = knob("reverse_kl", "the loss", choices=DIVERGENCES)
+    preset: str = knob("", "default: qwen on a CUDA GPU, toy elsewhere", choices=("toy", "qwen"))
+    world: str = knob("opening", "the toy preset's world", choices=toy.WORLDS)
+    student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
+    teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "hub name or folder; same tokenizer as the student's")
+    data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
+    eval_data: str = knob("", "held-out problems; default: test split of --data, or some of a single file")
+    instruction: str = knob(INSTRUCTION, "text after each problem")
+    system_prompt: str = knob("", "system message; none if empty")
+    max_new_tokens: int = knob(1024, "T, the full response length: of evaluation, and of horizon 1", 1)
+    steps: int = knob(200, "optimizer steps", 1)
+    batch_size: int = knob(16, "prompts a step", 1)
+    rollouts_per_prompt: int = knob(1, "answers to each prompt", 1)
+    micro_batch: int = knob(4, "rows in one forward and backward: sets memory, not the result", 1)
+    checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
+    temperature: float = knob(1.0, "of the sampling, and of both models in the loss", 0.01)
+    lr: float = knob(2e-6, "peak learning rate", 0)
+    warmup: float = knob(0.1, "share of the steps in which the learning rate climbs", 0)
+    decay: str = knob("cosine", "of the learning rate after that", choices=("cosine", "constant"))
+    beta2: float = knob(0.95, "AdamW's memory of squared gradients; short, as runs have few steps", 0)
+    clip: float = knob(1.0, "largest gradient norm", 0)
+    eval_every: int = knob(0, "steps between evaluations, besides before and after; 0: none", 0)
+    eval_limit: int = knob(64, "held-out problems; 0: no evaluation", 0)
+    eval_batch: int = knob(32, "answers sampled together in evaluation", 1)
+    eval_temperature: float = knob(0.0, "0 is greedy", 0)
+    show_every: int = knob(10, "steps between rollouts shown with the teacher's gap per token; 0: none", 0)
+    seed: int = knob(0, "of data order and sampling", 0)
+    dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
+    device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
+    out: str = knob("", "run folder; default: the first free runs/<preset>-<schedule>-N")
+
+
+def learning_rate(step: int, knobs: Knobs) -> float:
+    """Linear warm-up, then constant or a cosine towards zero; never zero itself."""
+    climb = min(1.0, (step + 1) / max(1.0, knobs.warmup * knobs.steps))
+    fall = 0.5 + 0.5 * math.cos(math.pi * step / knobs.steps) if knobs.decay == "cosine" else 1.0
+    return knobs.lr * climb * fall
+
+
+def score(pair: data.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, Tensor], float]:
+    """Loss of a rollout, its gradients added to the student's a micro-batch at a time (none under no_grad).
+
+    Returns the loss, `token_stats` with each token's row and position, and the teacher's seconds.
+    """
+    loss, stats, teacher_s, normalizer = 0.0, [], 0.0, int(ro.response_mask.sum())
+    for rows in ro.micro_batches(knobs.micro_batch):
+        ids, predicts = ro.sequences(rows)  # (b, L) both
+        mask, started = ro.response_mask[rows], time.perf_counter()
+        tokens, (row, position) = ro.tokens[rows][mask], mask.nonzero().T  # (N,) each
+        with pair.compute():
+            with torch.no_grad():
+                teacher = pair.teacher_head, data.hidden_states(pair.teacher, ids, predicts)  # (N, D_T)
+            teacher_s += pair.seconds_since(started)
+            student = pair.student_head, data.hidden_states(pair.student, ids, predicts)  # (N, D_S)
+            part, seen = opd_loss(student, teacher, tokens, normalizer, knobs.divergence, knobs.temperature)
+        if part.requires_grad:
+            part.backward()
+        loss += part.item()
+        stats.append(seen | {"row": row.new_tensor(rows)[row], "position": position})
+    return loss, {name: torch.cat([s[name] for s in stats]) for name in stats[0]}, teacher_s
+
+
+def train(knobs: Knobs, schedule: Callable, pair: data.Pair, prompts: list, grade: Callable, folder: Path):
+    """The run: `steps` times sample, score, update. `grade(model)` gives a model's held-out score."""
+    student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
+    betas = (0.9, knobs.beta2)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=betas, weight_decay=0.0, fused=True)
+    batches = data.batches(prompts, knobs.batch_size, knobs.seed)
+    summary = {"before": grade(student), "teacher": grade(pair.teacher)}
+    began, bar = time.perf_counter(), tqdm(range(knobs.steps), mininterval=0.5)
+    try:
+        for step in bar:
+            started, horizon = time.perf_counter(), schedule(step)
+            asked = [prompt for prompt in next(batches) for _ in range(knobs.rollouts_per_prompt)]
+            with pair.compute(cache_weights=True):
+                ro = rollout(student, asked, horizon, pair.ends, knobs.temperature, pair.vocab_size, rng)
+            row = {"step": step, "horizon": horizon, "rollout_s": pair.seconds_since(started)}
+
+            started = time.perf_counter()
+            student.train()  # switches gradient checkpointing on, where it is wanted
+            row["loss"], stats, row["score_s"] = score(pair, ro, knobs)
+            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), knobs.clip).item()
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                report.stop_not_finite(folder, row, ro, pair.tokenizer)
+            row["lr"] = optimizer.param_groups[0]["lr"] = learning_rate(step, knobs)
+            optimizer.step()
+            optimizer.zero_grad()
+            row["update_s"] = pair.seconds_since(started) - row["score_s"]
+
+            row["seconds"] = time.perf_counter() - began
+            if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
+                row["accuracy"] = grade(student)["accuracy"]
+            report.log_step(folder, bar, row, ro, stats)
+            if knobs.show_every and step % knobs.show_every == 0:
+                report.show_rollout(folder, bar, step, pair.tokenizer, ro, stats)
+    finally:  # after Ctrl-C too, and after a fault
+        pair.save_student(folder / "student")
+    report.finish(folder, summary | {"after": grade(student), "seconds": time.perf_counter() - began})
+
+
+def main() -> None:
+    """Check all that can be checked before the first step, then train."""
+    given = parse(Knobs, __doc__, None)
+    preset = given.get("preset") or ("qwen" if torch.cuda.is_available() else "toy")
+    print(f"preset {preset}; for the other one: --preset {'toy' if preset == 'qwen' else 'qwen'}", flush=True)
+    knobs = Knobs(**((toy.PRESET if preset == "toy" else {}) | given | {"preset": preset}))
+    if (rows := knobs.batch_size * knobs.rollouts_per_prompt) % knobs.micro_batch:
+        raise BadInput(
+            f"{rows} rollouts a step do not divide by --micro-batch {knobs.micro_batch}: mend either"
+        )
+    settings = knobs.max_new_tokens, knobs.steps, knobs.horizon, knobs.popd_growth, knobs.popd_interval
+    schedule = make_schedule(knobs.schedule, *settings)
+    folder = report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
+    if preset == "toy":
+        knobs = replace(knobs, **(toy.sources(knobs.world) | given))
+    device = data.find_device(knobs.device)
+    dtype = getattr(torch, knobs.dtype) if knobs.dtype else data.fastest_dtype(device)
+    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
+    pair = data.load_pair(knobs.student, knobs.teacher, dtype, device, knobs.checkpointing)
+    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    asked = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
+    data.check_context(pair, prompts + asked, knobs.max_new_tokens)
+    report.write_config(folder, asdict(knobs) | {"dtype": str(dtype)}, device)
+
+    def grade(model) -> dict | None:
+        sizes = knobs.max_new_tokens, knobs.eval_batch, knobs.eval_temperature, knobs.seed
+        with pair.compute(cache_weights=True):
+            return evaluate(model, pair.tokenizer, asked, test, pair.ends, *sizes)[0] if test else None
+
+    train(knobs, schedule, pair, prompts, grade, folder)
+
+
+if __name__ == "__main__":
+    run(main)
