@@ -1,0 +1,161 @@
+"""Sampling against uncached forward passes and against Hugging Face's own `generate`."""
+
+import pytest
+import torch
+from conftest import END, V, tiny
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from rollout import rollout, sample
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]  # unequal lengths, and ids equal to padding
+
+
+def uncached_greedy(model, prompt, steps, ends):
+    text = list(prompt)
+    for _ in range(steps):
+        text.append(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax().item())
+        if text[-1] in ends:
+            break
+    return text[len(prompt) :]
+
+
+def written(ro, row):
+    return ro.tokens[row][ro.response_mask[row]].tolist()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}]
+)
+def test_cached_greedy_is_uncached_greedy(changes):
+    """Cache bugs gave every row the same token, or lost a row's cache when others left the batch."""
+    model = tiny(**changes)
+    first = [uncached_greedy(model, p, 12, set()) for p in PROMPTS]
+    ends = {first[0][3], first[2][7]}  # rows leave the batch at different steps
+    ro = rollout(model, PROMPTS, 12, ends, temperature=0)
+    assert [written(ro, i) for i in range(4)] == [uncached_greedy(model, p, 12, ends) for p in PROMPTS]
+    assert len({len(written(ro, i)) for i in range(4)}) > 1
+
+
+def test_greedy_is_generates_greedy_on_another_architecture():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.5, eos_token_id=END)
+    )
+    ro = rollout(model.eval(), PROMPTS, 10, {END}, temperature=0)
+    for row, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=10, pad_token_id=0)
+        assert written(ro, row) == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logp_is_the_trainers_logp(temperature):
+    """The law sampled must be the law differentiated, whatever the checkpoint's generation config says."""
+    model = tiny()
+    model.generation_config.update(temperature=0.1, top_k=2, top_p=0.5, repetition_penalty=2.0)
+    rng = torch.Generator().manual_seed(0)
+    ro = rollout(model, PROMPTS, 10, {END}, temperature, V - 5, rng)
+    assert ro.tokens.max() < V - 5
+    for row, prompt in enumerate(PROMPTS):
+        text = prompt + written(ro, row)
+        logits = model(input_ids=torch.tensor([text])).logits[0, len(prompt) - 1 : -1, : V - 5]
+        logp = (
+            (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(written(ro, row))[:, None])[:, 0]
+        )
+        assert torch.allclose(ro.logp[row][ro.response_mask[row]], logp, atol=1e-5)
+
+
+def test_sample_draws_from_the_law():
+    """200,000 draws from a known law, within 5 standard errors; an id of probability 0 is never drawn."""
+    law = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
+    n = 200_000
+    token, logp = sample(law.log().expand(n, 6), 1.0, torch.Generator().manual_seed(0))
+    share = torch.bincount(token, minlength=6) / n
+    assert ((share - law).abs() <= 5 * (law * (1 - law) / n).sqrt()).all()
+    assert torch.allclose(logp, law.log()[token])
+
+
+def test_rows_of_one_prompt_differ_and_a_seed_repeats():
+    one, two = (
+        rollout(tiny(), [[5, 6]] * 8, 10, {END}, generator=torch.Generator().manual_seed(1)) for _ in "ab"
+    )
+    assert len({tuple(written(one, i)) for i in range(8)}) > 1
+    assert torch.equal(one.tokens, two.tokens) and torch.equal(one.logp, two.logp)
+
+
+def test_end_token_is_in_the_mask_and_padding_is_not():
+    """[a, b, END, pad, pad] has 3 loss tokens. With pad == END, a mask made from ids would lose the END."""
+    model = tiny()
+    first = uncached_greedy(model, PROMPTS[0], 6, set())
+    end = first[2]
+    assert end not in first[:2]
+    ro = rollout(model, [PROMPTS[0], PROMPTS[1]], 6, {end}, temperature=0)
+    assert ro.response_mask[0].tolist() == [True] * 3 + [False] * (ro.tokens.shape[1] - 3)
+    assert ro.tokens[0, 2] == end and ro.finished[0]
+
+
+def test_every_end_id_stops_a_row():
+    """Qwen has two end ids, and student and teacher may prefer different ones."""
+    model = tiny()
+    text = uncached_greedy(model, PROMPTS[0], 8, set())
+    for end in set(text):
+        ro = rollout(model, [PROMPTS[0]], 8, {end, V - 1}, temperature=0)
+        assert written(ro, 0) == text[: text.index(end) + 1]
+
+
+def test_all_rows_may_finish_at_once():
+    ro = rollout(tiny(), PROMPTS, 10, set(range(V)))
+    assert ro.tokens.shape == (4, 1) and ro.finished.all() and ro.response_mask.all()
+
+
+def test_truncated_rows_have_no_end_and_nothing_appended():
+    ro = rollout(tiny(), PROMPTS, 5, {V + 1})
+    assert ro.tokens.shape == (4, 5) and ro.response_mask.all() and not ro.finished.any()
+
+
+def test_cache_on_checkpointing_and_dropout_off_then_restored():
+    """Gradient checkpointing switches the cache off: sampling was quadratic. Each step must feed one token."""
+    model = tiny(attention_dropout=0.5)
+    model.gradient_checkpointing_enable()
+    model.train()
+    widths = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda m, a, kw: widths.append((kw["input_ids"].shape[1], m.training)), with_kwargs=True
+    )
+    rollout(model, PROMPTS, 4, {V + 1})
+    hook.remove()
+    assert widths == [(5, False), (1, False), (1, False), (1, False)]
+    assert model.training and model.is_gradient_checkpointing
+
+
+def test_finished_rows_cost_nothing():
+    """Rows that ended leave the batch and its cache."""
+    model = tiny()
+    first = uncached_greedy(model, PROMPTS[0], 1, set())[0]
+    batches = []
+    hook = model.register_forward_pre_hook(
+        lambda m, a, kw: batches.append((len(kw["input_ids"]), kw["past_key_values"])), with_kwargs=True
+    )
+    rollout(model, [PROMPTS[0]] * 3 + [PROMPTS[2]], 4, {first}, temperature=0)
+    hook.remove()
+    assert [n for n, _ in batches] == [4, 1, 1, 1]
+    cache = batches[-1][1]
+    assert isinstance(cache, DynamicCache) and cache.layers[0].keys.shape[0] == 1
+
+
+def test_sequences_pick_the_states_that_predict_the_response():
+    """Slicing by the longest prompt drops tokens of short prompts; shifts are off by one."""
+    model = tiny()
+    ro = rollout(model, PROMPTS, 6, {END})
+    rows = [2, 0, 3, 1]
+    ids, predicts = ro.sequences(rows)
+    logp = model(input_ids=ids).logits.log_softmax(-1)[predicts]
+    tokens, mask = ro.tokens[rows], ro.response_mask[rows]
+    assert torch.allclose(logp.gather(-1, tokens[mask][:, None])[:, 0], ro.logp[rows][mask], atol=1e-5)
+
+
+def test_micro_batches_hold_every_row_once():
+    ro = rollout(tiny(), PROMPTS, 6, {END})
+    assert sorted(sum(ro.micro_batches(3), [])) == [0, 1, 2, 3]
