@@ -16,11 +16,11 @@ INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of every \boxed{...}, nested braces balanced; one that never closes is left out."""
+    r"""The contents of every \boxed{...}, nested braces balanced, that closes within 500 characters."""
     found = []
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
         depth = 1
-        for end in range(match.end(), len(text)):
+        for end in range(match.end(), min(len(text), match.end() + 500)):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
                 found.append(text[match.end() : end].strip())

@@ -116,7 +116,7 @@ def test_truncated_rows_have_no_end_and_nothing_appended():
 
 
 def test_cache_on_checkpointing_and_dropout_off_then_restored():
-    """Gradient checkpointing switches the cache off: sampling was quadratic. Each step must feed one token."""
+    """Gradient checkpointing switches the cache off: sampling was quadratic. A step must feed one token."""
     model = tiny(attention_dropout=0.5)
     model.gradient_checkpointing_enable()
     model.train()

@@ -1,0 +1,351 @@
+"""The loop: gradients that do not depend on the batching, and runs on the toy world from the command line."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import END, pair_of, tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cli
+import data
+import toy
+import train
+from rollout import rollout
+
+ROOT = Path(train.__file__).parent
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]] * 2
+
+
+def small_rollout(pair, horizon=9):
+    return rollout(pair.student, PROMPTS, horizon, pair.ends, generator=torch.Generator().manual_seed(0))
+
+
+def gradient(pair, ro, micro_batch, **knobs):
+    pair.student.zero_grad()
+    loss, stats, _ = train.score(pair, ro, train.Knobs(micro_batch=micro_batch, **knobs))
+    return loss, stats, torch.cat([p.grad.flatten() for p in pair.student.parameters()])
+
+
+def test_teacher_equal_to_student_gives_no_loss_and_no_gradient():
+    pair = pair_of(tiny(), tiny())
+    loss, stats, grad = gradient(pair, small_rollout(pair), 8)
+    assert abs(loss) < 1e-6 and grad.abs().max() < 1e-5
+    assert stats["agreement"].mean() == 1
+
+
+@pytest.mark.parametrize("divergence", train.DIVERGENCES)
+def test_micro_batches_do_not_change_the_gradient(divergence):
+    """A mean per micro-batch is not the mean over the step's tokens when lengths differ."""
+    pair = pair_of(tiny(), tiny(seed=1), ends=(END, *range(20, 30)))
+    ro = small_rollout(pair)
+    assert len(set(ro.response_mask.sum(1).tolist())) > 1
+    (whole, _, one), (parts, _, four) = (gradient(pair, ro, size, divergence=divergence) for size in (8, 2))
+    assert whole == pytest.approx(parts, abs=1e-5)
+    assert torch.allclose(one, four, atol=1e-6)
+
+
+def test_loss_is_the_token_weighted_mean_of_rows_scored_alone():
+    pair = pair_of(tiny(), tiny(seed=1), ends=(END, *range(20, 30)))
+    ro = small_rollout(pair)
+    total = 0.0
+    for prompt, tokens, mask in zip(ro.prompts, ro.tokens, ro.response_mask):
+        ids = torch.tensor([prompt + tokens[mask].tolist()])
+        laws = [
+            m(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for m in (pair.student, pair.teacher)
+        ]
+        total += F.kl_div(laws[1], laws[0], log_target=True, reduction="sum").item()
+    loss, stats, _ = gradient(pair, ro, 4)
+    assert loss == pytest.approx(total / ro.response_mask.sum().item(), rel=1e-4)
+    assert stats["reverse_kl"].mean().item() == pytest.approx(loss, rel=1e-5)
+    sampled = gradient(pair, ro, 4, divergence="sampled")
+    assert sampled[1]["reverse_kl"].mean().item() == pytest.approx(
+        loss, rel=1e-5
+    )  # logged: always the exact KL
+
+
+def test_prompt_tokens_are_not_in_the_loss():
+    """The loss stays when every hidden state that predicts no response token is replaced by noise."""
+    pair = pair_of(tiny(), tiny(seed=1))
+    ro = small_rollout(pair)
+    before, _, _ = gradient(pair, ro, 8)
+    _, predicts = ro.sequences(ro.micro_batches(8)[0])
+
+    def spoil(module, args, kwargs, out):
+        noise = torch.randn_like(out.last_hidden_state)
+        out.last_hidden_state = torch.where(predicts[..., None], out.last_hidden_state, noise)
+        return out
+
+    hook = pair.student.get_decoder().register_forward_hook(spoil, with_kwargs=True)
+    after, _, grad = gradient(pair, ro, 8)
+    hook.remove()
+    assert after == before and grad.isfinite().all()
+
+
+def test_the_teacher_runs_once_per_micro_batch():
+    pair = pair_of(tiny(), tiny(seed=1))
+    ro, calls = small_rollout(pair), []
+    pair.teacher.get_decoder().register_forward_hook(lambda *args: calls.append(1))
+    gradient(pair, ro, 2)
+    assert len(calls) == 4
+
+
+def test_bf16_compute_keeps_fp32_masters_that_a_tiny_step_moves():
+    """Pure bf16 weights with AdamW at 1e-6 hardly move. And a cast cached while sampling has no gradient."""
+    pair = pair_of(tiny(), tiny(seed=1).bfloat16(), dtype=torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in pair.student.named_parameters()}
+    with pair.compute(cache_weights=True):
+        ro = small_rollout(pair)
+    pair.student.train()
+    _, _, grad = gradient(pair, ro, 4)
+    assert grad.dtype == torch.float32 and grad.isfinite().all()
+    assert all(p.grad.abs().max() > 0 for n, p in pair.student.named_parameters() if "k_proj.bias" not in n)
+    torch.optim.AdamW(pair.student.parameters(), lr=1e-6, weight_decay=0.0).step()
+    for name, p in pair.student.named_parameters():
+        moved = (p != before[name])[p.grad.abs() > 1e-6]
+        assert moved.float().mean() > 0.9, name
+
+
+def test_bf16_sampler_and_trainer_agree():
+    pair = pair_of(tiny(initializer_range=0.1), tiny(seed=1), dtype=torch.bfloat16)
+    with pair.compute(cache_weights=True):
+        ro = small_rollout(pair)
+    _, stats, _ = gradient(pair, ro, 4)
+    gap = stats["student_logp"] - ro.logp[stats["row"], stats["position"]]
+    assert gap.abs().mean() < 0.05
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient():
+    pair = pair_of(tiny(), tiny(seed=1))
+    ro = small_rollout(pair)
+    plain = gradient(pair, ro, 4)[2]
+    pair.student.gradient_checkpointing_enable({"use_reentrant": False})
+    pair.student.train()
+    assert torch.allclose(gradient(pair, ro, 4)[2], plain, atol=1e-6)
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(k, train.Knobs(steps=100, lr=1.0)) for k in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] and 0 < rates[-1] < 0.001
+    assert train.learning_rate(99, train.Knobs(steps=100, lr=1.0, decay="constant")) == 1.0
+
+
+def test_batches_repeat_by_seed_and_show_every_prompt_once_an_epoch():
+    prompts = [[i] for i in range(10)]
+    first, again = (data.batches(prompts, 4, 7) for _ in range(2))
+    seen = [next(first) for _ in range(5)]
+    assert seen == [next(again) for _ in range(5)]
+    assert sorted(sum(sum(seen, [])[:10], [])) == list(range(10))
+
+
+def main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    return train.main()
+
+
+@pytest.mark.parametrize("flags", ["full", "popd", "topd", "esr --horizon 20"])
+def test_the_toy_student_learns_with_every_schedule(world, tmp_path, monkeypatch, capsys, flags):
+    out = tmp_path / "run"
+    flags = f"--schedule {flags} --preset toy --eval-every 0 --out".split()
+    main(monkeypatch, *flags, out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0.15 <= summary["before"]["accuracy"] <= 0.40
+    assert summary["teacher"]["accuracy"] >= 0.95
+    assert summary["after"]["accuracy"] > 0.90
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    named = "step,horizon,reverse_kl,loss,response_tokens,response_length,truncated,grad_norm,lr"
+    assert {*named.split(","), "rollout_s", "score_s", "update_s", "seconds", "accuracy"} <= set(rows[0])
+    assert [int(row["step"]) for row in rows] == list(range(40))
+    assert summary["response_tokens"] == sum(int(row["response_tokens"]) for row in rows)
+    config = json.loads((out / "config.json").read_text())
+    assert config["schedule"] == flags[1] and {"torch", "transformers", "git_commit"} <= set(config)
+    assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert "student after" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(out / "student").config.vocab_size
+
+
+def test_two_runs_with_one_seed_are_the_same(world, tmp_path, monkeypatch):
+    weights = []
+    for name in "ab":
+        main(monkeypatch, "--preset", "toy", "--steps", 3, "--eval-limit", 0, "--out", tmp_path / name)
+        weights.append((tmp_path / name / "student" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def files(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def jsonl(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, world):
+    """A folder of wrong inputs."""
+    jsonl(tmp_path / "empty.jsonl")
+    jsonl(tmp_path / "broken.jsonl", {"question": "x", "answer": "1"}, '{"question": "y", "answ')
+    jsonl(tmp_path / "list.jsonl", "[1, 2]")
+    jsonl(tmp_path / "noanswer.jsonl", {"question": "x", "solution": "1"})
+    jsonl(tmp_path / "noquestion.jsonl", {"text": "x", "answer": "1"})
+    jsonl(tmp_path / "one.jsonl", {"question": "x=1, then +2 fiftyone times", "answer": "1"})
+    jsonl(tmp_path / "long.jsonl", *[{"question": "x=1 " * 300, "answer": "1"}] * 200)
+    (tmp_path / "table.xlsx").write_text("x")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.csv").write_text("step\n")
+    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    AutoModelForCausalLM.from_pretrained(world / "teacher").save_pretrained(tmp_path / "other")
+    return tmp_path
+
+
+BAD = [
+    ("--schedule sometimes", "sometimes"),
+    ("--horizon 0", "horizon 0"),
+    ("--horizon -1", "horizon -1"),
+    ("--horizon 500", "horizon 500"),
+    ("--horizon nan", "horizon nan"),
+    ("--horizon x", "'x'"),
+    ("--schedule popd --popd-interval 1000", "never grows"),
+    ("--schedule popd --popd-growth 0", "never grows"),
+    ("--popd-growth 5", "popd"),
+    ("--steps 0", "--steps 0"),
+    ("--batch-size -4", "--batch-size -4"),
+    ("--batch-size 33", "33 rollouts"),
+    ("--temperature 0", "--temperature 0"),
+    ("--lr nan", "--lr nan"),
+    ("--stepz 3", "--stepz"),
+    ("--sched full", "--sched"),
+    ("--preset huge", "huge"),
+    ("--world middle", "middle"),
+    ("--device abacus", "abacus"),
+    ("--dtype int8", "int8"),
+    ("--data {here}/empty.jsonl", "is empty"),
+    ("--data {here}/broken.jsonl", "line 2"),
+    ("--data {here}/list.jsonl", "line 1"),
+    ("--data {here}/noanswer.jsonl", "no column answer"),
+    ("--data {here}/noquestion.jsonl", "no column question"),
+    ("--data {here}/one.jsonl", "none left"),
+    ("--data {here}/long.jsonl", "longest prompt"),
+    ("--data {here}/table.xlsx", "table.xlsx"),
+    ("--data {here}/nothing", "has no train"),
+    ("--data {here}/missing.jsonl", "does not exist"),
+    ("--student {here}/missing", "does not exist"),
+    ("--teacher {here}/nothing", "cannot load"),
+    ("--student nobody/nothing", "cannot load nobody/nothing"),
+    ("--data nobody/nothing", "cannot read data nobody/nothing"),
+    ("--teacher {here}/other", "different tokenizers"),
+    ("--out {here}/used", "already holds"),
+    ("--out {here}/one.jsonl", "already holds"),
+]
+
+
+@pytest.mark.parametrize("flags, names", BAD)
+def test_bad_input_is_one_line_and_changes_nothing(here, monkeypatch, capsys, flags, names):
+    """Value, reason and remedy, exit code 2, no file written or changed."""
+    for library in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(here)
+    before = files(here)
+    argv = flags.format(here=here).split()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: main(monkeypatch, "--preset", "toy", *argv))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert line.count("\n") == 1 and line.startswith("error: ") and names in line and ": " in line[7:]
+    assert files(here) == before
+
+
+def test_lines_break_at_newlines_alone(tmp_path):
+    """U+2028 inside a JSON string ends no line: GSM8K has one, and str.splitlines breaks there."""
+    path = tmp_path / "u.jsonl"
+    path.write_text('{"question": "a\u2028b", "answer": "x #### 7"}\r\n\n', encoding="utf-8-sig")
+    assert data.read_problems(str(path), "train") == [data.Problem("a\u2028b", "7")]
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_other_formats_read_alike(tmp_path, suffix):
+    from datasets import Dataset
+
+    table = Dataset.from_dict({"problem": ["a", "b"], "answer": ["1", "2"]})
+    getattr(table, f"to_{suffix}")(tmp_path / f"p.{suffix}")
+    assert data.read_problems(str(tmp_path / f"p.{suffix}"), "train") == [("a", "1"), ("b", "2")]
+
+
+def test_not_finite_loss_stops_with_step_and_batch(world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match="step [1-9]"):
+        main(
+            monkeypatch, "--preset", "toy", "--lr", "1e30", "--clip", "1e30", "--eval-limit", 0, "--out", out
+        )
+    saved = json.loads((out / "not_finite.json").read_text())
+    assert int(saved["step"]) >= 1 and len(saved["batch"]) == 32
+
+
+def test_ctrl_c_saves_the_student(world, tmp_path):
+    out = tmp_path / "run"
+    flags = f"--preset toy --steps 100000 --eval-limit 0 --out {out}".split()
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (out / "metrics.csv").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert AutoModelForCausalLM.from_pretrained(out / "student")
+
+
+def test_toy_answers(world):
+    """The sound answer is right, the wrong one wrong, and Hugging Face reads the tokenizer as it was made."""
+    recipe = toy.Recipe()
+    tokenizer = AutoTokenizer.from_pretrained(world / "student")
+    for problem in toy.all_problems(recipe)[:50]:
+        for name in toy.WORLDS:
+            (text, right), (_, wrong) = (toy.answer(*problem, name, sound) for sound in (True, False))
+            start, add, times = problem
+            assert right == (start + add * times) % 10 != wrong
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+            assert 100 < len(tokenizer.encode(text)) < toy.PRESET["max_new_tokens"]
+
+
+def test_student_and_teacher_see_one_rendering(world):
+    """One prompt, rendered once: both models score the same ids."""
+    pair = data.load_pair(
+        str(world / "student"),
+        str(world / "teacher"),
+        torch.float32,
+        torch.device("cpu"),
+        checkpointing=False,
+    )
+    seen = {}
+    for name in ("student", "teacher"):
+        getattr(pair, name).get_decoder().register_forward_pre_hook(
+            lambda m, a, kw, name=name: seen.__setitem__(name, kw["input_ids"]), with_kwargs=True
+        )
+    prompts = data.render(pair.tokenizer, [data.Problem("x=1, then +2 fiftyone times", "3")], "", "")
+    train.score(pair, rollout(pair.student, prompts, 5, pair.ends), train.Knobs())
+    assert torch.equal(seen["student"], seen["teacher"])
+    assert seen["student"][0, : len(prompts[0])].tolist() == prompts[0]
+
+
+def test_shared_vocabulary_of_unequal_models(tmp_path, world, capsys):
+    model = AutoModelForCausalLM.from_pretrained(world / "teacher")
+    model.resize_token_embeddings(model.config.vocab_size + 6)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path)
+    device = torch.device("cpu")
+    pair = data.load_pair(str(world / "student"), str(tmp_path), torch.float32, device, checkpointing=False)
+    assert pair.vocab_size == pair.student.config.vocab_size
+    assert capsys.readouterr().out.count("using the first") == 1
