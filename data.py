@@ -275,8 +275,8 @@ def check_context(pair: Pair, prompts: list[list[int]], max_new_tokens: int) -> 
     longest, room = max(map(len, prompts)), min(context_length(m) for m in (pair.student, pair.teacher))
     if longest + max_new_tokens > room:
         raise BadInput(
-            f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context of "
-            f"{room} tokens: lower --max-new-tokens or drop that problem"
+            f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context "
+            f"of {room} tokens: lower --max-new-tokens or drop that problem"
         )
 
 

@@ -45,7 +45,7 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     """A token a row from softmax(logits / temperature), at 0 the likeliest: (b, V) -> token (b,), logp (b,).
 
     One uniform number a row, looked up in the cumulative sum: `torch.multinomial` draws V of them. A token
-    of probability 0 is never hit.
+    of probability 0 is never hit. NaN logits give a token with logp NaN, for the loss to stop the run.
     """
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -53,7 +53,7 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     else:
         cumulative = logp.exp().cumsum(-1)
         uniform = torch.rand(len(logp), 1, device=logp.device, generator=generator) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1)
+        token = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1).clamp_max(logp.shape[-1] - 1)
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
 
 

@@ -3,8 +3,7 @@
     python train.py --schedule topd --horizon 0.1      laptop: a toy world, about a minute
     python train.py --preset qwen                      one GPU: a 0.5B student, a 1.5B teacher, GSM8K
 
-Left out: top-k and top-p in training (the loss must differentiate the very law that was sampled), and the
-reuse of old rollouts (off-policy).
+Left out: top-k and top-p in training (the loss must differentiate the law that was sampled), old rollouts.
 """
 
 import math
@@ -30,9 +29,7 @@ from schedules import SCHEDULES, make_schedule
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how long rollouts are", choices=SCHEDULES)
-    horizon: float | None = knob(
-        None, "up to 1 a share of --max-new-tokens, above 1 tokens; where POPD starts"
-    )
+    horizon: float | None = knob(None, "up to 1 a share of --max-new-tokens, above 1 tokens; POPD's start")
     popd_growth: int | None = knob(None, "tokens that POPD adds; default: full length at 2/3 of the run")
     popd_interval: int | None = knob(None, "steps between two additions; default: 1/30 of the run")
     divergence: str = knob("reverse_kl", "the loss", choices=DIVERGENCES)
@@ -100,8 +97,7 @@ def score(pair: data.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, 
 def train(knobs: Knobs, schedule: Callable, pair: data.Pair, prompts: list, grade: Callable, folder: Path):
     """The run: `steps` times sample, score, update. `grade(model)` gives a model's held-out score."""
     student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
-    betas = (0.9, knobs.beta2)
-    optimizer = torch.optim.AdamW(student.parameters(), betas=betas, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
     batches = data.batches(prompts, knobs.batch_size, knobs.seed)
     summary = {"before": grade(student), "teacher": grade(pair.teacher)}
     began, bar = time.perf_counter(), tqdm(range(knobs.steps), mininterval=0.5)
