@@ -18,6 +18,7 @@ import report
 
 PHASES = ("rollout_s", "score_s", "update_s")
 RUNS = ["--schedule full", "--schedule popd", "--schedule topd --horizon 0.1", "--schedule esr --horizon 20"]
+RUNS += ["--schedule full --world closing", "--schedule topd --world closing"]  # the counter-example
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
             report.append_csv(
                 table, [row | {"hardware": json.loads((out / "config.json").read_text())["hardware"]}]
             )
-            if "topd" in flags:
+            if flags == "--schedule topd --horizon 0.1":
                 shutil.copy(out / "curve.png", table.with_name("toy_topd.png"))
 
 
