@@ -28,7 +28,7 @@ def test_flags_exist():
     flags = {
         "--" + f.name.replace("_", "-") for k in (train.Knobs, eval_math.Knobs) for f in dataclasses.fields(k)
     }
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - flags <= {"--help", "--index-url"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - flags <= {"--help"}
 
 
 def test_files_exist():
