@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 class BadInput(ValueError):
@@ -25,7 +25,8 @@ class OneLineParser(argparse.ArgumentParser):
 def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[str, Any]:
     """The flags that were given, by knob name, converted to the knob's type. Raises BadInput.
 
-    `--max-new-tokens 512` sets `max_new_tokens`; a bool is a switch, `--eval` or `--no-eval`.
+    `--max-new-tokens 512` sets `max_new_tokens`; a bool is a switch, `--eval` or `--no-eval`;
+    a tuple's flag may be given several times.
     No abbreviations: a flag added later must not change what an old command means.
     """
     formatter = argparse.RawDescriptionHelpFormatter
@@ -39,6 +40,8 @@ def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[s
         }
         if hint is bool:
             how["action"] = argparse.BooleanOptionalAction
+        elif get_origin(hint) is tuple:
+            how |= {"action": "append", "metavar": "STR"}
         else:
             how["type"] = next(t for t in (get_args(hint) or (hint,)) if t is not type(None))
             how["metavar"] = how["type"].__name__.upper()
@@ -47,6 +50,7 @@ def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[s
         how["help"] = how["help"].replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     for field in dataclasses.fields(knobs_class):
         least, value = field.metadata["least"], given.get(field.name)
         if least is not None and value is not None and not value >= least:  # `not >=` catches NaN too

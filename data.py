@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import (
@@ -23,7 +24,7 @@ from transformers.utils import logging
 from cli import BadInput
 from opd import Head
 
-QUESTION_COLUMNS, ANSWER_COLUMNS = ("question", "problem"), ("answer",)
+QUESTION_COLUMNS, ANSWER_COLUMNS = ("question", "problem"), ("answer", "final_answer")
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -73,6 +74,25 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def whole_batches(path: Path, total: int) -> list[dict]:
+    """What a stopped evaluation left of `total` answers: records of the batches that it finished.
+
+    A line that was cut, and the batch that it belongs to, leave the file: that batch is sampled again.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    if b"\n" not in content:
+        return []
+    whole = path.with_suffix(".part")
+    whole.write_bytes(content[: content.rindex(b"\n") + 1])
+    records = read_jsonl(whole)
+    size = records[0]["batch_size"]
+    if len(records) < total:
+        records = records[: len(records) // size * size]
+    whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    whole.replace(path)
+    return records
+
+
 def read_with_datasets(source: str, path: Path | None, split: str) -> list[dict]:
     import datasets  # here and not above: a JSONL file needs no such library
 
@@ -97,6 +117,8 @@ def to_problem(row: dict, where: str) -> Problem:
     if question is None or answer is None:
         missing = "question (or problem)" if question is None else "answer"
         raise BadInput(f"{where} has no column {missing}, only {', '.join(map(str, row))}: rename the column")
+    if isinstance(answer, list):  # OlympiadBench: an answer may have parts
+        answer = ", ".join(map(str, answer))
     # GSM8K keeps its rationale in the answer, and the number itself after ####
     return Problem(str(question), str(answer).rpartition("####")[2].strip())
 
@@ -108,25 +130,32 @@ def subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
     return random.Random(seed).sample(problems, limit)
 
 
-def render(tokenizer, problems: list[Problem], instruction: str, system_prompt: str) -> list[list[int]]:
-    """The one prompt of each problem, as the ids that student and teacher both see."""
+def render(
+    tokenizer,
+    problems: list[Problem],
+    instruction: str,
+    system_prompt: str = "",
+    thinking: bool = False,
+    few_shot: str = "",
+) -> list[list[int]]:
+    """The one prompt of each problem, as the ids that student and teacher both see.
+
+    Without a chat template it is plain text after the examples of `few_shot`. Raises BadInput if it has none.
+    """
+    if tokenizer.chat_template is None:
+        if not few_shot:
+            name = tokenizer.name_or_path
+            raise BadInput(f"the tokenizer of {name} has no chat template: give an instruction-tuned model")
+        return [tokenizer(f"{few_shot}Question: {p.question}\nAnswer:")["input_ids"] for p in problems]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    prompts = []
-    for problem in problems:
-        user = {"role": "user", "content": problem.question + instruction}
-        # enable_thinking is a switch of Qwen3's template; other templates do not read it
-        how = {
-            "add_generation_prompt": True,
-            "tokenize": True,
-            "return_dict": False,
-            "enable_thinking": False,
-        }
-        prompts.append(list(tokenizer.apply_chat_template([*system, user], **how)))
-    return prompts
+    # enable_thinking is a switch of Qwen3's template; other templates do not read it
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "enable_thinking": thinking}
+    users = [{"role": "user", "content": problem.question + instruction} for problem in problems]
+    return [list(tokenizer.apply_chat_template([*system, user], **how)) for user in users]
 
 
 def load_tokenizer(name: str):
-    """Raises BadInput if `name` is no model folder, cannot be fetched, or has no chat template."""
+    """Raises BadInput if `name` is no model folder, or cannot be fetched."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise BadInput(f"model folder {name} does not exist: give a folder, or the name of a hub model")
     try:
@@ -135,8 +164,6 @@ def load_tokenizer(name: str):
         raise BadInput(
             f"cannot load {name} ({str(error).splitlines()[0]}): give a local folder, or check name and net"
         ) from error
-    if tokenizer.chat_template is None:
-        raise BadInput(f"the tokenizer of {name} has no chat template: give an instruction-tuned model")
     return tokenizer
 
 
@@ -184,6 +211,38 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r} is not to be had ({str(error).splitlines()[0]}): try cpu") from error
     return device
+
+
+def dtype_name(asked: str, device: torch.device) -> str:
+    """`asked`, or if that is empty the name of the dtype in which this device multiplies fastest."""
+    return asked or str(fastest_dtype(device)).removeprefix("torch.")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be used."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, asked: str) -> int:
+    """Rows to sample together: `asked`, or for "auto" as many as free memory holds, at most 64.
+
+    Counts the KV cache at its longest, the prompts' activations, and the sampler's rows of the vocabulary.
+    Raises BadInput with the bytes if not even that many, or one, would fit.
+    """
+    c, item, longest = model.config.get_text_config(), model.dtype.itemsize, max(map(len, prompts), default=0)
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    cache = 2 * (c.num_hidden_layers + 1) * heads * head_dim * item * (longest + max_new_tokens)
+    row = cache + longest * (6 * c.hidden_size + 3 * c.intermediate_size) * item + 5 * 4 * c.vocab_size
+    free = int(0.9 * free_memory(model.device))
+    size = min(64, free // row) if asked == "auto" else int(asked)
+    if size * row > free or size < 1:
+        rows = max(size, 1)
+        what = f"{rows} answers at once need {rows * row / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+        raise BadInput(f"{what}: lower --batch-size (auto takes what fits) or --max-new-tokens")
+    return size
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -239,10 +298,10 @@ class Pair:
 
 
 def load_pair(
-    student_name: str, teacher_name: str, dtype: torch.dtype, device: torch.device, checkpointing: bool
+    student_name: str, teacher_name: str, dtype_name: str, device: torch.device, checkpointing: bool
 ) -> Pair:
     """Raises BadInput if either is not to be had, or if they do not share a tokenizer."""
-    tokenizer = load_tokenizer(student_name)
+    tokenizer, dtype = load_tokenizer(student_name), getattr(torch, dtype_name)
     vocab_size = shared_vocab(student_name, teacher_name, tokenizer, load_tokenizer(teacher_name))
     student = load_model(student_name, torch.float32, device)
     teacher = load_model(teacher_name, dtype, device).requires_grad_(False)
@@ -270,9 +329,9 @@ def batches(prompts: list[list[int]], size: int, seed: int) -> Iterator[list[lis
             order = order[size:]
 
 
-def check_context(pair: Pair, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raises BadInput if a prompt and a full response do not fit into both models' context."""
-    longest, room = max(map(len, prompts)), min(context_length(m) for m in (pair.student, pair.teacher))
+def check_context(models: list, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises BadInput if a prompt and a full response do not fit into the context of every model."""
+    longest, room = max(map(len, prompts)), min(map(context_length, models))
     if longest + max_new_tokens > room:
         raise BadInput(
             f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context "

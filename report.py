@@ -3,12 +3,14 @@
 config.json     every knob, library versions, git commit, hardware
 metrics.csv     a row per step
 positions.csv   now and then, the statistics of the tokens by their position in the response
-summary.json    before, after, teacher
+eval_*.jsonl    every answer of an evaluation with its verdict: before, after, teacher, step_N
+summary.json    before, after, teacher, and the change on the same problems
 curve.png       drawn from metrics.csv; `python report.py RUN` draws it again
 student/        an ordinary Hugging Face folder
 """
 
 import csv
+import dataclasses
 import json
 import platform
 import subprocess
@@ -20,8 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import data
 from cli import BadInput, run
 from rollout import Rollout
+from scores import difference, difference_text
 
 
 def new_folder(out: str, default: str) -> Path:
@@ -57,9 +61,27 @@ def environment(device: torch.device) -> dict[str, str]:
 def write_config(folder: Path, knobs: dict, device: torch.device) -> None:
     """config.json, and a line that says where the run goes."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = knobs | environment(device)
+    content = knobs | {"environment": environment(device)}
     write_json(folder / "config.json", content)
-    print(f"{content['hardware']}, {knobs['dtype'].removeprefix('torch.')}; run folder {folder}", flush=True)
+    print(f"{content['environment']['hardware']}, {knobs['dtype']}; run folder {folder}", flush=True)
+
+
+def resumed(knobs_class: type, given: dict) -> dict:
+    """The knobs in the config.json of the run folder given["resume"]. Raises BadInput.
+
+    So if it is not there, or not of such a run, or if other flags are given: the run's own hold.
+    """
+    path = Path(given["resume"], "config.json")
+    if others := ", ".join("--" + name.replace("_", "-") for name in given if name != "resume"):
+        raise BadInput(f"--resume takes its settings from {path}: drop {others}, or start a new run")
+    if not path.is_file():
+        raise BadInput(f"there is no {path}: name the folder of a run that was started")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        knobs = {field.name: found[field.name] for field in dataclasses.fields(knobs_class)}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not of such a run ({error!r}): start a new one") from error
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()}
 
 
 COLUMNS = (
@@ -112,6 +134,9 @@ def finish(folder: Path, summary: dict) -> None:
     """summary.json, curve.png and the table."""
     rows = read_csv(folder / "metrics.csv")
     summary |= {"response_tokens": sum(int(row["response_tokens"]) for row in rows), "steps": len(rows)}
+    if summary["before"]:
+        answers = [data.read_jsonl(folder / f"eval_{name}.jsonl") for name in ("before", "after")]
+        summary["change"] = difference(*answers)
     write_json(folder / "summary.json", summary)
     draw_curve(folder)
     print(table(summary))
@@ -173,10 +198,11 @@ def table(summary: dict) -> str:
         else:
             row = f"{name:16}{s['accuracy']:>10.1%}{s['se']:>8.1%}{s['truncated']:>11.1%}"
             lines.append(row + f"{s['mean_length']:>8.0f}{s['n']:>6}")
+    if "change" in summary:
+        lines.append(f"change          {difference_text(summary['change'])}")
     tokens, minutes = summary["response_tokens"], summary["seconds"] / 60
-    return "\n".join(
-        [*lines, f"{tokens:,} tokens sampled in {summary['steps']} steps, {minutes:.1f} minutes"]
-    )
+    lines.append(f"{tokens:,} tokens sampled in {summary['steps']} steps, {minutes:.1f} minutes")
+    return "\n".join(lines)
 
 
 def draw_curve(folder: Path) -> Path:

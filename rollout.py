@@ -41,7 +41,9 @@ class Rollout:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, temperature: float, generator: torch.Generator | None, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """A token a row from softmax(logits / temperature), at 0 the likeliest: (b, V) -> token (b,), logp (b,).
 
     One uniform number a row, looked up in the cumulative sum: `torch.multinomial` draws V of them. A token
@@ -50,10 +52,14 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token = logp.argmax(-1)
-    else:
-        cumulative = logp.exp().cumsum(-1)
-        uniform = torch.rand(len(logp), 1, device=logp.device, generator=generator) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1).clamp_max(logp.shape[-1] - 1)
+        return token, logp.gather(-1, token[:, None]).squeeze(-1)
+    if top_p < 1:  # keep the likeliest tokens that hold this share, the last of them whole
+        ordered, ids = logp.sort(-1, descending=True)
+        kept = ordered.exp().cumsum(-1) - ordered.exp() < top_p
+        logp = logp.masked_fill(~kept.gather(-1, ids.argsort(-1)), -torch.inf).log_softmax(-1)
+    cumulative = logp.exp().cumsum(-1)
+    uniform = torch.rand(len(logp), 1, device=logp.device, generator=generator) * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1).clamp_max(logp.shape[-1] - 1)
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
 
 
@@ -66,11 +72,12 @@ def rollout(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
+    top_p: float = 1.0,  # evaluation only: the loss differentiates the whole law
 ) -> Rollout:
     """Sample at most `horizon` tokens after each prompt; every id of `end_ids` ends a row.
 
-    The law is softmax(logits[:vocab_size] / temperature), no top-k, no top-p, nothing out of the checkpoint's
-    generation config. Rows that end leave the batch, and so does their cache: padding costs no compute.
+    The law is softmax(logits[:vocab_size] / temperature); the checkpoint's generation config is not read.
+    Rows that end leave the batch, and so does their cache: padding costs no compute.
     """
     device, width = model.get_input_embeddings().weight.device, max(map(len, prompts))
     # Padding goes to the left, so that each row's next token comes last: (B, P) both.
@@ -78,10 +85,7 @@ def rollout(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)  # each row counts from its own first token
     tokens = ids.new_zeros(len(prompts), horizon)
-    response_mask, logp = (
-        torch.zeros_like(tokens, dtype=torch.bool),
-        torch.zeros_like(tokens, dtype=torch.float),
-    )
+    response_mask, logp = tokens.bool(), tokens.float()  # all zero still
     going = torch.arange(len(prompts), device=device)  # rows still in the batch
     finished, ends = torch.zeros_like(going, dtype=torch.bool), torch.tensor(sorted(end_ids), device=device)
     cache, was_training = DynamicCache(config=model.config), model.training
@@ -90,7 +94,8 @@ def rollout(
         for t in range(horizon):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token, token_logp = sample(out.logits[:, -1, :vocab_size], temperature, generator)  # (b,) both
+            logits = out.logits[:, -1, :vocab_size]  # (b, V)
+            token, token_logp = sample(logits, temperature, generator, top_p)  # (b,) both
             tokens[going, t], logp[going, t], response_mask[going, t] = token, token_logp, True
             finished[going] = ended = torch.isin(token, ends)
             keep = (~ended).nonzero().squeeze(-1)

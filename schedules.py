@@ -30,9 +30,8 @@ def make_schedule(
     budget: int,  # T
     steps: int,
     horizon: float | None = None,  # up to 1 a fraction of T, above 1 tokens
-    growth: int
-    | None = None,  # POPD's, in tokens; its defaults are ours (none published): T at 2/3 of the run
-    interval: int | None = None,  # POPD's, in steps
+    growth: int | None = None,  # POPD's, in tokens; by default T is reached at 2/3 of the run (ours)
+    interval: int | None = None,  # POPD's, in steps; by default 1/30 of the run (ours: none is published)
 ) -> Callable[[int], int]:
     """The function step -> H; None is a default. Raises BadInput if the settings make no schedule."""
     law, default = SCHEDULES[name]
@@ -44,17 +43,13 @@ def make_schedule(
     if name == "full" and start < budget:
         raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")
     if law is not popd and (growth, interval) != (None, None):
-        raise BadInput(
-            f"schedule {name} never grows: drop POPD's growth and interval, or use --schedule popd"
-        )
+        raise BadInput(f"schedule {name} does not grow: drop POPD's growth and interval, or use popd")
     interval = max(1, steps // 30) if interval is None else interval
     if growth is None:
         growth = math.ceil((budget - start) / max(1, steps * 2 // 3 // max(1, interval)))
     if law is popd and (growth < 1 or not 1 <= interval < steps):
-        what = (
-            f"popd from {start} to {budget} tokens never grows: {steps} steps, {growth} more every {interval}"
-        )
-        raise BadInput(f"{what}; start lower, grow by more, or more often")
+        what = f"popd from {start} to {budget} tokens in {steps} steps, {growth} more every {interval}"
+        raise BadInput(f"{what}, never grows: start lower, grow by more, or more often")
     return partial(law, budget=budget, start=start, growth=growth, interval=interval)
 
 

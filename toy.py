@@ -52,7 +52,7 @@ PRESET = {  # train.py's knobs for this world
     "lr": 1e-3,
     "eval_every": 10,
     "eval_limit": 100,
-    "eval_batch": 100,
+    "eval_batch": "100",
     "eval_temperature": 1.0,  # greedy would show the likelier way alone
     "dtype": "float32",
 }

@@ -24,6 +24,7 @@ from eval_math import INSTRUCTION, evaluate
 from opd import DIVERGENCES, opd_loss
 from rollout import Rollout, rollout
 from schedules import SCHEDULES, make_schedule
+from scores import score as summarize
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Knobs:
     clip: float = knob(1.0, "largest gradient norm", 0)
     eval_every: int = knob(0, "steps between evaluations, besides before and after; 0: none", 0)
     eval_limit: int = knob(64, "held-out problems; 0: no evaluation", 0)
-    eval_batch: int = knob(32, "answers sampled together in evaluation", 1)
+    eval_batch: str = knob("auto", "answers sampled together in evaluation; auto: what fits, up to 64")
     eval_temperature: float = knob(0.0, "0 is greedy", 0)
     show_every: int = knob(10, "steps between rollouts shown with the teacher's gap per token; 0: none", 0)
     seed: int = knob(0, "of data order and sampling", 0)
@@ -95,11 +96,11 @@ def score(pair: data.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, 
 
 
 def train(knobs: Knobs, schedule: Callable, pair: data.Pair, prompts: list, grade: Callable, folder: Path):
-    """The run: `steps` times sample, score, update. `grade(model)` gives a model's held-out score."""
+    """The run: `steps` times sample, score, update. `grade(model, name)` gives a model's held-out score."""
     student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
     batches = data.batches(prompts, knobs.batch_size, knobs.seed)
-    summary = {"before": grade(student), "teacher": grade(pair.teacher)}
+    summary = {"before": grade(student, "before"), "teacher": grade(pair.teacher, "teacher")}
     began, bar = time.perf_counter(), tqdm(range(knobs.steps), mininterval=0.5)
     try:
         for step in bar:
@@ -122,13 +123,14 @@ def train(knobs: Knobs, schedule: Callable, pair: data.Pair, prompts: list, grad
 
             row["seconds"] = time.perf_counter() - began
             if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
-                row["accuracy"] = grade(student)["accuracy"]
+                row["accuracy"] = grade(student, f"step_{step + 1}")["accuracy"]
             report.log_step(folder, bar, row, ro, stats)
             if knobs.show_every and step % knobs.show_every == 0:
                 report.show_rollout(folder, bar, step, pair.tokenizer, ro, stats)
     finally:  # after Ctrl-C too, and after a fault
         pair.save_student(folder / "student")
-    report.finish(folder, summary | {"after": grade(student), "seconds": time.perf_counter() - began})
+    summary["seconds"] = time.perf_counter() - began
+    report.finish(folder, summary | {"after": grade(student, "after")})
 
 
 def main() -> None:
@@ -138,27 +140,26 @@ def main() -> None:
     print(f"preset {preset}; for the other one: --preset {'toy' if preset == 'qwen' else 'qwen'}", flush=True)
     knobs = Knobs(**((toy.PRESET if preset == "toy" else {}) | given | {"preset": preset}))
     if (rows := knobs.batch_size * knobs.rollouts_per_prompt) % knobs.micro_batch:
-        raise BadInput(
-            f"{rows} rollouts a step do not divide by --micro-batch {knobs.micro_batch}: mend either"
-        )
+        raise BadInput(f"{rows} rollouts do not divide by --micro-batch {knobs.micro_batch}: mend either")
     settings = knobs.max_new_tokens, knobs.steps, knobs.horizon, knobs.popd_growth, knobs.popd_interval
     schedule = make_schedule(knobs.schedule, *settings)
     folder = report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
     if preset == "toy":
         knobs = replace(knobs, **(toy.sources(knobs.world) | given))
-    device = data.find_device(knobs.device)
-    dtype = getattr(torch, knobs.dtype) if knobs.dtype else data.fastest_dtype(device)
+    knobs = replace(knobs, dtype=data.dtype_name(knobs.dtype, device := data.find_device(knobs.device)))
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
-    pair = data.load_pair(knobs.student, knobs.teacher, dtype, device, knobs.checkpointing)
+    pair = data.load_pair(knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     asked = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
-    data.check_context(pair, prompts + asked, knobs.max_new_tokens)
-    report.write_config(folder, asdict(knobs) | {"dtype": str(dtype)}, device)
+    data.check_context([pair.student, pair.teacher], prompts + asked, knobs.max_new_tokens)
+    report.write_config(folder, asdict(knobs), device)
 
-    def grade(model) -> dict | None:
-        sizes = knobs.max_new_tokens, knobs.eval_batch, knobs.eval_temperature, knobs.seed
+    def grade(model, name: str) -> dict | None:
+        size = data.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
+        how = folder / f"eval_{name}.jsonl", knobs.max_new_tokens, size, 1, knobs.seed
         with pair.compute(cache_weights=True):
-            return evaluate(model, pair.tokenizer, asked, test, pair.ends, *sizes)[0] if test else None
+            law = {"temperature": knobs.eval_temperature}
+            return summarize(evaluate(model, pair.tokenizer, asked, test, pair.ends, *how, **law))
 
     train(knobs, schedule, pair, prompts, grade, folder)
 

@@ -41,7 +41,7 @@ def main() -> None:
     if not knobs.student or not knobs.teacher:
         raise BadInput("--student and --teacher are both needed: name two model folders or hub models")
     device = data.find_device("")
-    dtype = getattr(torch, knobs.dtype) if knobs.dtype else data.fastest_dtype(device)
+    dtype = data.dtype_name(knobs.dtype, device)
     problems = data.subset(data.read_problems(knobs.data, "test"), knobs.prompts, knobs.seed)
     pair = data.load_pair(knobs.student, knobs.teacher, dtype, device, checkpointing=False)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, "")

@@ -167,7 +167,8 @@ def test_the_toy_student_learns_with_every_schedule(world, tmp_path, monkeypatch
     assert [int(row["step"]) for row in rows] == list(range(40))
     assert summary["response_tokens"] == sum(int(row["response_tokens"]) for row in rows)
     config = json.loads((out / "config.json").read_text())
-    assert config["schedule"] == flags[1] and {"torch", "transformers", "git_commit"} <= set(config)
+    assert config["schedule"] == flags[1]
+    assert {"torch", "transformers", "git_commit", "hardware"} <= set(config["environment"])
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert "student after" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(out / "student").config.vocab_size
@@ -323,11 +324,7 @@ def test_toy_answers(world):
 def test_student_and_teacher_see_one_rendering(world):
     """One prompt, rendered once: both models score the same ids."""
     pair = data.load_pair(
-        str(world / "student"),
-        str(world / "teacher"),
-        torch.float32,
-        torch.device("cpu"),
-        checkpointing=False,
+        str(world / "student"), str(world / "teacher"), "float32", torch.device("cpu"), checkpointing=False
     )
     seen = {}
     for name in ("student", "teacher"):
@@ -346,6 +343,6 @@ def test_shared_vocabulary_of_unequal_models(tmp_path, world, capsys):
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path)
     device = torch.device("cpu")
-    pair = data.load_pair(str(world / "student"), str(tmp_path), torch.float32, device, checkpointing=False)
+    pair = data.load_pair(str(world / "student"), str(tmp_path), "float32", device, checkpointing=False)
     assert pair.vocab_size == pair.student.config.vocab_size
     assert capsys.readouterr().out.count("using the first") == 1
