@@ -36,9 +36,8 @@ def main() -> None:
                 row |= {name: summary[name]["accuracy"], f"{name}_se": summary[name]["se"]}
             row |= {"n": summary["after"]["n"], "response_tokens": summary["response_tokens"]}
             row |= {"seconds": sum(float(r[c]) for r in report.read_csv(out / "metrics.csv") for c in PHASES)}
-            report.append_csv(
-                table, [row | {"hardware": json.loads((out / "config.json").read_text())["hardware"]}]
-            )
+            row["hardware"] = json.loads((out / "config.json").read_text())["environment"]["hardware"]
+            report.append_csv(table, [row])
             if flags == "--schedule topd --horizon 0.1":
                 shutil.copy(out / "curve.png", table.with_name("toy_topd.png"))
 
