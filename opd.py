@@ -1,8 +1,8 @@
 """The loss of on-policy distillation: how far the student is from the teacher, on the student's own tokens.
 
 Shapes: N response tokens, C of them in a chunk, V vocabulary, D hidden size (the two models' may differ).
-Full fp32 logits are 0.6 MB a token at V = 151,936. So the loss takes hidden states and projects them a chunk
-at a time; backward projects each chunk again rather than remember its logits.
+Full fp32 logits are 0.6 MB a token at V = 151,936. So the loss takes hidden states, projects them a chunk
+at a time, and takes the chunk's gradient while its logits are at hand: none is kept, none is computed twice.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
@@ -50,6 +49,18 @@ class Head(NamedTuple):
     softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
     vocab_size: int
 
+    def cast(self) -> "Head":
+        """A copy in the dtype that matmuls run in, cut to V rows: made once a loss, not once a chunk."""
+        kind, v = self.weight.device.type, self.vocab_size
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        weight, bias = (
+            x if x is None else x[:v].detach().to(dtype).requires_grad_(x.requires_grad) for x in self[:2]
+        )
+        return self._replace(weight=weight, bias=bias)
+
+    def parameters(self) -> list[Tensor]:
+        return [x for x in (self.weight, self.bias) if x is not None and x.requires_grad]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(C, D) -> (C, V), in the dtype that the model itself computes in."""
         cut = len(self.weight) > self.vocab_size  # an idle cut would cost backward a copy of the weight
@@ -81,6 +92,20 @@ def token_stats(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> d
     }
 
 
+class WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already: backward hands them out, times what comes from above."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, above: Tensor) -> tuple:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they serve one backward
+        return None, None, *(gradient.mul_(above) for gradient in gradients)
+
+
 def opd_loss(
     student: tuple[Head, Tensor],  # head, and the hidden states that predict the response tokens: (N, D)
     teacher: tuple[Head, Tensor],  # the same of the teacher
@@ -94,17 +119,22 @@ def opd_loss(
 
     The text before a token is taken as given: no gradient flows through the sampling.
     """
-
-    def of_chunk(student_hidden: Tensor, teacher_hidden: Tensor, chunk_tokens: Tensor):
-        student_logp = student[0].logp(student_hidden, temperature)  # (C, V)
+    head, learns, stats = student[0].cast(), torch.is_grad_enabled(), []
+    inputs = [student[1], *student[0].parameters()]
+    total, gradients = tokens.new_zeros((), dtype=torch.float), [torch.zeros_like(x) for x in inputs]
+    for start in range(0, max(len(tokens), 1), chunk):
+        rows = slice(start, start + chunk)
+        hidden = student[1][rows].detach().to(head.weight.dtype).requires_grad_(learns)  # (C, D)
+        student_logp = head.logp(hidden, temperature)  # (C, V)
         with torch.no_grad():
-            teacher_logp = teacher[0].logp(teacher_hidden, temperature)  # (C, V)
-        loss = DIVERGENCES[divergence](student_logp, teacher_logp, chunk_tokens).sum()
-        return loss, token_stats(student_logp, teacher_logp, chunk_tokens)
-
-    total, stats = student[1].sum() * 0, []  # differentiable even without a token
-    for chunks in zip(student[1].split(chunk), teacher[1].split(chunk), tokens.split(chunk)):
-        loss, chunk_stats = checkpoint(of_chunk, *chunks, use_reentrant=False)
-        total = total + loss / max(normalizer, 1)
-        stats.append(chunk_stats)
-    return total, {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
+            teacher_logp = teacher[0].logp(teacher[1][rows], temperature)  # (C, V)
+        loss = DIVERGENCES[divergence](student_logp, teacher_logp, tokens[rows]).sum() / max(normalizer, 1)
+        stats.append(token_stats(student_logp, teacher_logp, tokens[rows]))
+        total = total + loss.detach()
+        if learns:
+            of_hidden, *of_head = torch.autograd.grad(loss, [hidden, *head.parameters()])
+            gradients[0][rows] = of_hidden
+            for gradient, part in zip(gradients[1:], of_head):
+                gradient[: head.vocab_size] += part
+    loss = WithGradients.apply(total, gradients, *inputs) if learns else total
+    return loss, {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
