@@ -151,18 +151,19 @@ def evaluate_model(name: str, label: str, problems: dict, knobs: Knobs, folder: 
     import torch
 
     import data
+    import models
     import report
 
-    device = data.find_device(knobs.device)
-    tokenizer = data.load_tokenizer(name)
-    model = data.load_model(name, getattr(torch, knobs.dtype), device)
-    records, ends = {}, data.end_ids(model, tokenizer)
+    device = models.find_device(knobs.device)
+    tokenizer = models.load_tokenizer(name)
+    model = models.load_model(name, getattr(torch, knobs.dtype), device)
+    records, ends = {}, models.end_ids(model, tokenizer)
     for benchmark, asked in problems.items():
         default = BENCHMARKS[benchmark][2] if benchmark in BENCHMARKS else INSTRUCTION
         instruction = default if knobs.instruction is None else knobs.instruction
         prompts = data.render(tokenizer, asked, instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT)
-        data.check_context([model], prompts, knobs.max_new_tokens)
-        size = data.batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
+        models.check_context([model], prompts, knobs.max_new_tokens)
+        size = models.batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         law = {"temperature": knobs.temperature, "top_p": knobs.top_p}
         how = folder / f"{label}-{benchmark}.jsonl", knobs.max_new_tokens, size, knobs.samples, knobs.seed
         if not (folder / "config.json").exists():  # nothing is written before all is known to be there
@@ -176,7 +177,7 @@ def main() -> None:
     if "regrade" in given:
         regrade(given["regrade"])
         return
-    import data
+    import models
     import report
 
     if "resume" in given:
@@ -185,7 +186,7 @@ def main() -> None:
         knobs = Knobs(**given)
         check(knobs)
         folder = report.new_folder(knobs.out, "eval")
-        knobs = replace(knobs, dtype=data.dtype_name(knobs.dtype, data.find_device(knobs.device)))
+        knobs = replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))
     problems = problems_by_name(knobs)
     labels = [f"{chr(ord('A') + i)}-{Path(name).name}" for i, name in enumerate(knobs.model)]
     runs = {label: evaluate_model(n, label, problems, knobs, folder) for n, label in zip(knobs.model, labels)}

@@ -20,26 +20,6 @@ class Rollout:
     logp: Tensor  # (B, R) fp32 log-probability of each token under the law it was sampled from
     finished: Tensor  # (B,) bool: ended with an end token, was not cut at the horizon
 
-    def sequences(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Model input for `rows`: ids (b, L), and predicts (b, L): which states predict a response token.
-
-        `hidden[predicts]` is in the order of `tokens[rows][response_mask[rows]]`. Padding goes to the right,
-        where causal attention never looks: scoring needs no attention mask.
-        """
-        texts = [self.prompts[row] + self.tokens[row][self.response_mask[row]].tolist() for row in rows]
-        ids = self.tokens.new_zeros(len(rows), max(map(len, texts)) - 1)  # nothing to predict from the last
-        predicts = torch.zeros_like(ids, dtype=torch.bool)
-        for i, (row, text) in enumerate(zip(rows, texts)):
-            ids[i, : len(text) - 1] = ids.new_tensor(text[:-1])
-            predicts[i, len(self.prompts[row]) - 1 : len(text) - 1] = True  # state t predicts token t + 1
-        return ids, predicts
-
-    def micro_batches(self, size: int) -> list[list[int]]:
-        """Row numbers in groups of `size`, rows of like length together so that little is padding."""
-        lengths = [len(p) + n for p, n in zip(self.prompts, self.response_mask.sum(1).tolist())]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        return [order[i : i + size] for i in range(0, len(order), size)]
-
 
 def sample(
     logits: Tensor, temperature: float, generator: torch.Generator | None, top_p: float = 1.0

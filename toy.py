@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from cli import BadInput, knob, parse, run
+from cli import knob, parse, run
 
 CACHE = Path(__file__).parent / ".cache" / "toy"
 WORLDS = ("opening", "closing")
@@ -47,7 +47,7 @@ PRESET = {  # train.py's knobs for this world
     "max_new_tokens": 128,
     "steps": 40,
     "batch_size": 32,
-    "micro_batch": 32,
+    "micro_batch": 8192,
     "checkpointing": False,
     "lr": 1e-3,
     "eval_every": 10,
@@ -188,12 +188,15 @@ def write_world(folder: Path, world: str, recipe: Recipe) -> None:
             tokenizer.save_pretrained(folder / name)
 
 
+def folder_of(world: str, recipe: Recipe, cache: Path) -> Path:
+    """Where a world is or will be; another recipe, or another state of this file, is another world."""
+    source = Path(__file__).read_text(encoding="utf-8") + json.dumps(asdict(recipe))
+    return cache / f"{world}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+
 def build(world: str, recipe: Recipe = Recipe(), cache: Path = CACHE) -> Path:
     """The folder of a world, built if it is not there: student/, teacher/, train.jsonl, test.jsonl."""
-    if world not in WORLDS:
-        raise BadInput(f"world {world!r} is unknown: choose from {', '.join(WORLDS)}")
-    source = Path(__file__).read_text(encoding="utf-8") + json.dumps(asdict(recipe))
-    folder = cache / f"{world}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    folder = folder_of(world, recipe, cache)
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # seen under its name only when whole
         shutil.rmtree(part, ignore_errors=True)
@@ -204,15 +207,19 @@ def build(world: str, recipe: Recipe = Recipe(), cache: Path = CACHE) -> Path:
     return folder
 
 
-def sources(world: str) -> dict[str, str]:
-    """train.py's --student, --teacher and --data for a world."""
-    folder = build(world)
-    return {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": str(folder)}
+def preset(world: str) -> dict:
+    """train.py's knobs for a world, which need not be there yet."""
+    folder = folder_of(world, Recipe(), CACHE)
+    return PRESET | {
+        "student": str(folder / "student"),
+        "teacher": str(folder / "teacher"),
+        "data": str(folder),
+    }
 
 
 @dataclass
 class Knobs:
-    world: str = knob("opening", f"one of {', '.join(WORLDS)}")
+    world: str = knob("opening", "where student and teacher part", choices=WORLDS)
 
 
 def main() -> None:

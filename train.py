@@ -9,7 +9,7 @@ Left out: top-k and top-p in training (the loss must differentiate the law that 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,14 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import models
+import prepare
 import report
 import toy
-from cli import BadInput, knob, parse, run
-from eval_math import INSTRUCTION, evaluate
+from cli import knob, parse, run
+from eval_math import INSTRUCTION
 from opd import DIVERGENCES, opd_loss
 from rollout import Rollout, rollout
 from schedules import SCHEDULES, make_schedule
-from scores import score as summarize
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Knobs:
     steps: int = knob(200, "optimizer steps", 1)
     batch_size: int = knob(16, "prompts a step", 1)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", 1)
-    micro_batch: int = knob(4, "rows in one forward and backward: sets memory, not the result", 1)
+    micro_batch: int = knob(4096, "tokens in one forward and backward: sets memory, not the result", 1)
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
     temperature: float = knob(1.0, "of the sampling, and of both models in the loss", 0.01)
     lr: float = knob(2e-6, "peak learning rate", 0)
@@ -72,21 +73,21 @@ def learning_rate(step: int, knobs: Knobs) -> float:
     return knobs.lr * climb * fall
 
 
-def score(pair: data.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, Tensor], float]:
+def score(pair: models.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, Tensor], float]:
     """Loss of a rollout, its gradients added to the student's a micro-batch at a time (none under no_grad).
 
     Returns the loss, `token_stats` with each token's row and position, and the teacher's seconds.
     """
     loss, stats, teacher_s, normalizer = 0.0, [], 0.0, int(ro.response_mask.sum())
-    for rows in ro.micro_batches(knobs.micro_batch):
-        ids, predicts = ro.sequences(rows)  # (b, L) both
+    for rows in models.micro_batches(ro, knobs.micro_batch):
+        ids, predicts = models.sequences(ro, rows)  # (b, L) both
         mask, started = ro.response_mask[rows], time.perf_counter()
         tokens, (row, position) = ro.tokens[rows][mask], mask.nonzero().T  # (N,) each
         with pair.compute():
             with torch.no_grad():
-                teacher = pair.teacher_head, data.hidden_states(pair.teacher, ids, predicts)  # (N, D_T)
+                teacher = pair.teacher_head, models.hidden_states(pair.teacher, ids, predicts)  # (N, D_T)
             teacher_s += pair.seconds_since(started)
-            student = pair.student_head, data.hidden_states(pair.student, ids, predicts)  # (N, D_S)
+            student = pair.student_head, models.hidden_states(pair.student, ids, predicts)  # (N, D_S)
             part, seen = opd_loss(student, teacher, tokens, normalizer, knobs.divergence, knobs.temperature)
         if part.requires_grad:
             part.backward()
@@ -95,7 +96,7 @@ def score(pair: data.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, 
     return loss, {name: torch.cat([s[name] for s in stats]) for name in stats[0]}, teacher_s
 
 
-def train(knobs: Knobs, schedule: Callable, pair: data.Pair, prompts: list, grade: Callable, folder: Path):
+def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, grade: Callable, folder: Path):
     """The run: `steps` times sample, score, update. `grade(model, name)` gives a model's held-out score."""
     student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
@@ -135,32 +136,13 @@ def train(knobs: Knobs, schedule: Callable, pair: data.Pair, prompts: list, grad
 
 def main() -> None:
     """Check all that can be checked before the first step, then train."""
-    given = parse(Knobs, __doc__, None)
-    preset = given.get("preset") or ("qwen" if torch.cuda.is_available() else "toy")
-    print(f"preset {preset}; for the other one: --preset {'toy' if preset == 'qwen' else 'qwen'}", flush=True)
-    knobs = Knobs(**((toy.PRESET if preset == "toy" else {}) | given | {"preset": preset}))
-    if (rows := knobs.batch_size * knobs.rollouts_per_prompt) % knobs.micro_batch:
-        raise BadInput(f"{rows} rollouts do not divide by --micro-batch {knobs.micro_batch}: mend either")
-    settings = knobs.max_new_tokens, knobs.steps, knobs.horizon, knobs.popd_growth, knobs.popd_interval
-    schedule = make_schedule(knobs.schedule, *settings)
-    folder = report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
-    if preset == "toy":
-        knobs = replace(knobs, **(toy.sources(knobs.world) | given))
-    knobs = replace(knobs, dtype=data.dtype_name(knobs.dtype, device := data.find_device(knobs.device)))
-    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
-    pair = data.load_pair(knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing)
-    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    asked = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
-    data.check_context([pair.student, pair.teacher], prompts + asked, knobs.max_new_tokens)
-    report.write_config(folder, asdict(knobs), device)
-
-    def grade(model, name: str) -> dict | None:
-        size = data.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
-        how = folder / f"eval_{name}.jsonl", knobs.max_new_tokens, size, 1, knobs.seed
-        with pair.compute(cache_weights=True):
-            law = {"temperature": knobs.eval_temperature}
-            return summarize(evaluate(model, pair.tokenizer, asked, test, pair.ends, *how, **law))
-
+    knobs = prepare.settings(Knobs, parse(Knobs, __doc__, None))
+    lengths = knobs.max_new_tokens, knobs.steps, knobs.horizon, knobs.popd_growth, knobs.popd_interval
+    schedule = make_schedule(knobs.schedule, *lengths)
+    folder = report.new_folder(knobs.out, f"{knobs.preset}-{knobs.schedule}")
+    knobs = prepare.with_dtype(knobs)
+    pair, prompts, grade = prepare.load(knobs, folder)
+    report.write_config(folder, asdict(knobs), pair.student.device)
     train(knobs, schedule, pair, prompts, grade, folder)
 
 

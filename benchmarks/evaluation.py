@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data
+import models
 import report
 from cli import BadInput, knob, parse, run
 from eval_math import INSTRUCTION
@@ -52,11 +53,11 @@ def time_grading(problems: list, n: int, seed: int) -> dict:
 
 def time_sampling(knobs: Knobs, problems: list) -> dict:
     """Seconds of this project's sampler and of `generate` for the same answers."""
-    device = data.find_device("")
-    tokenizer = data.load_tokenizer(knobs.model)
-    model = data.load_model(knobs.model, getattr(torch, data.dtype_name("", device)), device)
+    device = models.find_device("")
+    tokenizer = models.load_tokenizer(knobs.model)
+    model = models.load_model(knobs.model, getattr(torch, models.dtype_name("", device)), device)
     prompts = sorted(data.render(tokenizer, problems, knobs.instruction), key=len, reverse=True)
-    ends, seconds, written = sorted(data.end_ids(model, tokenizer)), {"ours": 0.0, "generate": 0.0}, {}
+    ends, seconds, written = sorted(models.end_ids(model, tokenizer)), {"ours": 0.0, "generate": 0.0}, {}
 
     def ours(batch):
         ro = rollout(model, batch, knobs.max_new_tokens, set(ends), temperature=0)
@@ -111,7 +112,7 @@ def main() -> None:
         "mean_length",
         "length_sd",
     )
-    hardware = report.environment(data.find_device(""))["hardware"]
+    hardware = report.environment(models.find_device(""))["hardware"]
     for row in rows:
         row |= {"data": Path(knobs.data).name, "hardware": hardware}
         print({name: value for name, value in row.items()})

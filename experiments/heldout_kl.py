@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+import models
 import report
 from cli import BadInput, knob, parse, run
 from eval_math import INSTRUCTION
@@ -40,10 +41,10 @@ def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__, None))
     if not knobs.student or not knobs.teacher:
         raise BadInput("--student and --teacher are both needed: name two model folders or hub models")
-    device = data.find_device("")
-    dtype = data.dtype_name(knobs.dtype, device)
+    device = models.find_device("")
+    dtype = models.dtype_name(knobs.dtype, device)
     problems = data.subset(data.read_problems(knobs.data, "test"), knobs.prompts, knobs.seed)
-    pair = data.load_pair(knobs.student, knobs.teacher, dtype, device, checkpointing=False)
+    pair = models.load_pair(knobs.student, knobs.teacher, dtype, device, checkpointing=False)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, "")
     generator = torch.Generator(device).manual_seed(knobs.seed)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import data
+import models
 import toy
 
 torch.set_num_threads(2)
@@ -19,10 +19,10 @@ def tiny(seed: int = 0, **changes) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(Qwen2Config(**(sizes | heads | ids | changes))).eval()
 
 
-def pair_of(student, teacher, dtype=torch.float32, ends=(END,)) -> data.Pair:
+def pair_of(student, teacher, dtype=torch.float32, ends=(END,)) -> models.Pair:
     vocab = min(student.config.vocab_size, teacher.config.vocab_size)
-    heads = data.head_of(student, vocab), data.head_of(teacher, vocab)
-    return data.Pair(student, teacher.requires_grad_(False), *heads, None, vocab, set(ends), dtype)
+    heads = models.head_of(student, vocab), models.head_of(teacher, vocab)
+    return models.Pair(student, teacher.requires_grad_(False), *heads, None, vocab, set(ends), dtype)
 
 
 @pytest.fixture(scope="session")

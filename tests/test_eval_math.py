@@ -15,6 +15,7 @@ from conftest import END, tiny
 import cli
 import data
 import eval_math
+import models
 from rollout import sample
 from scores import difference, is_repeating, score, summarize, tell, wilson
 
@@ -238,16 +239,16 @@ def test_thinking_is_off_unless_asked():
 def test_batch_size(monkeypatch):
     """auto takes what free memory holds; a size that does not fit says what it needs, before it samples."""
     model, prompts = tiny(END), [[1] * 100]
-    assert data.batch_that_fits(model, prompts, 1000, "auto") == 64
-    assert data.batch_that_fits(model, prompts, 1000, "7") == 7
+    assert models.batch_that_fits(model, prompts, 1000, "auto") == 64
+    assert models.batch_that_fits(model, prompts, 1000, "7") == 7
     row = 2 * 3 * 2 * 4 * 4 * 1100 + 100 * (6 * 16 + 3 * 32) * 4 + 20 * 50
     monkeypatch.setattr(data, "free_memory", lambda device: math.ceil(row * 5.5 / 0.9))
-    assert data.batch_that_fits(model, prompts, 1000, "auto") == 5
+    assert models.batch_that_fits(model, prompts, 1000, "auto") == 5
     with pytest.raises(cli.BadInput, match="6 answers at once need"):
-        data.batch_that_fits(model, prompts, 1000, "6")
+        models.batch_that_fits(model, prompts, 1000, "6")
     monkeypatch.setattr(data, "free_memory", lambda device: row // 2)
     with pytest.raises(cli.BadInput, match="1 answers at once need"):
-        data.batch_that_fits(model, prompts, 1000, "auto")
+        models.batch_that_fits(model, prompts, 1000, "auto")
 
 
 def write(path, text):

@@ -9,6 +9,7 @@ from conftest import V, pair_of, tiny
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import data
+import models
 import opd
 import report
 
@@ -160,7 +161,7 @@ def test_head_of_soft_capped_gemma_is_honoured():
         "head_dim": 8,
     }
     config = Gemma2Config(**small, num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=0.5)
-    assert data.head_of(Gemma2ForCausalLM(config).eval(), V).softcap == 0.5
+    assert models.head_of(Gemma2ForCausalLM(config).eval(), V).softcap == 0.5
 
 
 def test_head_that_does_more_is_refused_by_name():
@@ -174,7 +175,7 @@ def test_head_that_does_more_is_refused_by_name():
 
     model.forward = scaled
     with pytest.raises(data.BadInput, match="Qwen2ForCausalLM"):
-        data.head_of(model, V)
+        models.head_of(model, V)
 
 
 def test_a_larger_vocabulary_is_cut_to_the_shared_ids():

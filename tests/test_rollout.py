@@ -5,6 +5,7 @@ import torch
 from conftest import END, V, tiny
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import models
 from rollout import rollout, sample
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]  # unequal lengths, and ids equal to padding
@@ -150,12 +151,21 @@ def test_sequences_pick_the_states_that_predict_the_response():
     model = tiny()
     ro = rollout(model, PROMPTS, 6, {END})
     rows = [2, 0, 3, 1]
-    ids, predicts = ro.sequences(rows)
+    ids, predicts = models.sequences(ro, rows)
     logp = model(input_ids=ids).logits.log_softmax(-1)[predicts]
     tokens, mask = ro.tokens[rows], ro.response_mask[rows]
     assert torch.allclose(logp.gather(-1, tokens[mask][:, None])[:, 0], ro.logp[rows][mask], atol=1e-5)
 
 
-def test_micro_batches_hold_every_row_once():
-    ro = rollout(tiny(), PROMPTS, 6, {END})
-    assert sorted(sum(ro.micro_batches(3), [])) == [0, 1, 2, 3]
+def test_micro_batches_hold_every_row_once_within_their_budget():
+    """Longest first, so that what does not fit fails at once; a row beyond the budget stands alone."""
+    model = tiny()
+    ro = rollout(model, PROMPTS * 3, 6, {END, *range(20, 30)}, generator=torch.Generator().manual_seed(0))
+    lengths = [len(p) + int(n) for p, n in zip(ro.prompts, ro.response_mask.sum(1))]
+    for budget in (1, 20, 40, 999):
+        groups = models.micro_batches(ro, budget)
+        assert sorted(sum(groups, [])) == list(range(12))
+        assert all(len(g) * max(lengths[row] for row in g) <= budget or len(g) == 1 for g in groups)
+        order = [lengths[row] for row in sum(groups, [])]
+        assert order == sorted(order, reverse=True)
+    assert len(models.micro_batches(ro, 999)) == 1 and len(models.micro_batches(ro, 1)) == 12

@@ -1,0 +1,243 @@
+"""A pair of models that speak the same tokens, and what it takes to run them."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from cli import BadInput
+from opd import Head
+from rollout import Rollout
+
+
+def load_tokenizer(name: str):
+    """Raises BadInput if `name` is no model folder, or cannot be fetched."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise BadInput(f"model folder {name} does not exist: give a folder, or the name of a hub model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"cannot load {name} ({str(error).splitlines()[0]}): give a local folder, or check name and net"
+        ) from error
+    return tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device):
+    """A causal LM in eval mode, weights from safetensors alone. Raises BadInput."""
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load {name} ({str(error).splitlines()[0]}): give a complete model") from error
+    return model.to(device).eval()
+
+
+def shared_vocab(student: str, teacher: str, student_tokenizer, teacher_tokenizer) -> int:
+    """How many ids both models can score. Raises BadInput if the same id means different tokens."""
+    if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        ours, theirs = set(student_tokenizer.get_vocab().items()), set(teacher_tokenizer.get_vocab().items())
+        raise BadInput(
+            f"{student} and {teacher} have different tokenizers ({len(ours ^ theirs)} entries differ): "
+            "a teacher scores token ids, so choose one of the student's family"
+        )
+    sizes = [AutoConfig.from_pretrained(name).get_text_config().vocab_size for name in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        print(f"vocabularies of {sizes[0]} and {sizes[1]} rows, one tokenizer: using the first {min(sizes)}")
+    return min(sizes)
+
+
+def end_ids(model, tokenizer) -> set[int]:
+    """Every id that ends a response: chat models list several, and two models may prefer different ones."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    return {i for i in [*listed, tokenizer.eos_token_id] if i is not None}
+
+
+def context_length(model) -> int:
+    """The longest text that the model has positions for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def find_device(name: str) -> torch.device:
+    """The named device, or a CUDA GPU if there is one, else the CPU. Raises BadInput."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device {name!r} is not to be had ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
+def dtype_name(asked: str, device: torch.device) -> str:
+    """`asked`, or if that is empty the name of the dtype in which this device multiplies fastest."""
+    return asked or str(fastest_dtype(device)).removeprefix("torch.")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be used."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, asked: str) -> int:
+    """Rows to sample together: `asked`, or for "auto" as many as free memory holds, at most 64.
+
+    Counts the KV cache at its longest, the prompts' activations, and the sampler's rows of the vocabulary.
+    Raises BadInput with the bytes if not even that many, or one, would fit.
+    """
+    c, item, longest = model.config.get_text_config(), model.dtype.itemsize, max(map(len, prompts), default=0)
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    cache = 2 * (c.num_hidden_layers + 1) * heads * head_dim * item * (longest + max_new_tokens)
+    row = cache + longest * (6 * c.hidden_size + 3 * c.intermediate_size) * item + 5 * 4 * c.vocab_size
+    free = int(0.9 * free_memory(model.device))
+    size = min(64, free // row) if asked == "auto" else int(asked)
+    if size * row > free or size < 1:
+        rows = max(size, 1)
+        what = f"{rows} answers at once need {rows * row / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+        raise BadInput(f"{what}: lower --batch-size (auto takes what fits) or --max-new-tokens")
+    return size
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU; on a CPU bf16 or fp32, whichever multiplies faster here and now."""
+    if device.type != "cpu":
+        return torch.bfloat16
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.randn(64, 1024).to(dtype), torch.randn(4096, 1024).to(dtype)
+        runs = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            runs.append(time.perf_counter() - start)
+        return min(runs)
+
+    return min(torch.bfloat16, torch.float32, key=seconds)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student (fp32 weights, trainable) and teacher (frozen), and the token ids they share."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    student_head: Head
+    teacher_head: Head
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int  # ids that both models can score
+    ends: set[int]  # ids that end a response
+    dtype: torch.dtype  # of matmuls
+
+    def compute(self, cache_weights: bool = False):
+        """A context in which matmuls run in `dtype`: in bf16 the student's fp32 weights are cast on use.
+
+        Sampling reads each weight a hundred times, so it keeps the cast, which has no gradient. Training must
+        not meet such a copy, and adds up its gradients in fp32: it casts anew.
+        """
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.student.device.type, self.dtype, enabled, cache_enabled=cache_weights)
+
+    def seconds_since(self, start: float) -> float:
+        """Wall time since `start`, once the GPU has done what it was given."""
+        if self.student.device.type == "cuda":
+            torch.cuda.synchronize(self.student.device)
+        return time.perf_counter() - start
+
+    def save_student(self, folder: Path) -> None:
+        """An ordinary Hugging Face folder, in the dtype that the student computed in; fp32 stays behind."""
+        weights = {name: w.to(self.dtype) for name, w in self.student.state_dict().items()}
+        self.student.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_pair(
+    student_name: str, teacher_name: str, dtype_name: str, device: torch.device, checkpointing: bool
+) -> Pair:
+    """Raises BadInput if either is not to be had, or if they do not share a tokenizer."""
+    tokenizer, dtype = load_tokenizer(student_name), getattr(torch, dtype_name)
+    vocab_size = shared_vocab(student_name, teacher_name, tokenizer, load_tokenizer(teacher_name))
+    student = load_model(student_name, torch.float32, device)
+    teacher = load_model(teacher_name, dtype, device).requires_grad_(False)
+    if checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    # A teacher may end its answers with an id that the student's own list lacks: the student will learn it.
+    ends = end_ids(student, tokenizer) | end_ids(teacher, tokenizer)
+    student.generation_config.eos_token_id = sorted(ends)
+    heads = head_of(student, vocab_size), head_of(teacher, vocab_size)
+    return Pair(student, teacher, *heads, tokenizer, vocab_size, ends, dtype)
+
+
+def sequences(ro: Rollout, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """Model input for `rows`: ids (b, L), and predicts (b, L): which states predict a response token.
+
+    `hidden[predicts]` is in the order of `ro.tokens[rows][ro.response_mask[rows]]`. Padding goes right,
+    where causal attention never looks: scoring needs no attention mask.
+    """
+    texts = [ro.prompts[row] + ro.tokens[row][ro.response_mask[row]].tolist() for row in rows]
+    ids = ro.tokens.new_zeros(len(rows), max(map(len, texts)) - 1)  # nothing to predict from the last
+    predicts = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (row, text) in enumerate(zip(rows, texts)):
+        ids[i, : len(text) - 1] = ids.new_tensor(text[:-1])
+        predicts[i, len(ro.prompts[row]) - 1 : len(text) - 1] = True  # state t predicts token t + 1
+    return ids, predicts
+
+
+def micro_batches(ro: Rollout, budget: int) -> list[list[int]]:
+    """Row numbers in groups of at most `budget` tokens, padding included, or of one row that has more.
+
+    Longest first: what does not fit into memory fails at once. Like lengths together: little is padding.
+    """
+    lengths = [len(p) + n for p, n in zip(ro.prompts, ro.response_mask.sum(1).tolist())]
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def hidden_states(model, ids: Tensor, predicts: Tensor) -> Tensor:
+    """The last hidden states that predict a response token: (b, L), (b, L) -> (N, D)."""
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[predicts]
+
+
+def check_context(models: list, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises BadInput if a prompt and a full response do not fit into the context of every model."""
+    longest, room = max(map(len, prompts)), min(map(context_length, models))
+    if longest + max_new_tokens > room:
+        raise BadInput(
+            f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context "
+            f"of {room} tokens: lower --max-new-tokens or drop that problem"
+        )
+
+
+@torch.no_grad()
+def head_of(model, vocab_size: int) -> Head:
+    """A model's output head, checked against the model's own logits.
+
+    Raises BadInput, naming the model's class, if that does more than matmul, bias and soft cap.
+    """
+    linear, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    head = Head(linear.weight, getattr(linear, "bias", None), softcap, vocab_size)
+    ids = torch.arange(8, device=linear.weight.device)[None] % vocab_size
+    theirs = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
+    ours = head.logits(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state).float()
+    if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item()):
+        raise BadInput(
+            f"{type(model).__name__} changes its logits in a way that opd.Head lacks: add it there"
+        )
+    return head

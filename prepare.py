@@ -1,0 +1,50 @@
+"""All that a run needs before its first step, looked at in an order in which bad input costs nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import data
+import models
+import toy
+from eval_math import evaluate
+from scores import score
+
+
+def settings(knobs_class: type, given: dict):
+    """The knobs: what was given, over the preset's, over the defaults. Says which preset it is."""
+    preset = given.get("preset") or ("qwen" if torch.cuda.is_available() else "toy")
+    print(f"preset {preset}; for the other one: --preset {'toy' if preset == 'qwen' else 'qwen'}", flush=True)
+    of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
+    return knobs_class(**(of_preset | given | {"preset": preset}))
+
+
+def load(knobs, folder: Path) -> tuple[models.Pair, list[list[int]], Callable]:
+    """The pair, the rendered prompts, and `grade(model, name)`, which gives a model's held-out score.
+
+    Builds the toy world where it is asked for. Raises BadInput.
+    """
+    if knobs.preset == "toy":
+        toy.build(knobs.world)
+    device = models.find_device(knobs.device)
+    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
+    pair = models.load_pair(knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing)
+    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    asked = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
+    models.check_context([pair.student, pair.teacher], prompts + asked, knobs.max_new_tokens)
+
+    def grade(model, name: str) -> dict | None:
+        size = models.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
+        how = folder / f"eval_{name}.jsonl", knobs.max_new_tokens, size, 1, knobs.seed
+        with pair.compute(cache_weights=True):
+            law = {"temperature": knobs.eval_temperature}
+            return score(evaluate(model, pair.tokenizer, asked, test, pair.ends, *how, **law))
+
+    return pair, prompts, grade
+
+
+def with_dtype(knobs):
+    """The knobs with the device's faster dtype where none was given."""
+    return replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))
