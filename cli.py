@@ -11,6 +11,14 @@ class BadInput(ValueError):
     """The person's input is at fault: the message is one line with the value, the reason and the remedy."""
 
 
+class Stopped(Exception):
+    """The run ends early, and not by a bug: its exit code, and one line that says how to go on."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
 def knob(default: Any, help: str, least: float | None = None, choices: Iterable[str] | None = None) -> Any:
     """A dataclass field whose flag has this text under `--help`, and these limits."""
     choices = None if choices is None else tuple(choices)
@@ -60,11 +68,13 @@ def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[s
 
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit: 2 and one line on bad input, 130 after Ctrl-C. A bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a character gets "?", not an exception
     try:
         sys.exit(main())
-    except BadInput as error:
+    except (BadInput, Stopped) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.code if isinstance(error, Stopped) else 2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

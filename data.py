@@ -1,15 +1,16 @@
 """What goes in: problems, and the prompts that they become."""
 
-import itertools
 import json
 import random
-from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from cli import BadInput
 
 QUESTION_COLUMNS, ANSWER_COLUMNS = ("question", "problem"), ("answer", "final_answer")
+LONGEST = 200_000  # characters of a question: beyond any context, and a poisoned line stalls the tokenizer
+MARK = "\ue000"  # stands for the user's text in a template: no text of a person has it
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -42,20 +43,23 @@ def read_problems(source: str, split: str) -> list[Problem]:
 
 def read_jsonl(path: Path) -> list[dict]:
     """By hand for the line number: a library's error names neither line nor text."""
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:  # not str.splitlines: it also breaks lines at U+2028
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(
-                    f"{path} line {number} is not JSON ({error.msg}): {line[:40]!r}; mend or drop it"
-                )
-            if not isinstance(row, dict):
-                raise BadInput(f"{path} line {number} is not a JSON object: {line[:40]!r}; mend or drop it")
-            rows.append(row)
+    rows, number = [], 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # not str.splitlines: it also breaks lines at U+2028
+            for number, line in enumerate(file, 1):
+                if line.strip() and not isinstance(row := json.loads(line), dict):
+                    raise BadInput(
+                        f"{path} line {number} is not a JSON object: {line[:40]!r}; mend or drop it"
+                    )
+                rows += [row] if line.strip() else []
+    except json.JSONDecodeError as error:
+        raise BadInput(
+            f"{path} line {number} is not JSON ({error.msg}): {line[:40]!r}; mend or drop it"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path} line {number + 1} is not UTF-8 ({error.reason}): save the file as UTF-8"
+        ) from error
     return rows
 
 
@@ -104,6 +108,10 @@ def to_problem(row: dict, where: str) -> Problem:
         raise BadInput(f"{where} has no column {missing}, only {', '.join(map(str, row))}: rename the column")
     if isinstance(answer, list):  # OlympiadBench: an answer may have parts
         answer = ", ".join(map(str, answer))
+    if not str(question).strip() or not str(answer).strip():
+        raise BadInput(f"{where} has an empty question or answer: mend or drop it")
+    if len(str(question)) > LONGEST:
+        raise BadInput(f"{where} has a question of {len(question):,} characters: drop it")
     # GSM8K keeps its rationale in the answer, and the number itself after ####
     return Problem(str(question), str(answer).rpartition("####")[2].strip())
 
@@ -132,21 +140,37 @@ def render(
             name = tokenizer.name_or_path
             raise BadInput(f"the tokenizer of {name} has no chat template: give an instruction-tuned model")
         return [tokenizer(f"{few_shot}Question: {p.question}\nAnswer:")["input_ids"] for p in problems]
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    # enable_thinking is a switch of Qwen3's template; other templates do not read it
-    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "enable_thinking": thinking}
-    users = [{"role": "user", "content": problem.question + instruction} for problem in problems]
-    return [list(tokenizer.apply_chat_template([*system, user], **how)) for user in users]
+    return [chat_ids(tokenizer, p.question + instruction, system_prompt, thinking) for p in problems]
 
 
-def batches(prompts: list[list[int]], size: int, seed: int) -> Iterator[list[list[int]]]:
-    """Prompts in a new random order every epoch, for ever; a batch may span two epochs."""
-    order: list[int] = []
-    for epoch in itertools.count():
-        order += random.Random(f"{seed}/{epoch}").sample(range(len(prompts)), len(prompts))
-        while len(order) >= size:
-            yield [prompts[i] for i in order[:size]]
-            order = order[size:]
+def chat_ids(tokenizer, text: str, system_prompt: str, thinking: bool) -> list[int]:
+    """The chat template around one user's text, whose control tokens, such as <|im_end|>, are plain text."""
+
+    def rendered(content: str) -> str:
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        chat = [*system, {"role": "user", "content": content}]
+        # enable_thinking is a switch of Qwen3's template; other templates do not read it
+        how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": thinking}
+        return tokenizer.apply_chat_template(chat, **how)
+
+    plain = {"add_special_tokens": False}  # the template writes those that it wants
+    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not any(token in text for token in controls):
+        return tokenizer(rendered(text), **plain)["input_ids"]
+    before, after = rendered(MARK).split(MARK)
+    middle = tokenizer(text, split_special_tokens=True, **plain)["input_ids"]
+    return tokenizer(before, **plain)["input_ids"] + middle + tokenizer(after, **plain)["input_ids"]
+
+
+def batch(n: int, size: int, step: int, seed: int) -> list[int]:
+    """Which of n prompts a step takes: a new random order every epoch; a batch may span two of them."""
+    places = range(step * size, (step + 1) * size)
+    return [order(n, place // n, seed)[place % n] for place in places]
+
+
+@lru_cache(maxsize=2)
+def order(n: int, epoch: int, seed: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
 def train_and_test(source: str, held_out: str, limit: int, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -164,5 +188,6 @@ def train_and_test(source: str, held_out: str, limit: int, seed: int) -> tuple[l
         raise BadInput(
             f"{source} has {len(problems)} problems, none left after {limit} held out: lower --eval-limit"
         )
-    test = set(random.Random(seed).sample(range(len(problems)), limit))
-    return [p for i, p in enumerate(problems) if i not in test], [problems[i] for i in sorted(test)]
+    test = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
+    asked = {p.question for p in test}  # by its text: a file may hold a problem twice
+    return [p for p in problems if p.question not in asked], test

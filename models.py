@@ -1,11 +1,13 @@
 """A pair of models that speak the same tokens, and what it takes to run them."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -26,22 +28,35 @@ def load_tokenizer(name: str):
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise BadInput(f"model folder {name} does not exist: give a folder, or the name of a hub model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"cannot load {name} ({str(error).splitlines()[0]}): give a local folder, or check name and net"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # each from some broken folder
+        what = f"cannot load {name} ({first_line(error)})"
+        raise BadInput(f"{what}: give a whole model folder, or check name and network") from error
     return tokenizer
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device):
-    """A causal LM in eval mode, weights from safetensors alone. Raises BadInput."""
+    """A causal LM in eval mode, weights from safetensors alone, no code from its folder. Raises BadInput."""
     logging.disable_progress_bar()
+    how = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot load {name} ({str(error).splitlines()[0]}): give a complete model") from error
+        model = AutoModelForCausalLM.from_pretrained(name, **how)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"cannot load {name} ({first_line(error)}): give a complete model") from error
+    for weight, values in model.named_parameters():
+        if not values.isfinite().all():
+            raise BadInput(f"{name} has weights that are no numbers, in {weight}: fetch or train it again")
     return model.to(device).eval()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 def shared_vocab(student: str, teacher: str, student_tokenizer, teacher_tokenizer) -> int:
@@ -52,17 +67,26 @@ def shared_vocab(student: str, teacher: str, student_tokenizer, teacher_tokenize
             f"{student} and {teacher} have different tokenizers ({len(ours ^ theirs)} entries differ): "
             "a teacher scores token ids, so choose one of the student's family"
         )
-    sizes = [AutoConfig.from_pretrained(name).get_text_config().vocab_size for name in (student, teacher)]
+    sizes = [
+        AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
+        for name in (student, teacher)
+    ]
     if sizes[0] != sizes[1]:
         print(f"vocabularies of {sizes[0]} and {sizes[1]} rows, one tokenizer: using the first {min(sizes)}")
     return min(sizes)
 
 
 def end_ids(model, tokenizer) -> set[int]:
-    """Every id that ends a response: chat models list several, and two models may prefer different ones."""
+    """Every id that ends a response: chat models list several. Raises BadInput if there is none."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
-    return {i for i in [*listed, tokenizer.eos_token_id] if i is not None}
+    found = {i for i in [*listed, tokenizer.eos_token_id] if i is not None}
+    if not found:
+        name = tokenizer.name_or_path
+        raise BadInput(
+            f"{name} has no end token, so no answer would end: set eos_token_id in its generation config"
+        )
+    return found
 
 
 def context_length(model) -> int:
@@ -76,7 +100,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device {name!r} is not to be had ({str(error).splitlines()[0]}): try cpu") from error
+        raise BadInput(f"device {name!r} is not to be had ({first_line(error)}): try cpu") from error
     return device
 
 
@@ -160,8 +184,15 @@ class Pair:
     def save_student(self, folder: Path) -> None:
         """An ordinary Hugging Face folder, in the dtype that the student computed in; fp32 stays behind."""
         weights = {name: w.to(self.dtype) for name, w in self.student.state_dict().items()}
-        self.student.save_pretrained(folder, state_dict=weights)
-        self.tokenizer.save_pretrained(folder)
+        part, old = folder.with_suffix(".part"), folder.with_suffix(".old")
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+        self.student.save_pretrained(part, state_dict=weights)
+        self.tokenizer.save_pretrained(part)
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)  # seen under its name only when it is whole
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_pair(
@@ -172,6 +203,8 @@ def load_pair(
     vocab_size = shared_vocab(student_name, teacher_name, tokenizer, load_tokenizer(teacher_name))
     student = load_model(student_name, torch.float32, device)
     teacher = load_model(teacher_name, dtype, device).requires_grad_(False)
+    if teacher.num_parameters() < student.num_parameters():
+        print("the teacher is smaller than the student: fine if it is the better one", flush=True)
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     # A teacher may end its answers with an id that the student's own list lacks: the student will learn it.

@@ -3,22 +3,31 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import data
 import models
+import report
 import toy
 from eval_math import evaluate
 from scores import score
 
+# What may be given with --resume: it leaves the run the same, or longer.
+SAFE = ("steps", "save_every", "eval_every", "show_every", "micro_batch", "checkpointing", "eval_batch")
 
-def settings(knobs_class: type, given: dict):
-    """The knobs: what was given, over the preset's, over the defaults. Says which preset it is."""
+
+def settings(knobs_class: type, given: dict) -> tuple[Any, Path]:
+    """The knobs, those given over the preset's over the defaults, or a stopped run's; and the run folder."""
+    if "resume" in given:
+        return knobs_class(**report.resumed(knobs_class, given, SAFE)), Path(given["resume"])
     preset = given.get("preset") or ("qwen" if torch.cuda.is_available() else "toy")
     print(f"preset {preset}; for the other one: --preset {'toy' if preset == 'qwen' else 'qwen'}", flush=True)
     of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
-    return knobs_class(**(of_preset | given | {"preset": preset}))
+    knobs = knobs_class(**(of_preset | given | {"preset": preset}))
+    dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
+    return replace(knobs, dtype=dtype), report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
 
 
 def load(knobs, folder: Path) -> tuple[models.Pair, list[list[int]], Callable]:
@@ -43,8 +52,3 @@ def load(knobs, folder: Path) -> tuple[models.Pair, list[list[int]], Callable]:
             return score(evaluate(model, pair.tokenizer, asked, test, pair.ends, *how, **law))
 
     return pair, prompts, grade
-
-
-def with_dtype(knobs):
-    """The knobs with the device's faster dtype where none was given."""
-    return replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))

@@ -12,18 +12,21 @@ student/        an ordinary Hugging Face folder
 import csv
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-from cli import BadInput, run
+from cli import BadInput, Stopped, run
 from rollout import Rollout
 from scores import difference, difference_text
 
@@ -58,30 +61,69 @@ def environment(device: torch.device) -> dict[str, str]:
     return found
 
 
+def only_run(folder: Path) -> FileLock:
+    """A lock on the folder, which it makes, against a second run there. A dead process holds none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
+    return lock
+
+
 def write_config(folder: Path, knobs: dict, device: torch.device) -> None:
     """config.json, and a line that says where the run goes."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = knobs | {"environment": environment(device)}
     write_json(folder / "config.json", content)
     print(f"{content['environment']['hardware']}, {knobs['dtype']}; run folder {folder}", flush=True)
 
 
-def resumed(knobs_class: type, given: dict) -> dict:
-    """The knobs in the config.json of the run folder given["resume"]. Raises BadInput.
+def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict:
+    """The knobs in the config.json of the run folder given["resume"], with those of `safe` that are given.
 
-    So if it is not there, or not of such a run, or if other flags are given: the run's own hold.
+    Raises BadInput if it is not there or not of such a run, and for a flag that would change the run.
     """
     path = Path(given["resume"], "config.json")
-    if others := ", ".join("--" + name.replace("_", "-") for name in given if name != "resume"):
-        raise BadInput(f"--resume takes its settings from {path}: drop {others}, or start a new run")
     if not path.is_file():
         raise BadInput(f"there is no {path}: name the folder of a run that was started")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         knobs = {field.name: found[field.name] for field in dataclasses.fields(knobs_class)}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not of such a run ({error!r}): start a new one") from error
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()}
+    knobs = {name: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()}
+    for name in given.keys() - {"resume"}:
+        if name not in safe and given[name] != knobs[name]:
+            flag = f"--{name.replace('_', '-')} {given[name]}"
+            raise BadInput(
+                f"{flag} would change the run, which has {knobs[name]}: drop it, or start a new run"
+            )
+    if given.get("steps", 0) < knobs.get("steps", 0) and "steps" in given:
+        raise BadInput(f"--steps {given['steps']} is below the run's {knobs['steps']}: a run can only grow")
+    return knobs | given
+
+
+def settle(part: Path, path: Path) -> None:
+    """Give a file that is whole its name, so that after a power cut there is the old one or the new one."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def forget(folder: Path, step: int, total: int) -> None:
+    """Drop what a run of `total` steps wrote after `step`, from where it goes on: it is written again."""
+    for path in (folder / "metrics.csv", folder / "positions.csv"):
+        if path.exists():
+            rows = [row for row in read_csv(path) if None not in row.values() and int(row["step"]) < step]
+            path.unlink()
+            if rows:
+                append_csv(path, rows)
+    for path in folder.glob("eval_step_*.jsonl"):
+        if int(path.stem.rpartition("_")[2]) > step:
+            path.unlink()
+    if step < total:
+        (folder / "eval_after.jsonl").unlink(missing_ok=True)
 
 
 COLUMNS = (
@@ -121,13 +163,15 @@ def show_rollout(
     )
 
 
-def stop_not_finite(folder: Path, row: dict, ro: Rollout, tokenizer) -> None:
-    """Save the batch whose loss or gradient is no number, and end the run with exit code 1."""
+def stop_not_finite(folder: Path, row: dict, ids: list[int], ro: Rollout, stats: dict, tokenizer) -> None:
+    """Save the batch whose loss or gradient is no number, its bad rows first; raises Stopped."""
     texts = [tokenizer.decode(p + t[m].tolist()) for p, t, m in zip(ro.prompts, ro.tokens, ro.response_mask)]
-    where = folder / "not_finite.json"
-    write_json(where, {name: str(value) for name, value in row.items()} | {"batch": texts})
+    bad = sorted(set(stats["row"][~stats["reverse_kl"].isfinite()].tolist()))
+    content = {name: str(value) for name, value in row.items()} | {"problems": ids, "bad_rows": bad}
+    write_json(folder / "not_finite.json", content | {"bad": [texts[i] for i in bad], "batch": texts})
     what = f"step {row['step']} gave loss {row['loss']} and gradient norm {row['grad_norm']}"
-    sys.exit(f"error: {what}: its batch is in {where}; lower --lr, or look for odd data there")
+    where = f"its batch is in {folder / 'not_finite.json'}"
+    raise Stopped(1, f"{what}: {where}; start anew with a lower --lr, or look for odd data there")
 
 
 def finish(folder: Path, summary: dict) -> None:
@@ -160,7 +204,9 @@ def append_csv(path: Path, rows: list[dict]) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    settle(part, path)
 
 
 def gap_text(tokenizer, tokens: Tensor, gap: Tensor, colour: bool, most: int = 120) -> str:
@@ -241,8 +287,9 @@ def draw_curve(folder: Path) -> Path:
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.savefig(folder / "curve.png", dpi=110)
+    figure.savefig(folder / "curve.part", dpi=110, format="png")
     plt.close(figure)
+    settle(folder / "curve.part", folder / "curve.png")
     return folder / "curve.png"
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from cli import knob, parse, run
+from cli import BadInput, knob, parse, run
 
 CACHE = Path(__file__).parent / ".cache" / "toy"
 WORLDS = ("opening", "closing")
@@ -200,7 +200,10 @@ def build(world: str, recipe: Recipe = Recipe(), cache: Path = CACHE) -> Path:
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # seen under its name only when whole
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        try:
+            part.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"cannot build the toy world ({error}): make {cache} writable") from error
         with torch.random.fork_rng(devices=[]):
             write_world(part, world, recipe)
         part.rename(folder)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import models
 import prepare
 import report
 import toy
+from checkpoint import State
 from cli import knob, parse, run
 from eval_math import INSTRUCTION
 from opd import DIVERGENCES, opd_loss
@@ -60,10 +60,12 @@ class Knobs:
     eval_batch: str = knob("auto", "answers sampled together in evaluation; auto: what fits, up to 64")
     eval_temperature: float = knob(0.0, "0 is greedy", 0)
     show_every: int = knob(10, "steps between rollouts shown with the teacher's gap per token; 0: none", 0)
+    save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", 0)
     seed: int = knob(0, "of data order and sampling", 0)
     dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
     out: str = knob("", "run folder; default: the first free runs/<preset>-<schedule>-N")
+    resume: str = knob("", "run folder to go on with; its settings hold, --steps may grow")
 
 
 def learning_rate(step: int, knobs: Knobs) -> float:
@@ -99,14 +101,16 @@ def score(pair: models.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str
 def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, grade: Callable, folder: Path):
     """The run: `steps` times sample, score, update. `grade(model, name)` gives a model's held-out score."""
     student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
-    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
-    batches = data.batches(prompts, knobs.batch_size, knobs.seed)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
     summary = {"before": grade(student, "before"), "teacher": grade(pair.teacher, "teacher")}
-    began, bar = time.perf_counter(), tqdm(range(knobs.steps), mininterval=0.5)
+    state = State(folder, pair, optimizer, rng, knobs.save_every)
+    asked, horizon = [], 0
     try:
-        for step in bar:
+        for step in state.steps(knobs.steps):  # goes on where a stopped run was; saves as it goes
             started, horizon = time.perf_counter(), schedule(step)
-            asked = [prompt for prompt in next(batches) for _ in range(knobs.rollouts_per_prompt)]
+            ids = data.batch(len(prompts), knobs.batch_size, step, knobs.seed)
+            asked = [prompts[i] for i in ids for _ in range(knobs.rollouts_per_prompt)]
             with pair.compute(cache_weights=True):
                 ro = rollout(student, asked, horizon, pair.ends, knobs.temperature, pair.vocab_size, rng)
             row = {"step": step, "horizon": horizon, "rollout_s": pair.seconds_since(started)}
@@ -114,36 +118,38 @@ def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, gr
             started = time.perf_counter()
             student.train()  # switches gradient checkpointing on, where it is wanted
             row["loss"], stats, row["score_s"] = score(pair, ro, knobs)
-            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), knobs.clip).item()
+            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, knobs.clip).item()
             if not math.isfinite(row["loss"] + row["grad_norm"]):
-                report.stop_not_finite(folder, row, ro, pair.tokenizer)
+                report.stop_not_finite(folder, row, ids, ro, stats, pair.tokenizer)
             row["lr"] = optimizer.param_groups[0]["lr"] = learning_rate(step, knobs)
             optimizer.step()
             optimizer.zero_grad()
             row["update_s"] = pair.seconds_since(started) - row["score_s"]
 
-            row["seconds"] = time.perf_counter() - began
-            if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
+            row["seconds"] = time.perf_counter() - state.began
+            evaluates = knobs.eval_limit and knobs.eval_every and (step + 1) % knobs.eval_every == 0
+            if evaluates and step + 1 < knobs.steps:
                 row["accuracy"] = grade(student, f"step_{step + 1}")["accuracy"]
-            report.log_step(folder, bar, row, ro, stats)
+            report.log_step(folder, state.bar, row, ro, stats)
             if knobs.show_every and step % knobs.show_every == 0:
-                report.show_rollout(folder, bar, step, pair.tokenizer, ro, stats)
-    finally:  # after Ctrl-C too, and after a fault
-        pair.save_student(folder / "student")
-    summary["seconds"] = time.perf_counter() - began
+                report.show_rollout(folder, state.bar, step, pair.tokenizer, ro, stats)
+    except Exception as error:
+        state.explain(error, f"{len(asked)} rollouts of at most {horizon} tokens")  # one line, if no bug
+        raise
+    pair.save_student(folder / "student")
+    summary["seconds"] = time.perf_counter() - state.began
     report.finish(folder, summary | {"after": grade(student, "after")})
 
 
 def main() -> None:
     """Check all that can be checked before the first step, then train."""
-    knobs = prepare.settings(Knobs, parse(Knobs, __doc__, None))
+    knobs, folder = prepare.settings(Knobs, parse(Knobs, __doc__, None))
     lengths = knobs.max_new_tokens, knobs.steps, knobs.horizon, knobs.popd_growth, knobs.popd_interval
     schedule = make_schedule(knobs.schedule, *lengths)
-    folder = report.new_folder(knobs.out, f"{knobs.preset}-{knobs.schedule}")
-    knobs = prepare.with_dtype(knobs)
     pair, prompts, grade = prepare.load(knobs, folder)
-    report.write_config(folder, asdict(knobs), pair.student.device)
-    train(knobs, schedule, pair, prompts, grade, folder)
+    with report.only_run(folder):
+        report.write_config(folder, asdict(knobs), pair.student.device)
+        train(knobs, schedule, pair, prompts, grade, folder)
 
 
 if __name__ == "__main__":

@@ -28,3 +28,7 @@ def pair_of(student, teacher, dtype=torch.float32, ends=(END,)) -> models.Pair:
 @pytest.fixture(scope="session")
 def world():
     return toy.build("opening")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="how often the run of test_checkpoint.py is killed")
