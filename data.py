@@ -43,23 +43,18 @@ def read_problems(source: str, split: str) -> list[Problem]:
 
 def read_jsonl(path: Path) -> list[dict]:
     """By hand for the line number: a library's error names neither line nor text."""
-    rows, number = [], 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # not str.splitlines: it also breaks lines at U+2028
-            for number, line in enumerate(file, 1):
-                if line.strip() and not isinstance(row := json.loads(line), dict):
-                    raise BadInput(
-                        f"{path} line {number} is not a JSON object: {line[:40]!r}; mend or drop it"
-                    )
-                rows += [row] if line.strip() else []
-    except json.JSONDecodeError as error:
-        raise BadInput(
-            f"{path} line {number} is not JSON ({error.msg}): {line[:40]!r}; mend or drop it"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{path} line {number + 1} is not UTF-8 ({error.reason}): save the file as UTF-8"
-        ) from error
+    rows = []
+    with path.open("rb") as file:  # not str.splitlines: it also breaks lines at U+2028
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+                row = json.loads(text) if text else None
+            except ValueError as error:  # no UTF-8, or no JSON
+                what = f"{path} line {number} cannot be read ({error})"
+                raise BadInput(f"{what}: {line[:40]!r}; mend or drop it") from error
+            if not isinstance(row, (dict, type(None))):
+                raise BadInput(f"{path} line {number} is not a JSON object: {line[:40]!r}; mend or drop it")
+            rows += [row] if row else []
     return rows
 
 

@@ -157,7 +157,7 @@ def evaluate_model(name: str, label: str, problems: dict, knobs: Knobs, folder: 
     device = models.find_device(knobs.device)
     tokenizer = models.load_tokenizer(name)
     model = models.load_model(name, getattr(torch, knobs.dtype), device)
-    records, ends = {}, models.end_ids(model, tokenizer)
+    records, ends = {}, models.end_ids(tokenizer, model)
     for benchmark, asked in problems.items():
         default = BENCHMARKS[benchmark][2] if benchmark in BENCHMARKS else INSTRUCTION
         instruction = default if knobs.instruction is None else knobs.instruction

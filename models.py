@@ -4,6 +4,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -23,40 +24,47 @@ from opd import Head
 from rollout import Rollout
 
 
-def load_tokenizer(name: str):
-    """Raises BadInput if `name` is no model folder, or cannot be fetched."""
+def load(auto_class: type, name: str, **how: Any) -> Any:
+    """What the library loads from a folder or the hub, with no code of that folder run. Raises BadInput."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise BadInput(f"model folder {name} does not exist: give a folder, or the name of a hub model")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is wrong is said once, below
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return auto_class.from_pretrained(name, trust_remote_code=False, **how)
     except (
         OSError,
         ValueError,
         TypeError,
-        KeyError,
+        LookupError,
         AttributeError,
-    ) as error:  # each from some broken folder
-        what = f"cannot load {name} ({first_line(error)})"
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        what = f"cannot load {name} ({first_line(error)})"  # every kind of broken folder raises its own
         raise BadInput(f"{what}: give a whole model folder, or check name and network") from error
-    return tokenizer
-
-
-def load_model(name: str, dtype: torch.dtype, device: torch.device):
-    """A causal LM in eval mode, weights from safetensors alone, no code from its folder. Raises BadInput."""
-    logging.disable_progress_bar()
-    how = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, **how)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"cannot load {name} ({first_line(error)}): give a complete model") from error
-    for weight, values in model.named_parameters():
-        if not values.isfinite().all():
-            raise BadInput(f"{name} has weights that are no numbers, in {weight}: fetch or train it again")
-    return model.to(device).eval()
 
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
+def load_tokenizer(name: str):
+    return load(AutoTokenizer, name)
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device):
+    """A causal LM in eval mode, weights from safetensors alone. Raises BadInput if any is missing or NaN."""
+    how = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = load(AutoModelForCausalLM, name, **how)
+    if missing := sorted(info["missing_keys"]):
+        raise BadInput(
+            f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole model folder"
+        )
+    for weight, values in model.named_parameters():
+        if not values.isfinite().all():
+            raise BadInput(f"{name} has weights that are no numbers, in {weight}: fetch or train it again")
+    return model.to(device).eval()
 
 
 def shared_vocab(student: str, teacher: str, student_tokenizer, teacher_tokenizer) -> int:
@@ -67,26 +75,22 @@ def shared_vocab(student: str, teacher: str, student_tokenizer, teacher_tokenize
             f"{student} and {teacher} have different tokenizers ({len(ours ^ theirs)} entries differ): "
             "a teacher scores token ids, so choose one of the student's family"
         )
-    sizes = [
-        AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
-        for name in (student, teacher)
-    ]
+    sizes = [load(AutoConfig, name).get_text_config().vocab_size for name in (student, teacher)]
     if sizes[0] != sizes[1]:
         print(f"vocabularies of {sizes[0]} and {sizes[1]} rows, one tokenizer: using the first {min(sizes)}")
     return min(sizes)
 
 
-def end_ids(model, tokenizer) -> set[int]:
-    """Every id that ends a response: chat models list several. Raises BadInput if there is none."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    found = {i for i in [*listed, tokenizer.eos_token_id] if i is not None}
-    if not found:
+def end_ids(tokenizer, *models) -> set[int]:
+    """Every id that ends a response of any of the models: chat models list several. Raises BadInput."""
+    found = {tokenizer.eos_token_id}
+    for model in models:
+        listed = model.generation_config.eos_token_id
+        found |= set(listed) if isinstance(listed, list) else {listed}
+    if found == {None}:
         name = tokenizer.name_or_path
-        raise BadInput(
-            f"{name} has no end token, so no answer would end: set eos_token_id in its generation config"
-        )
-    return found
+        raise BadInput(f"{name} names no end token, so no answer would end: set eos_token_id in its config")
+    return found - {None}
 
 
 def context_length(model) -> int:
@@ -208,7 +212,7 @@ def load_pair(
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     # A teacher may end its answers with an id that the student's own list lacks: the student will learn it.
-    ends = end_ids(student, tokenizer) | end_ids(teacher, tokenizer)
+    ends = end_ids(tokenizer, student, teacher)
     student.generation_config.eos_token_id = sorted(ends)
     heads = head_of(student, vocab_size), head_of(teacher, vocab_size)
     return Pair(student, teacher, *heads, tokenizer, vocab_size, ends, dtype)
@@ -267,8 +271,10 @@ def head_of(model, vocab_size: int) -> Head:
     linear, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     head = Head(linear.weight, getattr(linear, "bias", None), softcap, vocab_size)
     ids = torch.arange(8, device=linear.weight.device)[None] % vocab_size
-    theirs = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
-    ours = head.logits(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state).float()
+    theirs = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float().log_softmax(-1)
+    ours = head.logp(
+        head.cast().logits(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+    )
     if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item()):
         raise BadInput(
             f"{type(model).__name__} changes its logits in a way that opd.Head lacks: add it there"

@@ -50,33 +50,27 @@ class Head(NamedTuple):
     vocab_size: int
 
     def cast(self) -> "Head":
-        """A copy in the dtype that matmuls run in, cut to V rows: made once a loss, not once a chunk."""
+        """A copy without gradient, in the dtype of matmuls, cut to V rows: once a loss, not once a chunk.
+
+        A bias of -inf forbids an id; -1e4 does so too, and adds 0 to a divergence, not 0 * inf = NaN.
+        """
         kind, v = self.weight.device.type, self.vocab_size
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
-        weight, bias = (
-            x if x is None else x[:v].detach().to(dtype).requires_grad_(x.requires_grad) for x in self[:2]
-        )
-        return self._replace(weight=weight, bias=bias)
-
-    def parameters(self) -> list[Tensor]:
-        return [x for x in (self.weight, self.bias) if x is not None and x.requires_grad]
+        bias = None if self.bias is None else self.bias[:v].detach().to(dtype).clamp_min(-1e4)
+        return self._replace(weight=self.weight[:v].detach().to(dtype), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(C, D) -> (C, V), in the dtype that the model itself computes in."""
-        cut = len(self.weight) > self.vocab_size  # an idle cut would cost backward a copy of the weight
-        weight = self.weight[: self.vocab_size] if cut else self.weight
-        logits = F.linear(hidden, weight, None if self.bias is None else self.bias[: self.vocab_size])
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        """The matmul: (C, D) -> (C, V), not capped yet."""
+        return F.linear(hidden, self.weight, self.bias)
 
-    def logp(self, hidden: Tensor, temperature: float) -> Tensor:
-        """(C, D) -> (C, V): log softmax(logits / temperature), the law that the tokens were sampled from.
+    def logp(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """(C, V) -> (C, V): log softmax(logits / temperature), the law that the tokens were sampled from.
 
-        At least fp32: a bf16 divergence loses up to a third of its gradient. exp(-1e4) is 0, so that an id
-        which both models forbid (logit -inf) adds 0 to the sum, not 0 * inf = NaN.
+        At least fp32: a bf16 divergence loses up to a third of its gradient.
         """
-        logits = self.logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.log_softmax(logits / temperature, dim=-1).clamp_min(-1e4)
+        logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 @torch.no_grad()
@@ -96,14 +90,14 @@ class WithGradients(torch.autograd.Function):
     """A loss whose gradients are known already: backward hands them out, times what comes from above."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx, above: Tensor) -> tuple:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they serve one backward
-        return None, None, *(gradient.mul_(above) for gradient in gradients)
+        return None, None, *(g if g is None else g.mul_(above) for g in gradients)
 
 
 def opd_loss(
@@ -113,28 +107,37 @@ def opd_loss(
     normalizer: int,  # response tokens in the whole optimizer step, over all its micro-batches
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
-    chunk: int = 128,
+    chunk: int = 1 << 23,  # logits held at a time: 32 MB in fp32, which a CPU's allocator still reuses
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the tokens' divergence / normalizer, and their `token_stats`, (N,) each.
 
     The text before a token is taken as given: no gradient flows through the sampling.
     """
-    head, learns, stats = student[0].cast(), torch.is_grad_enabled(), []
-    inputs = [student[1], *student[0].parameters()]
-    total, gradients = tokens.new_zeros((), dtype=torch.float), [torch.zeros_like(x) for x in inputs]
-    for start in range(0, max(len(tokens), 1), chunk):
-        rows = slice(start, start + chunk)
-        hidden = student[1][rows].detach().to(head.weight.dtype).requires_grad_(learns)  # (C, D)
-        student_logp = head.logp(hidden, temperature)  # (C, V)
+    head, teacher_head, learns = student[0].cast(), teacher[0].cast(), torch.is_grad_enabled()
+    inputs, n, v = (student[1], student[0].weight, student[0].bias), len(tokens), head.vocab_size
+    gradients = [None if x is None or not x.requires_grad else torch.zeros_like(x) for x in inputs]
+    total, stats, size = tokens.new_zeros((), dtype=torch.float), {}, max(1, chunk // v)
+    grad_logits = head.weight.new_empty(min(8 * size, n) if learns else 0, v)  # of a block of 8 chunks
+    for start in range(0, max(n, 1), size):
+        rows, done = slice(start, start + size), start % (8 * size)
         with torch.no_grad():
-            teacher_logp = teacher[0].logp(teacher[1][rows], temperature)  # (C, V)
+            hidden = student[1][rows].to(head.weight.dtype)  # (C, D)
+            logits = head.logits(hidden).requires_grad_(learns)  # (C, V)
+            teacher_logp = teacher_head.logp(teacher_head.logits(teacher[1][rows]), temperature)  # (C, V)
+        student_logp = head.logp(logits, temperature)  # (C, V)
         loss = DIVERGENCES[divergence](student_logp, teacher_logp, tokens[rows]).sum() / max(normalizer, 1)
-        stats.append(token_stats(student_logp, teacher_logp, tokens[rows]))
         total = total + loss.detach()
-        if learns:
-            of_hidden, *of_head = torch.autograd.grad(loss, [hidden, *head.parameters()])
-            gradients[0][rows] = of_hidden
-            for gradient, part in zip(gradients[1:], of_head):
-                gradient[: head.vocab_size] += part
-    loss = WithGradients.apply(total, gradients, *inputs) if learns else total
-    return loss, {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
+        for name, values in token_stats(student_logp, teacher_logp, tokens[rows]).items():
+            stats.setdefault(name, values.new_empty(n))[rows] = values
+        if not learns:
+            continue
+        # Now, while the logits are at hand, their gradient; that of the large weight in one matmul a block.
+        grad_logits[done : done + len(hidden)] = torch.autograd.grad(loss, logits)[0]
+        gradients[0][rows] = grad_logits[done : done + len(hidden)] @ head.weight
+        if done == 7 * size or start + size >= n:
+            of_block, block = grad_logits[: done + len(hidden)], slice(start - done, start + size)
+            if gradients[1] is not None:
+                gradients[1][:v] += of_block.T @ student[1][block].detach().to(of_block.dtype)
+            if gradients[2] is not None:
+                gradients[2][:v] += of_block.sum(0)
+    return WithGradients.apply(total, gradients, *inputs) if learns else total, stats

@@ -27,7 +27,8 @@ def settings(knobs_class: type, given: dict) -> tuple[Any, Path]:
     of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
     knobs = knobs_class(**(of_preset | given | {"preset": preset}))
     dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
-    return replace(knobs, dtype=dtype), report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
+    knobs = replace(knobs, dtype=dtype, eval_every=knobs.eval_every if knobs.eval_limit else 0)
+    return knobs, report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
 
 
 def load(knobs, folder: Path) -> tuple[models.Pair, list[list[int]], Callable]:

@@ -101,8 +101,7 @@ def score(pair: models.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str
 def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, grade: Callable, folder: Path):
     """The run: `steps` times sample, score, update. `grade(model, name)` gives a model's held-out score."""
     student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
     summary = {"before": grade(student, "before"), "teacher": grade(pair.teacher, "teacher")}
     state = State(folder, pair, optimizer, rng, knobs.save_every)
     asked, horizon = [], 0
@@ -118,7 +117,7 @@ def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, gr
             started = time.perf_counter()
             student.train()  # switches gradient checkpointing on, where it is wanted
             row["loss"], stats, row["score_s"] = score(pair, ro, knobs)
-            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, knobs.clip).item()
+            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), knobs.clip).item()
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 report.stop_not_finite(folder, row, ids, ro, stats, pair.tokenizer)
             row["lr"] = optimizer.param_groups[0]["lr"] = learning_rate(step, knobs)
@@ -127,8 +126,7 @@ def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, gr
             row["update_s"] = pair.seconds_since(started) - row["score_s"]
 
             row["seconds"] = time.perf_counter() - state.began
-            evaluates = knobs.eval_limit and knobs.eval_every and (step + 1) % knobs.eval_every == 0
-            if evaluates and step + 1 < knobs.steps:
+            if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
                 row["accuracy"] = grade(student, f"step_{step + 1}")["accuracy"]
             report.log_step(folder, state.bar, row, ro, stats)
             if knobs.show_every and step % knobs.show_every == 0:

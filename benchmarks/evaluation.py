@@ -57,7 +57,7 @@ def time_sampling(knobs: Knobs, problems: list) -> dict:
     tokenizer = models.load_tokenizer(knobs.model)
     model = models.load_model(knobs.model, getattr(torch, models.dtype_name("", device)), device)
     prompts = sorted(data.render(tokenizer, problems, knobs.instruction), key=len, reverse=True)
-    ends, seconds, written = sorted(models.end_ids(model, tokenizer)), {"ours": 0.0, "generate": 0.0}, {}
+    ends, seconds, written = sorted(models.end_ids(tokenizer, model)), {"ours": 0.0, "generate": 0.0}, {}
 
     def ours(batch):
         ro = rollout(model, batch, knobs.max_new_tokens, set(ends), temperature=0)

@@ -94,7 +94,7 @@ def test_chunked_equals_unchunked(divergence, changes):
     student, teacher = head(**changes), head(seed=1, **changes)
     tokens = torch.arange(10)
     hidden, other = states(), states(seed=1, grad=False)
-    loss, stats = opd.opd_loss((student, hidden), (teacher, other), tokens, 7, divergence, 0.8, chunk=3)
+    loss, stats = opd.opd_loss((student, hidden), (teacher, other), tokens, 7, divergence, 0.8, chunk=40)
     grads = torch.autograd.grad(loss, (hidden, student.weight))
 
     def logp(h, x):
@@ -113,26 +113,45 @@ def test_chunked_equals_unchunked(divergence, changes):
 
 def test_never_more_than_one_chunk_of_logits():
     """[batch, T, 151936] logits of both models at once ran out of memory: watch what is allocated."""
-    seen = []
+    laws, wide = [], []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            seen.extend(
-                t.shape[0] for t in [out] if isinstance(t, torch.Tensor) and t.ndim and t.shape[-1] == 40
-            )
+            if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] == 40:
+                wide.append(len(out))
+                laws.extend([len(out)] if "log_softmax" in str(func) else [])
             return out
 
-    student, teacher = head(), head(seed=1)
+    both = (head(), states(100)), (head(seed=1), states(100, seed=1, grad=False))
     with Watch():
-        args = (
-            (student, states(100)),
-            (teacher, states(100, seed=1, grad=False)),
-            torch.zeros(100).long(),
-            100,
+        opd.opd_loss(*both, torch.zeros(100).long(), 100, chunk=4 * 40)[0].backward()
+    assert len(laws) >= 2 * 25 and max(laws) == 4
+    assert max(wide) == 8 * 4  # the gradient of a block of 8 chunks
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 24, 25, 49])
+def test_blocks_of_any_length_give_the_gradient_of_the_whole(n):
+    """The gradient of the head is added up by blocks of 24 tokens, chunks of three; also for no token."""
+    grads = []
+    for chunk in (3 * 40, 10**6):
+        student, hidden = head(bias=torch.zeros(40, requires_grad=True)), states(n)
+        tokens = torch.arange(n) % 40
+        loss, stats = opd.opd_loss(
+            (student, hidden), (head(seed=1), states(n, seed=1)), tokens, n, chunk=chunk
         )
-        opd.opd_loss(*args, chunk=16)[0].backward()
-    assert seen and max(seen) <= 16
+        loss.backward()
+        grads.append([hidden.grad, student.weight.grad, student.bias.grad, stats["reverse_kl"]])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads)) and len(grads[0][3]) == n
+
+
+def test_a_frozen_head_gets_no_gradient():
+    student = head()
+    student.weight.requires_grad_(False)
+    hidden = states()
+    loss, _ = opd.opd_loss((student, hidden), (head(seed=1), states(seed=1)), torch.zeros(10).long(), 10)
+    loss.backward()
+    assert hidden.grad.abs().sum() > 0 and student.weight.grad is None
 
 
 def test_nothing_is_written_in_place():
@@ -181,7 +200,7 @@ def test_head_that_does_more_is_refused_by_name():
 def test_a_larger_vocabulary_is_cut_to_the_shared_ids():
     """Qwen2.5 0.5B has 151,936 rows, 7B 152,064, one tokenizer: the laws are over the shared ids."""
     pair = pair_of(tiny(), tiny(seed=1, vocab_size=V + 7))
-    assert pair.teacher_head.logp(torch.randn(2, 16), 1.0).shape == (2, V)
+    assert pair.teacher_head.cast().logits(torch.randn(2, 16)).shape == (2, V)
 
 
 def test_mean_by_position():
