@@ -129,8 +129,6 @@ def check(knobs: Knobs) -> None:
         raise BadInput("nothing to ask, or nobody: needs a --model, and a --benchmark or --data")
     if knobs.samples > 1 and knobs.temperature == 0:
         raise BadInput(f"{knobs.samples} greedy answers are all the same: add --temperature 0.7 or the like")
-    if knobs.batch_size != "auto" and not (knobs.batch_size.isdecimal() and int(knobs.batch_size)):
-        raise BadInput(f"--batch-size {knobs.batch_size} is neither auto nor a number above 0: give either")
 
 
 def regrade(file: str) -> None:
@@ -166,9 +164,10 @@ def evaluate_model(name: str, label: str, problems: dict, knobs: Knobs, folder: 
         size = models.batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         law = {"temperature": knobs.temperature, "top_p": knobs.top_p}
         how = folder / f"{label}-{benchmark}.jsonl", knobs.max_new_tokens, size, knobs.samples, knobs.seed
-        if not (folder / "config.json").exists():  # nothing is written before all is known to be there
-            report.write_config(folder, asdict(knobs), device)
-        records[benchmark] = evaluate(model, tokenizer, prompts, asked, ends, *how, **law)
+        with report.only_run(folder):  # nothing is written before all is known to be there
+            if not (folder / "config.json").exists():
+                report.write_config(folder, asdict(knobs), device)
+            records[benchmark] = evaluate(model, tokenizer, prompts, asked, ends, *how, **law)
     return records
 
 
@@ -185,6 +184,7 @@ def main() -> None:
     else:
         knobs = Knobs(**given)
         check(knobs)
+        models.check_batch_size(knobs.batch_size)
         folder = report.new_folder(knobs.out, "eval")
         knobs = replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))
     problems = problems_by_name(knobs)

@@ -120,6 +120,11 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def check_batch_size(asked: str) -> None:
+    if asked != "auto" and not (asked.isdecimal() and int(asked)):
+        raise BadInput(f"batch size {asked} is neither auto nor a number above 0: give either")
+
+
 def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, asked: str) -> int:
     """Rows to sample together: `asked`, or for "auto" as many as free memory holds, at most 64.
 

@@ -26,6 +26,7 @@ def settings(knobs_class: type, given: dict) -> tuple[Any, Path]:
     print(f"preset {preset}; for the other one: --preset {'toy' if preset == 'qwen' else 'qwen'}", flush=True)
     of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
     knobs = knobs_class(**(of_preset | given | {"preset": preset}))
+    models.check_batch_size(knobs.eval_batch)
     dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
     knobs = replace(knobs, dtype=dtype, eval_every=knobs.eval_every if knobs.eval_limit else 0)
     return knobs, report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")

@@ -16,7 +16,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -61,15 +62,15 @@ def environment(device: torch.device) -> dict[str, str]:
     return found
 
 
-def only_run(folder: Path) -> FileLock:
-    """A lock on the folder, which it makes, against a second run there. A dead process holds none."""
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock against a second run there. A dead process holds none."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(folder / ".lock", timeout=0):
+            yield
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
-    return lock
 
 
 def write_config(folder: Path, knobs: dict, device: torch.device) -> None:

@@ -50,7 +50,7 @@ class Knobs:
     micro_batch: int = knob(4096, "tokens in one forward and backward: sets memory, not the result", 1)
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
     temperature: float = knob(1.0, "of the sampling, and of both models in the loss", 0.01)
-    lr: float = knob(2e-6, "peak learning rate", 0)
+    lr: float = knob(5e-6, "peak learning rate", 0)
     warmup: float = knob(0.1, "share of the steps in which the learning rate climbs", 0)
     decay: str = knob("cosine", "of the learning rate after that", choices=("cosine", "constant"))
     beta2: float = knob(0.95, "AdamW's memory of squared gradients; short, as runs have few steps", 0)

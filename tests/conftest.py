@@ -31,4 +31,4 @@ def world():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often the run of test_checkpoint.py is killed")
+    parser.addoption("--kills", type=int, default=1, help="how often the run of test_checkpoint.py is killed")

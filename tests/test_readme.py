@@ -43,3 +43,15 @@ def test_table_is_the_csv():
         ]
         cells += [f"{int(row['response_tokens']):,}", f"{float(row['seconds']):.1f}"]
         assert f"| `{row['flags']}` | " + " | ".join(cells) + " |" in README
+
+
+def test_other_tables_are_their_csvs():
+    for row in report.read_csv(ROOT / "results" / "real_eval.csv"):
+        interval = f"{float(row['low']):.1%} to {float(row['high']):.1%}"
+        cells = [row["n"], f"{float(row['accuracy']):.1%}", interval, f"{float(row['truncated']):.1%}"]
+        assert f"| {row['model']} | {row['benchmark']} | " + " | ".join(cells) + " |" in README
+    for row in report.read_csv(ROOT / "results" / "bench_loss.csv"):
+        cells = [f"{float(row['seconds']):.1f}", f"{float(row['peak_gb']):.1f}", f"{float(row['loss']):.6f}"]
+        assert f"| {row['dtype']} | {row['side']} | " + " | ".join(cells) + " |" in README
+    for row in report.read_csv(ROOT / "results" / "real_learning_rates.csv"):
+        assert f"{float(row['reverse_kl']):.3f} +- {float(row['se']):.3f}" in README

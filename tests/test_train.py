@@ -159,7 +159,8 @@ def main(monkeypatch, *flags):
 @pytest.mark.parametrize("flags", ["full", "popd", "topd", "esr --horizon 20"])
 def test_the_toy_student_learns_with_every_schedule(world, tmp_path, monkeypatch, capsys, flags):
     out = tmp_path / "run"
-    flags = f"--schedule {flags} --preset toy --eval-every 0 --out".split()
+    steps = 24 if flags in ("full", "popd") else 40  # the long rollouts learn in fewer
+    flags = f"--schedule {flags} --steps {steps} --preset toy --eval-every 0 --out".split()
     main(monkeypatch, *flags, out)
     summary = json.loads((out / "summary.json").read_text())
     assert 0.15 <= summary["before"]["accuracy"] <= 0.40
@@ -169,7 +170,7 @@ def test_the_toy_student_learns_with_every_schedule(world, tmp_path, monkeypatch
         rows = list(csv.DictReader(file))
     named = "step,horizon,reverse_kl,loss,response_tokens,response_length,truncated,grad_norm,lr"
     assert {*named.split(","), "rollout_s", "score_s", "update_s", "seconds", "accuracy"} <= set(rows[0])
-    assert [int(row["step"]) for row in rows] == list(range(40))
+    assert [int(row["step"]) for row in rows] == list(range(steps))
     assert summary["response_tokens"] == sum(int(row["response_tokens"]) for row in rows)
     config = json.loads((out / "config.json").read_text())
     assert config["schedule"] == flags[1]
@@ -185,92 +186,6 @@ def test_two_runs_with_one_seed_are_the_same(world, tmp_path, monkeypatch):
         main(monkeypatch, "--preset", "toy", "--steps", 3, "--eval-limit", 0, "--out", tmp_path / name)
         weights.append((tmp_path / name / "student" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
-
-
-def files(folder):
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-
-
-def jsonl(path, *rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.fixture
-def here(tmp_path, world):
-    """A folder of wrong inputs."""
-    jsonl(tmp_path / "empty.jsonl")
-    jsonl(tmp_path / "broken.jsonl", {"question": "x", "answer": "1"}, '{"question": "y", "answ')
-    jsonl(tmp_path / "list.jsonl", "[1, 2]")
-    jsonl(tmp_path / "noanswer.jsonl", {"question": "x", "solution": "1"})
-    jsonl(tmp_path / "noquestion.jsonl", {"text": "x", "answer": "1"})
-    jsonl(tmp_path / "one.jsonl", {"question": "x=1, then +2 fiftyone times", "answer": "1"})
-    jsonl(tmp_path / "long.jsonl", *[{"question": "x=1 " * 300, "answer": "1"}] * 200)
-    (tmp_path / "table.xlsx").write_text("x")
-    (tmp_path / "nothing").mkdir()
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "metrics.csv").write_text("step\n")
-    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
-    tokenizer.add_tokens(["another"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    AutoModelForCausalLM.from_pretrained(world / "teacher").save_pretrained(tmp_path / "other")
-    return tmp_path
-
-
-BAD = [
-    ("--schedule sometimes", "sometimes"),
-    ("--horizon 0", "horizon 0"),
-    ("--horizon -1", "horizon -1"),
-    ("--horizon 500", "horizon 500"),
-    ("--horizon nan", "horizon nan"),
-    ("--horizon x", "'x'"),
-    ("--schedule popd --popd-interval 1000", "never grows"),
-    ("--schedule popd --popd-growth 0", "never grows"),
-    ("--popd-growth 5", "popd"),
-    ("--steps 0", "--steps 0"),
-    ("--batch-size -4", "--batch-size -4"),
-    ("--temperature 0", "--temperature 0"),
-    ("--lr nan", "--lr nan"),
-    ("--stepz 3", "--stepz"),
-    ("--sched full", "--sched"),
-    ("--preset huge", "huge"),
-    ("--world middle", "middle"),
-    ("--device abacus", "abacus"),
-    ("--dtype int8", "int8"),
-    ("--data {here}/empty.jsonl", "is empty"),
-    ("--data {here}/broken.jsonl", "line 2"),
-    ("--data {here}/list.jsonl", "line 1"),
-    ("--data {here}/noanswer.jsonl", "no column answer"),
-    ("--data {here}/noquestion.jsonl", "no column question"),
-    ("--data {here}/one.jsonl", "none left"),
-    ("--data {here}/long.jsonl", "longest prompt"),
-    ("--data {here}/table.xlsx", "table.xlsx"),
-    ("--data {here}/nothing", "has no train"),
-    ("--data {here}/missing.jsonl", "does not exist"),
-    ("--student {here}/missing", "does not exist"),
-    ("--teacher {here}/nothing", "cannot load"),
-    ("--student nobody/nothing", "cannot load nobody/nothing"),
-    ("--data nobody/nothing", "cannot read data nobody/nothing"),
-    ("--teacher {here}/other", "different tokenizers"),
-    ("--out {here}/used", "already holds"),
-    ("--out {here}/one.jsonl", "already holds"),
-]
-
-
-@pytest.mark.parametrize("flags, names", BAD)
-def test_bad_input_is_one_line_and_changes_nothing(here, monkeypatch, capsys, flags, names):
-    """Value, reason and remedy, exit code 2, no file written or changed."""
-    for library in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(here)
-    before = files(here)
-    argv = flags.format(here=here).split()
-    with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: main(monkeypatch, "--preset", "toy", *argv))
-    line = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert line.count("\n") == 1 and line.startswith("error: ") and names in line and ": " in line[7:]
-    assert files(here) == before
 
 
 def test_lines_break_at_newlines_alone(tmp_path):
