@@ -1,9 +1,7 @@
 """Wrong input of every kind: one line with value, reason and remedy, exit code 2, no file changed."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -221,14 +219,6 @@ def test_odd_data_that_is_right(tmp_path):
     assert [p.answer for p in found] == ["1, 2", "7", "1", "1"] and found[0].question == "שלום 2+2"
     train_on, test = data.train_and_test(str(path), "", 1, 0)
     assert not {p.question for p in train_on} & {p.question for p in test}
-
-
-def test_no_home_and_no_utf8(world, tmp_path):
-    flags = ["--preset", "toy", "--steps", "1", "--eval-limit", "2", "--out", tmp_path / "run"]
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    env = os.environ | ascii_only | {"HOME": "/nonexistent"}
-    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

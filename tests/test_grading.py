@@ -139,7 +139,6 @@ EXTRACTED = [  # response, its answer
 ]
 HOSTILE = [
     r"\boxed{9^{9^{9^{9}}}}",
-    r"\boxed{2^{10^{10}}}",
     r"\boxed{\int_0^1 x^{x^{x^x}} dx}",
     r"\boxed{" + "(" * 400 + "}",
     "{" * 100_000,
@@ -220,7 +219,7 @@ def test_a_worker_that_hangs_or_dies_costs_one_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "__file__", str(worker))
     found = ["hang", r"\sqrt{4}", "die", r"\sqrt{9}", "hang", "die", "x+1", "6"]
     gold = ["1", "2", "1", "3", "1", "1", "1+x", "6"]
-    with Grader(workers=2, seconds=5) as grader:
+    with Grader(workers=2, seconds=4) as grader:
         verdicts = [v["verdict"] for v in grader.grade([rf"\boxed{{{f}}}" for f in found], gold)]
         processes = [w for w in (grader.workers.get(), grader.workers.get()) if w]
         for process in processes:

@@ -160,7 +160,7 @@ def main(monkeypatch, *flags):
 def test_the_toy_student_learns_with_every_schedule(world, tmp_path, monkeypatch, capsys, flags):
     out = tmp_path / "run"
     steps = 24 if flags in ("full", "popd") else 40  # the long rollouts learn in fewer
-    flags = f"--schedule {flags} --steps {steps} --preset toy --eval-every 0 --out".split()
+    flags = f"--schedule {flags} --steps {steps} --preset toy --eval-every 0 --eval-limit 60 --out".split()
     main(monkeypatch, *flags, out)
     summary = json.loads((out / "summary.json").read_text())
     assert 0.15 <= summary["before"]["accuracy"] <= 0.40
