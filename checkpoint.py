@@ -90,8 +90,9 @@ class State:
             self.optimizer.zero_grad()
             if self.step:  # before the first update there is nothing to save
                 self.save(self._at_start)
-            what = f"out of memory at step {self.step}, {shape}: lower --micro-batch and {self.remedy()}"
-            raise Stopped(1, f"{what}; or start anew with a lower --horizon or --batch-size") from error
+            what = f"out of memory at step {self.step}, {shape}: lower --micro-batch or --eval-batch"
+            remedy = f"{self.remedy()}; or start anew with a lower --horizon or --batch-size"
+            raise Stopped(1, f"{what} and {remedy}") from error
 
     def generators(self) -> dict[str, Tensor]:
         found = {"rng/sampling": self.generator.get_state(), "rng/torch": torch.get_rng_state()}

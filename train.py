@@ -102,10 +102,9 @@ def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, gr
     """The run: `steps` times sample, score, update. `grade(model, name)` gives a model's held-out score."""
     student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
-    summary = {"before": grade(student, "before"), "teacher": grade(pair.teacher, "teacher")}
     state = State(folder, pair, optimizer, rng, knobs.save_every)
-    asked, horizon = [], 0
     try:
+        summary = {"before": grade(student, "before"), "teacher": grade(pair.teacher, "teacher")}
         for step in state.steps(knobs.steps):  # goes on where a stopped run was; saves as it goes
             started, horizon = time.perf_counter(), schedule(step)
             ids = data.batch(len(prompts), knobs.batch_size, step, knobs.seed)
@@ -131,12 +130,13 @@ def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, gr
             report.log_step(folder, state.bar, row, ro, stats)
             if knobs.show_every and step % knobs.show_every == 0:
                 report.show_rollout(folder, state.bar, step, pair.tokenizer, ro, stats)
+        pair.save_student(folder / "student")
+        summary["seconds"] = time.perf_counter() - state.began
+        report.finish(folder, summary | {"after": grade(student, "after")})
     except Exception as error:
-        state.explain(error, f"{len(asked)} rollouts of at most {horizon} tokens")  # one line, if no bug
+        shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts, horizon {schedule(state.step)}"
+        state.explain(error, shape)  # one line, unless it is a bug
         raise
-    pair.save_student(folder / "student")
-    summary["seconds"] = time.perf_counter() - state.began
-    report.finish(folder, summary | {"after": grade(student, "after")})
 
 
 def main() -> None:

@@ -44,37 +44,39 @@ def metrics(folder):
     ]
 
 
-def stop_after(monkeypatch, steps):
-    """As Ctrl-C does it: a signal in the middle of step `steps`."""
+def stop_after(monkeypatch, steps, number):
+    """As Ctrl-C does it: a signal in the middle of step `steps`; a second one would kill at once."""
     log_step, done = report.log_step, []
 
     def log_and_stop(*args):
         log_step(*args)
         done.append(1)
         if len(done) == steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_DFL
 
     monkeypatch.setattr(report, "log_step", log_and_stop)
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, number",
     [
-        "--schedule full --horizon 40",
-        "--schedule popd --horizon 5 --divergence sampled",
-        "--schedule topd --micro-batch 80 --rollouts-per-prompt 2",
-        "--schedule esr --horizon 9 --eval-temperature 0",
+        ("--schedule full --horizon 40", signal.SIGINT),
+        ("--schedule popd --horizon 5 --divergence sampled", signal.SIGTERM),
+        ("--schedule topd --micro-batch 80 --rollouts-per-prompt 2", signal.SIGHUP),
+        ("--schedule esr --horizon 9 --eval-temperature 0", signal.SIGINT),
     ],
 )
-def test_ten_steps_are_five_and_resume_and_five(world, tmp_path, monkeypatch, flags):
+def test_ten_steps_are_five_and_resume_and_five(world, tmp_path, monkeypatch, flags, number):
     """Resumes lost the optimizer, a generator, the horizon or the data cursor."""
     flags = f"{SHORT} {flags} --steps 10 --eval-every 4"
     main(monkeypatch, f"{flags} --out {tmp_path}/whole")
     with monkeypatch.context() as patch:
-        stop_after(patch, 5)
+        stop_after(patch, 5, number)
         with pytest.raises(cli.Stopped) as stop:
             main(monkeypatch, f"{flags} --out {tmp_path}/parts")
-    assert stop.value.code == 130 and "--resume" in str(stop.value)
+    assert stop.value.code == 128 + number and "--resume" in str(stop.value)
+    assert signal.getsignal(number) is not signal.SIG_DFL or number != signal.SIGINT
     assert len(metrics(tmp_path / "parts")) == 5
     torch.manual_seed(123)  # what another process would have
     main(monkeypatch, f"--resume {tmp_path}/parts")
@@ -140,7 +142,7 @@ def test_kills_at_random_moments_end_bit_for_bit_the_same(world, tmp_path, monke
     assert weights(out) == weights(tmp_path / "whole") and metrics(out) == metrics(tmp_path / "whole")
 
 
-def test_a_second_signal_leaves_at_once_and_sigterm_is_143(world, tmp_path):
+def test_sigterm_saves_and_ends_with_143(world, tmp_path):
     process = start(tmp_path / "run", f"{SHORT} --steps 100000 --eval-limit 0")
     while not (tmp_path / "run" / "metrics.csv").exists():
         time.sleep(0.02)
@@ -209,7 +211,9 @@ def test_out_of_memory_leaves_a_checkpoint_and_says_what_to_turn(world, tmp_path
     main(monkeypatch, f"{flags}/whole")
     with monkeypatch.context() as patch:
         patch.setattr(train, "score", hungry)
-        with pytest.raises(cli.Stopped, match="step 4, 4 rollouts of at most 13 tokens: lower --micro-batch"):
+        with pytest.raises(
+            cli.Stopped, match="step 4, 4 x 1 rollouts, horizon 13: lower --micro"
+        ):
             main(monkeypatch, f"{flags}/run")
     main(monkeypatch, f"--resume {tmp_path}/run")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
@@ -236,30 +240,46 @@ def test_not_finite_names_the_offending_row(world, tmp_path, monkeypatch):
     assert found["bad_rows"] == [2] and found["bad"] == [found["batch"][2]] and len(found["problems"]) == 4
 
 
-def can_mount(folder):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(folder)]
-    return os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
-
-
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_elsewhere(world, tmp_path, monkeypatch):
-    """A real file system of 6 MB, filled; with room again the run resumes to the same end."""
+@pytest.fixture
+def disk(tmp_path):
+    """A real file system of 6 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if not can_mount(disk):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
-    try:
-        flags = f"{SHORT} --eval-limit 0 --save-every 1"
-        main(monkeypatch, f"{flags} --out {tmp_path}/whole")
-        (disk / "filler").write_bytes(b"x" * 3_000_000)
-        with pytest.raises(cli.Stopped, match="No space left.*--resume"):
-            main(monkeypatch, f"{flags} --out {disk}/run")
-        assert not list((disk / "run").glob("*.part"))
-        (disk / "filler").unlink()
-        main(monkeypatch, f"--resume {disk}/run")
-        assert weights(disk / "run") == weights(tmp_path / "whole")
-        assert metrics(disk / "run") == metrics(tmp_path / "whole")
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(disk, world, tmp_path, monkeypatch):
+    """With room again the run resumes to the same end."""
+    flags = f"{SHORT} --eval-limit 0 --save-every 1"
+    main(monkeypatch, f"{flags} --out {tmp_path}/whole")
+    (disk / "filler").write_bytes(b"x" * 3_000_000)
+    with pytest.raises(cli.Stopped, match="No space left.*--resume"):
+        main(monkeypatch, f"{flags} --out {disk}/run")
+    assert not list((disk / "run").glob("*.part"))
+    (disk / "filler").unlink()
+    main(monkeypatch, f"--resume {disk}/run")
+    assert weights(disk / "run") == weights(tmp_path / "whole")
+    assert metrics(disk / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_folder_that_becomes_read_only_ends_in_one_line(disk, world, monkeypatch):
+    log_step, mount = report.log_step, ["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk / "run")]
+
+    def log_and_lock(*args):
+        log_step(*args)
+        subprocess.run(mount, check=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "log_step", log_and_lock)
+        with pytest.raises(cli.Stopped, match="Read-only file system.*--resume"):
+            main(monkeypatch, f"{SHORT} --eval-limit 0 --save-every 1 --out {disk}/run")
+    subprocess.run(["umount", "-l", str(disk / "run")], check=True)
+    main(monkeypatch, f"--resume {disk}/run")
+    assert len(metrics(disk / "run")) == 16
 
 
 def test_a_folder_that_is_deleted_under_way_ends_in_one_line(world, tmp_path, monkeypatch):
