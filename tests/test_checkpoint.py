@@ -211,9 +211,7 @@ def test_out_of_memory_leaves_a_checkpoint_and_says_what_to_turn(world, tmp_path
     main(monkeypatch, f"{flags}/whole")
     with monkeypatch.context() as patch:
         patch.setattr(train, "score", hungry)
-        with pytest.raises(
-            cli.Stopped, match="step 4, 4 x 1 rollouts, horizon 13: lower --micro"
-        ):
+        with pytest.raises(cli.Stopped, match="step 4, 4 x 1 rollouts, horizon 13: lower --micro"):
             main(monkeypatch, f"{flags}/run")
     main(monkeypatch, f"--resume {tmp_path}/run")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
