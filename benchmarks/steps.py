@@ -3,8 +3,8 @@
     pip install trl==1.16.0        # that side alone needs it
     python benchmarks/steps.py --student PATH --teacher PATH --data FILE --tokens 128
 
-Each side is a process of its own with the same prompts; a first step warms up, the median of the others counts.
-Memory is the peak of the whole process: resident on a CPU, allocated on a GPU. Adds to results/bench_steps.csv.
+Each side is a process of its own with the same prompts; a first step warms up, the others' median counts.
+Memory is the peak of the whole process: resident on a CPU, allocated on a GPU. For results/bench_steps.csv.
 """
 
 import json
