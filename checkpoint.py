@@ -29,7 +29,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 def checksum(tensors: dict[str, Tensor]) -> int:
-    """Changes with any byte that changes: what a disk gave back must be what was given to it."""
+    """Changes with a byte that changes: what a disk gives back must be what was given to it."""
     flat = (
         t.detach().reshape(-1).view(torch.uint8 if t.itemsize == 1 else torch.int32) for t in tensors.values()
     )
@@ -67,7 +67,8 @@ class State:
             while self.step < total:
                 self._at_start = self.generators()
                 yield self.step
-                self.step += 1
+                # What follows runs when the body of the loop is over: the step is done.
+                self.step, self._at_start = self.step + 1, {}
                 self.bar.update()
                 if came or (self.save_every and (self.step % self.save_every == 0 or self.step == total)):
                     self.save()
@@ -88,7 +89,9 @@ class State:
             raise Stopped(1, f"cannot write the run ({error}): mend that, then {self.remedy()}") from error
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
             self.optimizer.zero_grad()
-            if self.step:  # before the first update there is nothing to save
+            # Before the first update there is nothing to save; once a step has updated, its start is gone.
+            updates = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+            if self._at_start and 0 < self.step == updates:
                 self.save(self._at_start)
             what = f"out of memory at step {self.step}, {shape}: lower --micro-batch or --eval-batch"
             remedy = f"{self.remedy()}; or start anew with a lower --horizon or --batch-size"
@@ -121,6 +124,7 @@ class State:
         part = path.with_suffix(".part")
         try:
             save_file(tensors, part, {"state": json.dumps(facts)})
+            report.sync(self.folder / "metrics.csv")  # its rows up to this step are on the disk first
             report.settle(part, path)
         finally:
             part.unlink(missing_ok=True)  # of a disk that was full

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,10 +20,18 @@ class Stopped(Exception):
         self.code = code
 
 
-def knob(default: Any, help: str, least: float | None = None, choices: Iterable[str] | None = None) -> Any:
+def knob(
+    default: Any,
+    help: str,
+    least: float | None = None,
+    choices: Iterable[str] | None = None,
+    most: float = math.inf,
+) -> Any:
     """A dataclass field whose flag has this text under `--help`, and these limits."""
     choices = None if choices is None else tuple(choices)
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "least": least, "choices": choices, "most": most}
+    )
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -63,6 +72,8 @@ def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[s
         least, value = field.metadata["least"], given.get(field.name)
         if least is not None and value is not None and not value >= least:  # `not >=` catches NaN too
             raise BadInput(f"--{field.name.replace('_', '-')} {value} is below {least}: raise it")
+        if least is not None and value is not None and value > (most := field.metadata["most"]):
+            raise BadInput(f"--{field.name.replace('_', '-')} {value} is above {most}: lower it")
     return given
 
 

@@ -64,7 +64,7 @@ def whole_batches(path: Path, total: int) -> list[dict]:
     A line that was cut, and the batch that it belongs to, leave the file: that batch is sampled again.
     """
     content = path.read_bytes() if path.exists() else b""
-    if b"\n" not in content:
+    if not content.rpartition(b"\n")[0].strip():
         return []
     whole = path.with_suffix(".part")
     whole.write_bytes(content[: content.rindex(b"\n") + 1])
@@ -185,4 +185,6 @@ def train_and_test(source: str, held_out: str, limit: int, seed: int) -> tuple[l
         )
     test = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
     asked = {p.question for p in test}  # by its text: a file may hold a problem twice
-    return [p for p in problems if p.question not in asked], test
+    if not (rest := [p for p in problems if p.question not in asked]):
+        raise BadInput(f"{source} repeats the held-out problems, none is left to train on: give --eval-data")
+    return rest, test

@@ -99,12 +99,12 @@ class Knobs:
     max_new_tokens: int = knob(1024, "longest answer", 1)
     samples: int = knob(1, "answers to each problem: avg@K, pass@k, maj@K", 1)
     temperature: float = knob(0.0, "0 is greedy", 0)
-    top_p: float = knob(1.0, "sample from the likeliest tokens that hold this share", 0.01)
+    top_p: float = knob(1.0, "sample from the likeliest tokens that hold this share", 0.01, most=1)
     instruction: str | None = knob(None, "text after each problem; default: the benchmark's own")
-    system_prompt: str = knob("", "system message; none if empty")
+    system_prompt: str = knob("", "system message; the chat template's own if empty")
     thinking: bool = knob(False, "let a model think first, where its chat template has the switch")
     batch_size: str = knob("auto", "answers sampled together; auto: what fits into free memory, up to 64")
-    seed: int = knob(0, "of the subset and the sampling", 0)
+    seed: int = knob(0, "of the subset and the sampling", 0, most=2**32)
     dtype: str = knob("", "default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
     out: str = knob("", "run folder; default: the first free runs/eval-N")
@@ -135,7 +135,8 @@ def regrade(file: str) -> None:
     import data
 
     records = data.read_jsonl(Path(file)) if Path(file).is_file() else []
-    if not records or any({"index", "response", "gold", "verdict"} - record.keys() for record in records):
+    needed = {"index", "response", "gold", "verdict", "length", "finished", "seconds"}
+    if not records or any(needed - r.keys() or not isinstance(r["response"], str) for r in records):
         raise BadInput(f"{file} holds no graded answers: name a JSONL file that an evaluation wrote")
     with Grader() as grader:
         fresh = grader.grade([r["response"] for r in records], [r["gold"] for r in records])
@@ -164,10 +165,9 @@ def evaluate_model(name: str, label: str, problems: dict, knobs: Knobs, folder: 
         size = models.batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         law = {"temperature": knobs.temperature, "top_p": knobs.top_p}
         how = folder / f"{label}-{benchmark}.jsonl", knobs.max_new_tokens, size, knobs.samples, knobs.seed
-        with report.only_run(folder):  # nothing is written before all is known to be there
-            if not (folder / "config.json").exists():
-                report.write_config(folder, asdict(knobs), device)
-            records[benchmark] = evaluate(model, tokenizer, prompts, asked, ends, *how, **law)
+        if not (folder / "config.json").exists():  # nothing is written before all is known to be there
+            report.write_config(folder, asdict(knobs), device)
+        records[benchmark] = evaluate(model, tokenizer, prompts, asked, ends, *how, **law)
     return records
 
 
@@ -188,11 +188,12 @@ def main() -> None:
         folder = report.new_folder(knobs.out, "eval")
         knobs = replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))
     problems = problems_by_name(knobs)
-    labels = [f"{chr(ord('A') + i)}-{Path(name).name}" for i, name in enumerate(knobs.model)]
-    runs = {label: evaluate_model(n, label, problems, knobs, folder) for n, label in zip(knobs.model, labels)}
-    result = summarize(runs) | {"knobs": asdict(knobs)}
-    report.write_json(folder / "scores.json", result)
-    print(tell(result))
+    labels = {f"{chr(ord('A') + i)}-{Path(name).name}": name for i, name in enumerate(knobs.model)}
+    with report.only_run(folder, fresh=not knobs.resume):
+        runs = {label: evaluate_model(n, label, problems, knobs, folder) for label, n in labels.items()}
+        result = summarize(runs) | {"knobs": asdict(knobs)}
+        report.write_json(folder / "scores.json", result)
+        print(tell(result))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,11 @@ LONGEST = 500  # characters of an answer; what is longer is no answer
 UNICODE = {"−": "-", "–": "-", "²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34"}
 UNICODE |= {"×": r"\times ", "·": r"\cdot ", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "°": ""}
 UNICODE |= {"≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt "}
+# A number and its unit, "18 dollars", "5 \\text{ cm}^2", "7km"; but "3 pi" and "2 million" are other numbers.
+NO_UNIT = r"pi\b|and\b|or\b|times|dozen|hundred|thousand|[mb]illion"
+WORDS = rf"(?!{NO_UNIT})[A-Za-z]{{2}}[A-Za-z/ ]*"
+IN_TEXT = rf"\\(?:text|mathrm|mbox)\s*\{{[~\s]*((?!{NO_UNIT})[^{{}}\d]*)\}}(?:\^\{{?\d\}}?)?"
+AMOUNT = re.compile(rf"([-+]?[\d.,/]*\d)\s*(?:{IN_TEXT}|(?<=\s)({WORDS})|([ckm]m|kg|ft))")
 
 
 def boxed(text: str) -> list[str]:
@@ -38,16 +43,18 @@ def boxed(text: str) -> list[str]:
 
 
 def after_hashes(text: str) -> list[str]:
-    return re.findall(r"####[ \t]*(\S[^\n]{0,200})", text)  # how GSM8K writes it
+    found = re.findall(r"(?<!#)####(?!#)[ \t]*(\S[^\n]{0,200})", text)  # how GSM8K writes it
+    return [answer for answer in found if re.search(r"\d", answer.split()[0])]  # no heading of a section
 
 
 def after_phrase(text: str) -> list[str]:
-    found = re.findall(r"answer(?: is|:| =)[\s:*]*(.{1,200}?)(?:\.\s|\.?\**\s*$|\n)", text, re.I | re.M)
+    end = r"\.\s|\.?\**[ \t]{0,20}$|\n|,\s(?=[a-z]{2})"
+    found = re.findall(rf"answer(?: is|:| =)[\s:*]{{0,20}}(.{{1,200}}?)(?:{end})", text, re.I | re.M)
     return [answer.strip(" *.") for answer in found]
 
 
 def last_number(text: str) -> list[str]:
-    return re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)[-1:]
+    return re.findall(r"(?<![\d.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)[-1:]
 
 
 def extract(response: str, last_box: bool = False) -> str | None:
@@ -74,10 +81,10 @@ def compare(found: str, gold: str) -> str:
         return quick
     from math_verify import parse, verify
 
-    gold_math = parse(f"${to_latex(gold)}$", parsing_timeout=2)
+    gold_math = parse(f"${clean(gold)[0]}$", parsing_timeout=2)
     if not any(not isinstance(expression, str) for expression in gold_math):
         return "gold unreadable"
-    found_math = parse(f"${to_latex(found)}$", parsing_timeout=2)
+    found_math = parse(f"${clean(found)[0]}$", parsing_timeout=2)
     equal = verify(gold_math, found_math, timeout_seconds=2)  # gold first: verify is not symmetric
     return "right" if equal else "wrong"
 
@@ -86,6 +93,11 @@ def compare_quickly(found: str, gold: str) -> str | None:
     """By text and by number, which settles most answers in microseconds; None where mathematics is needed."""
     if len(found) > LONGEST:
         return "wrong"
+    if without_spaces(found) == without_spaces(gold):
+        return "right"
+    units = clean(found)[1], clean(gold)[1]
+    if all(units) and units[0][0] != units[1][0]:
+        return "wrong"  # 2 hours are not 2 minutes; cm may be spelled out
     ours, theirs = plain(found), plain(gold)
     if ours == theirs:
         return "right"
@@ -118,25 +130,36 @@ def from_repeating(match: re.Match) -> str:
     return rf"\frac{{{value}}}{{{scale * (10 ** len(period) - 1)}}}"
 
 
-def to_latex(text: str) -> str:
-    """Text for math-verify: Unicode signs as LaTeX, no money sign, no unit after a number."""
+def clean(text: str) -> tuple[str, str]:
+    """Text for math-verify, Unicode signs as LaTeX, no money sign; and apart the unit after a number."""
     text = unicodedata.normalize("NFKC", "".join(UNICODE.get(sign, sign) for sign in text))
     text = re.sub(r"\\?\$|[£€]|\\[,!;]|\\(?:left|right)(?![a-z])|\^\s*\{?\\circ\}?", "", text)
     text = re.sub(r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1 ", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text.strip().rstrip("."))
+    text = text.replace("{,}", ",").strip().rstrip(".")
     text = re.sub(r"(\d{0,50})\.(\d{0,50})\\overline\{?(\d{1,50})\}?", from_repeating, text)
     text = re.sub(r"^(-?\d{1,50}) (\d{1,50})/(\d{1,50})$", r"\1\\frac{\2}{\3}", text)  # 2 1/3
-    unit = r"\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?|[A-Za-z]{2}[A-Za-z/ ]*"
-    return re.sub(rf"^([-+]?[\d./]+)\s*(?:{unit})$", r"\1", text)  # "18 dollars", "5 \text{ cm}^2"
+    unit = ""
+    if amount := AMOUNT.fullmatch(text):
+        text, unit = amount[1], (amount[2] or amount[3] or amount[4] or "").strip().lower()
+    if re.fullmatch(
+        r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text
+    ):  # thousands; in (1,234) the comma parts two numbers
+        text = text.replace(",", "")
+    return text, unit
 
 
 def plain(text: str) -> str:
     """Text without what never changes an answer: sizes, spaces, text wrappers, percent sign, case."""
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", to_latex(text))
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", clean(text)[0])
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\?%|\\ |(?<!\d)\s|\s(?!\d)", "", text)  # "2 1/3" keeps its space
+    text = without_spaces(re.sub(r"\\?%|\\ ", "", text))
     return re.sub(r"\{(\w)\}", r"\1", text).lower().removesuffix(".")
+
+
+def without_spaces(text: str) -> str:
+    """But those between two digits: 2 1/3 is not 21/3."""
+    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
 
 
 class Grader:
@@ -182,7 +205,7 @@ class Grader:
         if (quick := compare_quickly(found, gold)) is not None:
             return quick
         worker = self.workers.get() or subprocess.Popen(
-            [sys.executable, __file__], stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True
+            [sys.executable, __file__], stdin=-1, stdout=-1, stderr=-3, text=True, start_new_session=True
         )
         alarm = threading.Timer(self.seconds, worker.kill)
         alarm.start()

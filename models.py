@@ -102,7 +102,7 @@ def find_device(name: str) -> torch.device:
     """The named device, or a CUDA GPU if there is one, else the CPU. Raises BadInput."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r} is not to be had ({first_line(error)}): try cpu") from error
     return device
@@ -116,7 +116,8 @@ def dtype_name(asked: str, device: torch.device) -> str:
 def free_memory(device: torch.device) -> int:
     """Bytes that may still be used."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, to us
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
 
 
@@ -135,13 +136,14 @@ def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, asked:
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     cache = 2 * (c.num_hidden_layers + 1) * heads * head_dim * item * (longest + max_new_tokens)
-    row = cache + longest * (6 * c.hidden_size + 3 * c.intermediate_size) * item + 5 * 4 * c.vocab_size
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    row = cache + longest * (6 * c.hidden_size + 3 * inner) * item + 5 * 4 * c.vocab_size
     free = int(0.9 * free_memory(model.device))
     size = min(64, free // row) if asked == "auto" else int(asked)
     if size * row > free or size < 1:
         rows = max(size, 1)
         what = f"{rows} answers at once need {rows * row / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-        raise BadInput(f"{what}: lower --batch-size (auto takes what fits) or --max-new-tokens")
+        raise BadInput(f"{what}: lower the batch size (auto takes what fits) or --max-new-tokens")
     return size
 
 
@@ -214,6 +216,12 @@ def load_pair(
     teacher = load_model(teacher_name, dtype, device).requires_grad_(False)
     if teacher.num_parameters() < student.num_parameters():
         print("the teacher is smaller than the student: fine if it is the better one", flush=True)
+    for module in student.modules():  # the loss must differentiate the law that was sampled, without dropout
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     # A teacher may end its answers with an id that the student's own list lacks: the student will learn it.

@@ -32,6 +32,7 @@ def sampled_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tenso
     return -(teacher_token - student_token).detach() * student_token
 
 
+BLOCK = 8  # chunks whose gradients reach the head's large weight in one matmul
 # A new divergence is one function above and one entry here.
 DIVERGENCES = {"reverse_kl": reverse_kl, "sampled": sampled_reverse_kl, "forward_kl": forward_kl}
 
@@ -115,11 +116,12 @@ def opd_loss(
     """
     head, teacher_head, learns = student[0].cast(), teacher[0].cast(), torch.is_grad_enabled()
     inputs, n, v = (student[1], student[0].weight, student[0].bias), len(tokens), head.vocab_size
-    gradients = [None if x is None or not x.requires_grad else torch.zeros_like(x) for x in inputs]
+    wanted = [x is student[1] or (x is not None and x.requires_grad) for x in inputs]
+    gradients = [torch.zeros_like(x) if want else None for x, want in zip(inputs, wanted)]
     total, stats, size = tokens.new_zeros((), dtype=torch.float), {}, max(1, chunk // v)
-    grad_logits = head.weight.new_empty(min(8 * size, n) if learns else 0, v)  # of a block of 8 chunks
+    grad_logits = head.weight.new_empty(min(BLOCK * size, n) if learns else 0, v)  # of a block of chunks
     for start in range(0, max(n, 1), size):
-        rows, done = slice(start, start + size), start % (8 * size)
+        rows, done = slice(start, start + size), start % (BLOCK * size)  # in the block
         with torch.no_grad():
             hidden = student[1][rows].to(head.weight.dtype)  # (C, D)
             logits = head.logits(hidden).requires_grad_(learns)  # (C, V)
@@ -134,7 +136,7 @@ def opd_loss(
         # Now, while the logits are at hand, their gradient; that of the large weight in one matmul a block.
         grad_logits[done : done + len(hidden)] = torch.autograd.grad(loss, logits)[0]
         gradients[0][rows] = grad_logits[done : done + len(hidden)] @ head.weight
-        if done == 7 * size or start + size >= n:
+        if done == (BLOCK - 1) * size or start + size >= n:
             of_block, block = grad_logits[: done + len(hidden)], slice(start - done, start + size)
             if gradients[1] is not None:
                 gradients[1][:v] += of_block.T @ student[1][block].detach().to(of_block.dtype)

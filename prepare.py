@@ -14,22 +14,24 @@ import toy
 from eval_math import evaluate
 from scores import score
 
-# What may be given with --resume: it leaves the run the same, or longer.
+# What may be given with --resume. A run that grows has its learning rate and POPD's growth laid out anew.
 SAFE = ("steps", "save_every", "eval_every", "show_every", "micro_batch", "checkpointing", "eval_batch")
 
 
 def settings(knobs_class: type, given: dict) -> tuple[Any, Path]:
     """The knobs, those given over the preset's over the defaults, or a stopped run's; and the run folder."""
     if "resume" in given:
-        return knobs_class(**report.resumed(knobs_class, given, SAFE)), Path(given["resume"])
-    preset = given.get("preset") or ("qwen" if torch.cuda.is_available() else "toy")
-    print(f"preset {preset}; for the other one: --preset {'toy' if preset == 'qwen' else 'qwen'}", flush=True)
-    of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
-    knobs = knobs_class(**(of_preset | given | {"preset": preset}))
+        knobs, folder = knobs_class(**report.resumed(knobs_class, given, SAFE)), Path(given["resume"])
+    else:
+        preset = given.get("preset") or ("qwen" if torch.cuda.is_available() else "toy")
+        other = "toy" if preset == "qwen" else "qwen"
+        print(f"preset {preset}; for the other one: --preset {other}", flush=True)
+        of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
+        knobs = knobs_class(**(of_preset | given | {"preset": preset}))
+        folder = report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
     models.check_batch_size(knobs.eval_batch)
     dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
-    knobs = replace(knobs, dtype=dtype, eval_every=knobs.eval_every if knobs.eval_limit else 0)
-    return knobs, report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
+    return replace(knobs, dtype=dtype, eval_every=knobs.eval_every if knobs.eval_limit else 0), folder
 
 
 def load(knobs, folder: Path) -> tuple[models.Pair, list[list[int]], Callable]:

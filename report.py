@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -63,14 +64,32 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock against a second run there. A dead process holds none."""
-    folder.mkdir(parents=True, exist_ok=True)
+def only_run(folder: Path, fresh: bool) -> Iterator[None]:
+    """Makes the folder and holds its lock; a dead process holds none. A disk that fails ends in one line.
+
+    Raises BadInput if another run is there or, where this one is `fresh`, was there; Stopped.
+    """
+    parent_is_new = not folder.parent.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make {folder} ({error}): name another --out") from error
     try:
         with FileLock(folder / ".lock", timeout=0):
+            if fresh and (folder / "config.json").exists():
+                raise BadInput(f"another run took {folder} meanwhile: start again, or name another --out")
             yield
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
+    except OSError as error:
+        raise Stopped(1, f"cannot write {folder} ({error}): mend that, then --resume {folder}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise Stopped(1, f"out of memory: lower the batch size, then --resume {folder}") from error
+    finally:
+        if fresh and {path.name for path in folder.glob("*")} <= {".lock"}:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing came of it
+            if parent_is_new:
+                shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def write_config(folder: Path, knobs: dict, device: torch.device) -> None:
@@ -107,9 +126,15 @@ def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict:
 
 def settle(part: Path, path: Path) -> None:
     """Give a file that is whole its name, so that after a power cut there is the old one or the new one."""
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(part)
     part.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has what was written."""
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def forget(folder: Path, step: int, total: int) -> None:
@@ -117,9 +142,13 @@ def forget(folder: Path, step: int, total: int) -> None:
     for path in (folder / "metrics.csv", folder / "positions.csv"):
         if path.exists():
             rows = [row for row in read_csv(path) if None not in row.values() and int(row["step"]) < step]
-            path.unlink()
+            part = path.with_suffix(".part")
+            part.unlink(missing_ok=True)
             if rows:
-                append_csv(path, rows)
+                append_csv(part, rows)
+                settle(part, path)
+            else:
+                path.unlink()
     for path in folder.glob("eval_step_*.jsonl"):
         if int(path.stem.rpartition("_")[2]) > step:
             path.unlink()
@@ -226,7 +255,7 @@ def gap_text(tokenizer, tokens: Tensor, gap: Tensor, colour: bool, most: int = 1
         elif abs(nats) > 0.5:
             piece += f"[{nats:+.1f}]"
         pieces.append(piece)
-    return "".join(pieces) + (" ..." if len(tokens) > most else "")
+    return "".join(pieces) + (" ..." if len(gap) > most else "")
 
 
 def mean_by_position(values: Tensor, positions: Tensor, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from grading import plain
 Z = 1.96  # standard errors in half a 95 % interval
 
 
-def by_problem(records: list[dict]) -> dict[str, list[dict]]:
+def by_problem(records: list[dict]) -> dict[int, list[dict]]:
     groups = defaultdict(list)
     for record in records:
         groups[record["index"]].append(record)
@@ -123,7 +123,9 @@ def tell(summary: dict) -> str:
 
 def difference_text(d: dict) -> str:
     low, high = d["interval"]
-    text = f"{d['difference']:+.1%} +- {d['se']:.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
+    text = f"{d['difference']:+.1%} +- {d['se']:.1%}"
+    if d["se"]:  # where no problem differs, luck cannot be told from sameness
+        text += f", 95 % interval {low:+.1%} to {high:+.1%}"
     return f"{text}; better on {d['better']}, worse on {d['worse']} problems, sign test p = {d['p']:.2g}"
 
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import data
 import models
@@ -42,7 +41,7 @@ class Knobs:
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
     eval_data: str = knob("", "held-out problems; default: test split of --data, or some of a single file")
     instruction: str = knob(INSTRUCTION, "text after each problem")
-    system_prompt: str = knob("", "system message; none if empty")
+    system_prompt: str = knob("", "system message; the chat template's own if empty")
     max_new_tokens: int = knob(1024, "T, the full response length: of evaluation, and of horizon 1", 1)
     steps: int = knob(200, "optimizer steps", 1)
     batch_size: int = knob(16, "prompts a step", 1)
@@ -51,9 +50,9 @@ class Knobs:
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
     temperature: float = knob(1.0, "of the sampling, and of both models in the loss", 0.01)
     lr: float = knob(5e-6, "peak learning rate", 0)
-    warmup: float = knob(0.1, "share of the steps in which the learning rate climbs", 0)
+    warmup: float = knob(0.1, "share of the steps in which the learning rate climbs", 0, most=1)
     decay: str = knob("cosine", "of the learning rate after that", choices=("cosine", "constant"))
-    beta2: float = knob(0.95, "AdamW's memory of squared gradients; short, as runs have few steps", 0)
+    beta2: float = knob(0.95, "AdamW's memory of squared gradients: short, as runs are", 0, most=0.9999)
     clip: float = knob(1.0, "largest gradient norm", 0)
     eval_every: int = knob(0, "steps between evaluations, besides before and after; 0: none", 0)
     eval_limit: int = knob(64, "held-out problems; 0: no evaluation", 0)
@@ -61,7 +60,7 @@ class Knobs:
     eval_temperature: float = knob(0.0, "0 is greedy", 0)
     show_every: int = knob(10, "steps between rollouts shown with the teacher's gap per token; 0: none", 0)
     save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", 0)
-    seed: int = knob(0, "of data order and sampling", 0)
+    seed: int = knob(0, "of data order and sampling", 0, most=2**32)
     dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
     out: str = knob("", "run folder; default: the first free runs/<preset>-<schedule>-N")
@@ -75,7 +74,7 @@ def learning_rate(step: int, knobs: Knobs) -> float:
     return knobs.lr * climb * fall
 
 
-def score(pair: models.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, Tensor], float]:
+def score(pair: models.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, torch.Tensor], float]:
     """Loss of a rollout, its gradients added to the student's a micro-batch at a time (none under no_grad).
 
     Returns the loss, `token_stats` with each token's row and position, and the teacher's seconds.
@@ -145,7 +144,7 @@ def main() -> None:
     lengths = knobs.max_new_tokens, knobs.steps, knobs.horizon, knobs.popd_growth, knobs.popd_interval
     schedule = make_schedule(knobs.schedule, *lengths)
     pair, prompts, grade = prepare.load(knobs, folder)
-    with report.only_run(folder):
+    with report.only_run(folder, fresh=not knobs.resume):
         report.write_config(folder, asdict(knobs), pair.student.device)
         train(knobs, schedule, pair, prompts, grade, folder)
 

@@ -63,7 +63,9 @@ def here(tmp_path_factory, world):
     jsonl(here / "noanswer.jsonl", {"question": "x", "solution": "1"})
     jsonl(here / "noquestion.jsonl", {"text": "x", "answer": "1"})
     jsonl(here / "one.jsonl", {"question": "x=1, then +2 fiftyone times", "answer": "1"})
-    jsonl(here / "long.jsonl", *[{"question": "x=1 " * 300, "answer": "1"}] * 200)
+    jsonl(here / "long.jsonl", *[{"question": f"x={i} " * 300, "answer": "1"} for i in range(200)])
+    jsonl(here / "twice.jsonl", *[GOOD.strip()] * 3)
+    jsonl(here / "half.jsonl", {"index": 0, "response": 4, "gold": "4", "verdict": "right"})
     jsonl(here / "blank.jsonl", GOOD.strip(), {"question": " ", "answer": "1"})
     jsonl(here / "huge.jsonl", GOOD.strip(), {"question": "x" * 50_000_000, "answer": "1"})
     (here / "nul.jsonl").write_bytes(GOOD.encode() + b'{"question": "a\x00b", "answer": "1"}\n')
@@ -135,7 +137,14 @@ BAD = [  # script, flags, what the line names
     ("train", "--eval-batch=some", "batch size some"),
     ("train", "--resume={here}/nothing", "config.json"),
     ("train", "--resume={here}/run", "start a new one"),
+    ("train", "--beta2=1", "above"),
+    ("train", "--seed=99999999999999999999999", "above"),
+    ("train", "--out=/dev/null/x", "/dev/null/x"),
+    ("train", "--device=meta", "not to be had"),
+    ("train", "--data={here}/twice.jsonl --eval-limit=1", "repeats the held-out"),
     ("eval_math", "", "--model"),
+    ("eval_math", f"{ASK} --top-p=2", "above"),
+    ("eval_math", "--regrade={here}/half.jsonl", "no graded answers"),
     ("eval_math", "--model={world}/teacher", "--benchmark"),
     ("eval_math", "--model={world}/teacher --benchmark=gsm9k", "choose from 'gsm8k', 'math500'"),
     ("eval_math", "--model={world}/teacher --benchmark=gsm8k", "network"),

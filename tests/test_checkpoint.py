@@ -193,7 +193,7 @@ def test_a_checkpoint_is_tensors_alone(saved):
 
 
 def test_two_runs_in_one_folder(saved, monkeypatch):
-    with report.only_run(saved), pytest.raises(cli.BadInput, match="another run is writing"):
+    with report.only_run(saved, fresh=False), pytest.raises(cli.BadInput, match="another run is writing"):
         main(monkeypatch, f"--resume {saved} --steps 9")
     main(monkeypatch, f"--resume {saved} --steps 7")  # the lock is gone with its holder
 
@@ -213,6 +213,28 @@ def test_out_of_memory_leaves_a_checkpoint_and_says_what_to_turn(world, tmp_path
         patch.setattr(train, "score", hungry)
         with pytest.raises(cli.Stopped, match="step 4, 4 x 1 rollouts, horizon 13: lower --micro"):
             main(monkeypatch, f"{flags}/run")
+    main(monkeypatch, f"--resume {tmp_path}/run")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_out_of_memory_in_an_evaluation_saves_no_half_done_step(world, tmp_path, monkeypatch):
+    """The update is done by then, the step is not: a checkpoint would apply the update twice."""
+    import prepare
+
+    flags, evaluate = f"{SHORT} --save-every 3 --out {tmp_path}", prepare.evaluate
+    main(monkeypatch, f"{flags}/whole")
+
+    def hungry(*args, **kwargs):
+        if args[5].stem in ("eval_step_6", "eval_after"):
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return evaluate(*args, **kwargs)
+
+    for again in (f"{flags}/run", f"--resume {tmp_path}/run"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "evaluate", hungry)
+            with pytest.raises(cli.Stopped, match="lower --micro-batch or --eval-batch"):
+                main(monkeypatch, again)
+        assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-000003.safetensors"]
     main(monkeypatch, f"--resume {tmp_path}/run")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 

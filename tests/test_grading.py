@@ -38,6 +38,7 @@ EQUAL = {
         (r"0.\overline{3}", r"\frac13"),
         (r"0.1\overline{6}", "1/6"),
     ],
+    "commas": [("[0, 100]", "[0,100]"), ("(10, 250)", "(10,250)"), ("100, 200, 300", "100,200,300")],
     "percent": [(r"10\%", "10"), ("10", r"10\%"), ("0.1", r"10\%"), (r"25\%", r"\frac14")],
     "units": [
         (r"5 \text{ cm}", "5"),
@@ -101,6 +102,14 @@ EQUAL = {
     "ratios": [("2:3", "2/3")],
 }
 DIFFERENT = {
+    "commas": [("1,234", "(1,234)"), ("(1234)", "(1,234)"), ("1100", r"\{1,100\}")],
+    "units": [
+        ("2xy", "2ab"),
+        ("7", "7xy"),
+        ("1.5 million", "1.5"),
+        ("2 hours", "2 minutes"),
+        ("6 am", "6 pm"),
+    ],
     "numbers": [("41", "42"), ("3", "-3"), ("0.333", r"\frac13"), ("1,2", "12"), ("1 2", "12")],
     "digits swapped between numerator and denominator": [(r"\frac{12}{3}", r"\frac{1}{23}")],
     "division by zero": [("1/0", "1"), (r"\frac{1}{0}", "0")],
@@ -130,6 +139,10 @@ EXTRACTED = [  # response, its answer
     ("The answer is 42.", "42"),
     ("The final answer is: **3.5** meters", "3.5** meters"),
     ("answer: $\\frac{1}{2}$.\nThanks", "$\\frac{1}{2}$"),
+    ("#### Step 1: Find x\nso\nThe answer is 5.", "5"),
+    ("##### Solution\n so 10-15", "15"),
+    ("The answer is 42, which is 6 times 7", "42"),
+    ("Answer: " + " " * 4000 + "y" * 300, None),
     ("That makes 40 and 2, so 1,042 in all", "1,042"),
     ("it costs $-3.50", "-3.50"),
     ("I do not know", None),
@@ -240,3 +253,12 @@ def test_grader_agrees_with_is_correct():
     assert [v["correct_strict"] for v in other] == [False, True, False]
     assert [v["correct_last"] for v in other] == [True, False, False]
     assert other[2]["verdict"] == "no answer" and other[2]["extracted"] is None
+
+
+def test_a_signal_to_the_terminals_group_does_not_reach_the_workers(monkeypatch):
+    """Ctrl-C goes to every process of a terminal's group; the run finishes its step, so must its grader."""
+    seen, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **kw: seen.append(kw) or popen(*a, **kw))
+    with Grader(workers=1) as grader:
+        assert grader.compare(r"\sqrt{4}", "2") == "right"
+    assert seen[0]["start_new_session"]
