@@ -55,3 +55,6 @@ def test_other_tables_are_their_csvs():
         assert f"| {row['dtype']} | {row['side']} | " + " | ".join(cells) + " |" in README
     for row in report.read_csv(ROOT / "results" / "real_learning_rates.csv"):
         assert f"{float(row['reverse_kl']):.3f} +- {float(row['se']):.3f}" in README
+    for row in report.read_csv(ROOT / "results" / "bench_evaluation.csv"):
+        shown = f"{float(row['ratio']):.2f} times" if row["ratio"] else f"{float(row['ours_s']):.1f} s ("
+        assert shown in README
