@@ -247,7 +247,8 @@ def gap_text(tokenizer, tokens: Tensor, gap: Tensor, colour: bool, most: int = 1
     """
     pieces, before = [], ""
     for i, nats in enumerate(gap[:most].tolist()):
-        text = tokenizer.decode(tokens[: i + 1])  # of the whole prefix: a character may span two tokens
+        text = tokenizer.decode(tokens[: i + 1])  # of the whole prefix: a character may span two tokens,
+        text = before if text.endswith("\ufffd") else text  # and is shown with the last of them
         piece, before = text[len(before) :], text
         if colour:
             light = 255 - int(min(max(-nats, 0.0), 3.0) * 60)

@@ -104,7 +104,7 @@ def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, gr
     state = State(folder, pair, optimizer, rng, knobs.save_every)
     try:
         summary = {"before": grade(student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        for step in state.steps(knobs.steps):  # goes on where a stopped run was; saves as it goes
+        for step in state.steps(knobs.steps):  # goes on where a stopped run was; saves after the body
             started, horizon = time.perf_counter(), schedule(step)
             ids = data.batch(len(prompts), knobs.batch_size, step, knobs.seed)
             asked = [prompts[i] for i in ids for _ in range(knobs.rollouts_per_prompt)]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cli
 import data
 import models
+import report
 import toy
 import train
 from rollout import rollout
@@ -252,3 +253,13 @@ def test_shared_vocabulary_of_unequal_models(tmp_path, world, capsys):
     pair = models.load_pair(str(world / "student"), str(tmp_path), "float32", device, checkpointing=False)
     assert pair.vocab_size == pair.student.config.vocab_size
     assert capsys.readouterr().out.count("using the first") == 1
+
+
+def test_gap_text_shows_a_character_of_two_tokens_once():
+    class Tokenizer:
+        def decode(self, tokens):
+            return bytes(tokens.tolist()).decode(errors="replace")
+
+    tokens = torch.tensor(list("aé!".encode()) + [0, 0])  # and padding
+    text = report.gap_text(Tokenizer(), tokens, torch.tensor([0.0, -1.0, -2.0, 0.0]), colour=False)
+    assert text == "a[-1.0]é[-2.0]!"
