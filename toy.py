@@ -16,13 +16,13 @@ models part at the start of an answer, and a rollout need not be long to see it.
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -197,16 +197,20 @@ def folder_of(world: str, recipe: Recipe, cache: Path) -> Path:
 def build(world: str, recipe: Recipe = Recipe(), cache: Path = CACHE) -> Path:
     """The folder of a world, built if it is not there: student/, teacher/, train.jsonl, test.jsonl."""
     folder = folder_of(world, recipe, cache)
-    if not folder.exists():
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # seen under its name only when whole
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            part.mkdir(parents=True)
-        except OSError as error:
-            raise BadInput(f"cannot build the toy world ({error}): make {cache} writable") from error
-        with torch.random.fork_rng(devices=[]):
-            write_world(part, world, recipe)
-        part.rename(folder)
+    if folder.exists():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # of two processes one builds, the other waits
+            part = folder.with_suffix(".part")  # seen under its name only when whole
+            shutil.rmtree(part, ignore_errors=True)
+            if not folder.exists():
+                part.mkdir()
+                with torch.random.fork_rng(devices=[]):
+                    write_world(part, world, recipe)
+                part.rename(folder)
+    except OSError as error:
+        raise BadInput(f"cannot build the toy world ({error}): make {cache} writable") from error
     return folder
 
 

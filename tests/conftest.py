@@ -1,5 +1,7 @@
 """Tiny random models for every test, and the toy world, built once and cached, for those that train."""
 
+import os
+
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -7,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import models
 import toy
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 V, END = 50, 3
 
 
