@@ -58,3 +58,7 @@ def test_other_tables_are_their_csvs():
     for row in report.read_csv(ROOT / "results" / "bench_evaluation.csv"):
         shown = f"{float(row['ratio']):.2f} times" if row["ratio"] else f"{float(row['ours_s']):.1f} s ("
         assert shown in README
+    for row in report.read_csv(ROOT / "results" / "bench_steps.csv"):
+        sampling = f"{float(row['rollout_s']):.1f}" if row["rollout_s"] else "-"
+        cells = [row["side"], f"{float(row['seconds']):.1f}", sampling, f"{float(row['peak_gb']):.1f}"]
+        assert "| " + " | ".join(cells) + " |" in README
