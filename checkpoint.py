@@ -87,10 +87,10 @@ class State:
         """Raise Stopped, one line, for an error that is no bug: memory or disk; return for any other."""
         if isinstance(error, (OSError, SafetensorError)):
             raise Stopped(1, f"cannot write the run ({error}): mend that, then {self.remedy()}") from error
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        if report.is_out_of_memory(error):
             self.optimizer.zero_grad()
             # Before the first update there is nothing to save; once a step has updated, its start is gone.
-            updates = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+            updates = max((int(state.get("step", 0)) for state in self.optimizer.state.values()), default=0)
             if self._at_start and 0 < self.step == updates:
                 self.save(self._at_start)
             what = f"out of memory at step {self.step}, {shape}: lower --micro-batch or --eval-batch"

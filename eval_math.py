@@ -72,8 +72,8 @@ def evaluate(
                 head = {"index": i, "problem": problems[i].question, "seconds": seconds, "batch_size": size}
                 records.append(head | answer | verdict)
             file.write("".join(json.dumps(record) + "\n" for record in records[start:]))
-            right, tokens = (sum(record[key] for record in records) for key in ("correct", "length"))
-            bar.set_postfix({"correct": f"{right / len(records):.1%}", "tokens": tokens}, refresh=False)
+            right, tokens, spent = (sum(r[key] for r in records) for key in ("correct", "length", "seconds"))
+            bar.set_postfix({"correct": f"{right / len(records):.1%}", "tokens/s": f"{tokens / spent:.0f}"})
             bar.update(len(new))
     return records
 

@@ -82,7 +82,7 @@ def compare(found: str, gold: str) -> str:
     from math_verify import parse, verify
 
     gold_math = parse(f"${clean(gold)[0]}$", parsing_timeout=2)
-    if not any(not isinstance(expression, str) for expression in gold_math):
+    if all(isinstance(expression, str) for expression in gold_math):
         return "gold unreadable"
     found_math = parse(f"${clean(found)[0]}$", parsing_timeout=2)
     equal = verify(gold_math, found_math, timeout_seconds=2)  # gold first: verify is not symmetric
@@ -114,7 +114,8 @@ def compare_quickly(found: str, gold: str) -> str | None:
 def number(text: str) -> Fraction | None:
     """The value of a decimal, of a/b and of 1.5e3, texts as `plain` leaves them; None for anything else."""
     if fraction := re.fullmatch(r"(-?)\\frac(\d|\{\d+\})(\d|\{\d+\})", text):
-        text = "{}{}/{}".format(*fraction.groups()).translate({ord("{"): None, ord("}"): None})
+        sign, above, below = (part.strip("{}") for part in fraction.groups())
+        text = f"{sign}{above}/{below}"
     if re.fullmatch(
         r"[+-]?(\d{1,100}(\.\d{0,100})?|\.\d{1,100})(e[+-]?\d{1,3})?|-?\d{1,100}/\d*[1-9]\d*", text
     ):

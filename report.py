@@ -83,13 +83,21 @@ def only_run(folder: Path, fresh: bool) -> Iterator[None]:
         raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
     except OSError as error:
         raise Stopped(1, f"cannot write {folder} ({error}): mend that, then --resume {folder}") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise Stopped(1, f"out of memory: lower the batch size, then --resume {folder}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"out of memory; what was written stays in {folder}"
+        raise Stopped(1, f"{what}: start anew with smaller batches or a lower --max-new-tokens") from error
     finally:
         if fresh and {path.name for path in folder.glob("*")} <= {".lock"}:
             shutil.rmtree(folder, ignore_errors=True)  # nothing came of it
             if parent_is_new:
                 shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of Python, or of a CPU, where torch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def write_config(folder: Path, knobs: dict, device: torch.device) -> None:
@@ -119,7 +127,7 @@ def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict:
             raise BadInput(
                 f"{flag} would change the run, which has {knobs[name]}: drop it, or start a new run"
             )
-    if given.get("steps", 0) < knobs.get("steps", 0) and "steps" in given:
+    if "steps" in given and given["steps"] < knobs["steps"]:
         raise BadInput(f"--steps {given['steps']} is below the run's {knobs['steps']}: a run can only grow")
     return knobs | given
 

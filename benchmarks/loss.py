@@ -8,21 +8,16 @@ holds at its peak beyond these inputs. Adds rows to results/bench_loss.csv. Linu
 """
 
 import json
-import re
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from sides import ROOT, measure_apart, peak_memory, reset_peak  # puts the project on the path
 
 import opd
 import report
-from cli import BadInput, knob, parse, run
+from cli import knob, parse, run
 
 SIDES = ("naive", "ours", "liger", "trl")
 
@@ -108,22 +103,6 @@ def measure(knobs: Knobs) -> dict:
     return row | {"loss": loss.item(), "grad_norm": weight.grad.float().norm().item()}
 
 
-def reset_peak(device: torch.device) -> int:
-    """Bytes in use now, from which on the peak counts."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
-
-
 def main() -> None:
     given = parse(Knobs, __doc__, None)
     knobs = Knobs(**given)
@@ -133,13 +112,7 @@ def main() -> None:
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("sides", "out")]
     rows = []
     for side in knobs.sides or SIDES:
-        command = [sys.executable, __file__, *flags, "--side", side]
-        found = subprocess.run(command, capture_output=True, text=True)
-        if found.returncode:
-            raise BadInput(
-                f"side {side} failed ({found.stderr.strip().splitlines()[-1]}): install it, or name --sides"
-            )
-        rows.append(json.loads(found.stdout.splitlines()[-1]))
+        rows.append(measure_apart(__file__, side, flags))
         print(rows[-1], flush=True)
     shape = {
         name: getattr(knobs, name) for name in ("tokens", "vocab", "student_width", "teacher_width", "dtype")

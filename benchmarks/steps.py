@@ -8,19 +8,14 @@ Memory is the peak of the whole process: resident on a CPU, allocated on a GPU. 
 """
 
 import json
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from sides import ROOT, measure_apart, peak_memory  # puts the project on the path
 
 import data
 import models
@@ -158,10 +153,7 @@ def measure(knobs: Knobs) -> dict:
     else:
         rows = ours(knobs, prompts, checkpointing=knobs.side != "ours")
     found = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
-    if knobs.device == "cuda":
-        return found | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-    peak = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]
-    return found | {"peak_gb": int(peak) * 1024 / 1e9}
+    return found | {"peak_gb": peak_memory(models.find_device(knobs.device)) / 1e9}
 
 
 def main() -> None:
@@ -173,16 +165,9 @@ def main() -> None:
     if not knobs.student or not knobs.teacher:
         raise BadInput("--student and --teacher are both needed: name two model folders or hub models")
     columns = ("seconds", "rollout_s", "score_s", "update_s", "response_tokens", "peak_gb")
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("sides", "out")]
     for side in knobs.sides or SIDES:
-        flags = [
-            f"--{k.replace('_', '-')}={v}" for k, v in vars(replace(knobs, side=side)).items() if k != "sides"
-        ]
-        done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
-        if done.returncode:
-            raise BadInput(
-                f"side {side} failed ({done.stderr.strip().splitlines()[-1]}): mend it, or name --sides"
-            )
-        row = json.loads(done.stdout.splitlines()[-1])
+        row = measure_apart(__file__, side, flags)
         print(side, row, flush=True)
         what = {
             "student": Path(knobs.student).name,

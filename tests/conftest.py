@@ -33,4 +33,6 @@ def world():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often the run of test_checkpoint.py is killed")
+    parser.addoption(
+        "--kills", type=int, default=1, help="how often a training run and an evaluation are killed"
+    )

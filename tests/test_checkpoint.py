@@ -323,7 +323,7 @@ def test_a_folder_that_is_deleted_under_way_ends_in_one_line(world, tmp_path, mo
 
 
 def test_memory_of_a_long_run_is_flat(world, tmp_path, monkeypatch, request):
-    """Resident memory after a tenth of the run and at its end, evaluations included."""
+    """Resident memory after a fifth of the run and at its end, evaluations included."""
     sizes, log_step = [], report.log_step
 
     def log_and_weigh(*args):

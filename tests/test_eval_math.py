@@ -159,7 +159,7 @@ def test_limit_is_a_seeded_random_subset():
     assert first == data.subset(problems, 20, 0) != data.subset(problems, 20, 1) and first != problems[:20]
 
 
-def test_a_stopped_run_resumes_to_the_same_scores(world, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_scores(world, tmp_path, monkeypatch, request):
     """Real kills at random moments, and a line cut in the middle. Sampled, so the seeds count too."""
     flags = ["--model", world / "teacher", "--data", world / "test.jsonl", "--limit", 60, "--samples", 2]
     flags += ["--temperature", 1, "--top-p", 0.9, "--batch-size", 10, *FLAGS]
@@ -167,7 +167,7 @@ def test_a_stopped_run_resumes_to_the_same_scores(world, tmp_path, monkeypatch):
     out = tmp_path / "stopped"
     rng, command = random.Random(0), [sys.executable, str(ROOT / "eval_math.py")]
     given = [*map(str, flags), "--out", str(out)]
-    for _ in range(1):
+    for _ in range(request.config.getoption("--kills")):
         process = subprocess.Popen([*command, *given], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
             process.wait(timeout=4 + 3 * rng.random())
