@@ -106,10 +106,9 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """The trained weights and AdamW's state of each, by name: the tensors themselves, not copies."""
         found = {}
-        for name, weight in self.pair.student.named_parameters():
-            if weight.requires_grad:
-                found[f"weight/{name}"] = weight.detach()
-                found |= {f"{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
+        for name, weight in self.pair.masters.items():
+            found[f"weight/{name}"] = weight.detach()
+            found |= {f"{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
         return found
 
     def save(self, generators: dict[str, Tensor] | None = None) -> None:
@@ -152,12 +151,12 @@ class State:
             names = list(file.keys())
             if sum(checksum({name: file.get_tensor(name)}) for name in names) != facts["checksum"]:
                 raise ValueError("its checksum differs")
-            for name, weight in self.pair.student.named_parameters():
-                if weight.requires_grad:
-                    weight.data.copy_(file.get_tensor(f"weight/{name}"))
-                    keys = [n.split("/", 1)[0] for n in names if n.split("/", 1)[1] == name]
-                    state = {key: file.get_tensor(f"{key}/{name}") for key in keys if key != "weight"}
-                    self.optimizer.state[weight] = {k: v.to(weight.device) for k, v in state.items()}
+            for name, weight in self.pair.masters.items():
+                weight.data.copy_(file.get_tensor(f"weight/{name}"))
+                keys = [n.split("/", 1)[0] for n in names if n.split("/", 1)[1] == name]
+                state = {key: file.get_tensor(f"{key}/{name}") for key in keys if key != "weight"}
+                self.optimizer.state[weight] = {k: v.to(weight.device) for k, v in state.items()}
+            self.pair.publish()
             self.generator.set_state(file.get_tensor("rng/sampling"))
             torch.set_rng_state(file.get_tensor("rng/torch"))
             if "rng/cuda" in names:

@@ -3,6 +3,7 @@
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cli import BadInput
-from opd import Head
+from head import Head, head_of
 from rollout import Rollout
 
 
@@ -166,25 +167,28 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Pair:
-    """Student (fp32 weights, trainable) and teacher (frozen), and the token ids they share."""
+    """Student and teacher, both in `dtype`, the student's fp32 masters, and the token ids they share.
+
+    A bf16 weight keeps 8 bits: a step of 1e-6 would round to nothing. So the optimizer moves fp32 masters,
+    which collect the gradients too, and the student computes with bf16 copies of them, cast once a step.
+    In fp32 the masters are the student's own weights.
+    """
 
     student: PreTrainedModel
     teacher: PreTrainedModel
+    masters: dict[str, Tensor]  # fp32, of every weight that learns, by name
     student_head: Head
     teacher_head: Head
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int  # ids that both models can score
     ends: set[int]  # ids that end a response
-    dtype: torch.dtype  # of matmuls
 
-    def compute(self, cache_weights: bool = False):
-        """A context in which matmuls run in `dtype`: in bf16 the student's fp32 weights are cast on use.
-
-        Sampling reads each weight a hundred times, so it keeps the cast, which has no gradient. Training must
-        not meet such a copy, and adds up its gradients in fp32: it casts anew.
-        """
-        enabled = self.dtype == torch.bfloat16
-        return torch.autocast(self.student.device.type, self.dtype, enabled, cache_enabled=cache_weights)
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the masters' values to the weights that the student computes with."""
+        for name, weight in self.student.named_parameters():
+            if name in self.masters and weight is not self.masters[name]:
+                weight.copy_(self.masters[name])
 
     def seconds_since(self, start: float) -> float:
         """Wall time since `start`, once the GPU has done what it was given."""
@@ -194,11 +198,10 @@ class Pair:
 
     def save_student(self, folder: Path) -> None:
         """An ordinary Hugging Face folder, in the dtype that the student computed in; fp32 stays behind."""
-        weights = {name: w.to(self.dtype) for name, w in self.student.state_dict().items()}
         part, old = folder.with_suffix(".part"), folder.with_suffix(".old")
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
-        self.student.save_pretrained(part, state_dict=weights)
+        self.student.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
         if folder.exists():
             folder.rename(old)
@@ -216,33 +219,62 @@ def load_pair(
     teacher = load_model(teacher_name, dtype, device).requires_grad_(False)
     if teacher.num_parameters() < student.num_parameters():
         print("the teacher is smaller than the student: fine if it is the better one", flush=True)
+    if checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    # A teacher may end its answers with an id that the student's own list lacks: the student will learn it.
+    ends = end_ids(tokenizer, student, teacher)
+    student.generation_config.eos_token_id = sorted(ends)
+    return make_pair(student, teacher, tokenizer, vocab_size, ends, dtype)
+
+
+def make_pair(student, teacher, tokenizer, vocab_size: int, ends: set[int], dtype: torch.dtype) -> Pair:
+    """A pair of an fp32 student and a teacher that are loaded already."""
     for module in student.modules():  # the loss must differentiate the law that was sampled, without dropout
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    if checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    # A teacher may end its answers with an id that the student's own list lacks: the student will learn it.
-    ends = end_ids(tokenizer, student, teacher)
-    student.generation_config.eos_token_id = sorted(ends)
+    masters = masters_of(student, dtype)
     heads = head_of(student, vocab_size), head_of(teacher, vocab_size)
-    return Pair(student, teacher, *heads, tokenizer, vocab_size, ends, dtype)
+    return Pair(student, teacher, masters, *heads, tokenizer, vocab_size, ends)
 
 
-def sequences(ro: Rollout, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """Model input for `rows`: ids (b, L), and predicts (b, L): which states predict a response token.
+def masters_of(student, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast the student's weights to `dtype`, and keep those that learn in fp32, by name.
 
-    `hidden[predicts]` is in the order of `ro.tokens[rows][ro.response_mask[rows]]`. Padding goes right,
-    where causal attention never looks: scoring needs no attention mask.
+    A weight's gradient goes to its master, in fp32, as soon as backward has it: micro-batches add up there.
+    """
+    masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    for name, weight in student.named_parameters():
+        if weight.dtype == dtype:
+            continue
+        if name in masters:
+            masters[name] = torch.nn.Parameter(weight.detach())
+            weight.register_post_accumulate_grad_hook(partial(hand_over, masters[name]))
+        weight.data = weight.data.to(dtype)  # buffers stay in fp32: rotary frequencies must
+    return masters
+
+
+def hand_over(master: Tensor, weight: Tensor) -> None:
+    gradient = weight.grad.to(master.dtype)
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    weight.grad = None
+
+
+def sequences(ro: Rollout, rows: list[int], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Model input for `rows`: ids (b, L), and predicts (b, L): which states predict a token with a loss.
+
+    `hidden[predicts]` is in the order of `ro.tokens[rows][loss_mask[rows]]`. Padding goes right, where
+    causal attention never looks: scoring needs no attention mask.
     """
     texts = [ro.prompts[row] + ro.tokens[row][ro.response_mask[row]].tolist() for row in rows]
     ids = ro.tokens.new_zeros(len(rows), max(map(len, texts)) - 1)  # nothing to predict from the last
     predicts = torch.zeros_like(ids, dtype=torch.bool)
     for i, (row, text) in enumerate(zip(rows, texts)):
         ids[i, : len(text) - 1] = ids.new_tensor(text[:-1])
-        predicts[i, len(ro.prompts[row]) - 1 : len(text) - 1] = True  # state t predicts token t + 1
+        wanted = loss_mask[row][ro.response_mask[row]]
+        predicts[i, len(ro.prompts[row]) - 1 : len(text) - 1] = wanted  # state t predicts token t + 1
     return ids, predicts
 
 
@@ -273,23 +305,3 @@ def check_context(models: list, prompts: list[list[int]], max_new_tokens: int) -
             f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context "
             f"of {room} tokens: lower --max-new-tokens or drop that problem"
         )
-
-
-@torch.no_grad()
-def head_of(model, vocab_size: int) -> Head:
-    """A model's output head, checked against the model's own logits.
-
-    Raises BadInput, naming the model's class, if that does more than matmul, bias and soft cap.
-    """
-    linear, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    head = Head(linear.weight, getattr(linear, "bias", None), softcap, vocab_size)
-    ids = torch.arange(8, device=linear.weight.device)[None] % vocab_size
-    theirs = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float().log_softmax(-1)
-    ours = head.logp(
-        head.cast().logits(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
-    )
-    if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item()):
-        raise BadInput(
-            f"{type(model).__name__} changes its logits in a way that opd.Head lacks: add it there"
-        )
-    return head

@@ -5,11 +5,10 @@ Full fp32 logits are 0.6 MB a token at V = 151,936. So the loss takes hidden sta
 at a time, and takes the chunk's gradient while its logits are at hand: none is kept, none is computed twice.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from head import Head
 
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
@@ -40,38 +39,6 @@ DIVERGENCES = {"reverse_kl": reverse_kl, "sampled": sampled_reverse_kl, "forward
 def of_tokens(logp: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of each token: (C, V), (C,) -> (C,)."""
     return logp.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-class Head(NamedTuple):
-    """What turns hidden states into logits, cut to the `vocab_size` ids that student and teacher share."""
-
-    weight: Tensor  # (V or more, D)
-    bias: Tensor | None
-    softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
-    vocab_size: int
-
-    def cast(self) -> "Head":
-        """A copy without gradient, in the dtype of matmuls, cut to V rows: once a loss, not once a chunk.
-
-        A bias of -inf forbids an id; -1e4 does so too, and adds 0 to a divergence, not 0 * inf = NaN.
-        """
-        kind, v = self.weight.device.type, self.vocab_size
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
-        bias = None if self.bias is None else self.bias[:v].detach().to(dtype).clamp_min(-1e4)
-        return self._replace(weight=self.weight[:v].detach().to(dtype), bias=bias)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The matmul: (C, D) -> (C, V), not capped yet."""
-        return F.linear(hidden, self.weight, self.bias)
-
-    def logp(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
-        """(C, V) -> (C, V): log softmax(logits / temperature), the law that the tokens were sampled from.
-
-        At least fp32: a bf16 divergence loses up to a third of its gradient.
-        """
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 @torch.no_grad()
@@ -114,16 +81,17 @@ def opd_loss(
 
     The text before a token is taken as given: no gradient flows through the sampling.
     """
-    head, teacher_head, learns = student[0].cast(), teacher[0].cast(), torch.is_grad_enabled()
+    head, teacher_head, learns = student[0].cut(), teacher[0].cut(), torch.is_grad_enabled()
     inputs, n, v = (student[1], student[0].weight, student[0].bias), len(tokens), head.vocab_size
     wanted = [x is student[1] or (x is not None and x.requires_grad) for x in inputs]
-    gradients = [torch.zeros_like(x) if want else None for x, want in zip(inputs, wanted)]
+    # A large weight's gradient is a sum over blocks: in fp32, also where the weight is bf16.
+    gradients = [torch.zeros_like(x, dtype=torch.float) if w else None for x, w in zip(inputs, wanted)]
     total, stats, size = tokens.new_zeros((), dtype=torch.float), {}, max(1, chunk // v)
     grad_logits = head.weight.new_empty(min(BLOCK * size, n) if learns else 0, v)  # of a block of chunks
     for start in range(0, max(n, 1), size):
         rows, done = slice(start, start + size), start % (BLOCK * size)  # in the block
         with torch.no_grad():
-            hidden = student[1][rows].to(head.weight.dtype)  # (C, D)
+            hidden = student[1][rows]  # (C, D)
             logits = head.logits(hidden).requires_grad_(learns)  # (C, V)
             teacher_logp = teacher_head.logp(teacher_head.logits(teacher[1][rows]), temperature)  # (C, V)
         student_logp = head.logp(logits, temperature)  # (C, V)
@@ -139,7 +107,7 @@ def opd_loss(
         if done == (BLOCK - 1) * size or start + size >= n:
             of_block, block = grad_logits[: done + len(hidden)], slice(start - done, start + size)
             if gradients[1] is not None:
-                gradients[1][:v] += of_block.T @ student[1][block].detach().to(of_block.dtype)
+                gradients[1][:v] += of_block.T @ student[1][block].detach()
             if gradients[2] is not None:
                 gradients[2][:v] += of_block.sum(0)
     return WithGradients.apply(total, gradients, *inputs) if learns else total, stats

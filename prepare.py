@@ -51,8 +51,7 @@ def load(knobs, folder: Path) -> tuple[models.Pair, list[list[int]], Callable]:
     def grade(model, name: str) -> dict | None:
         size = models.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
         how = folder / f"eval_{name}.jsonl", knobs.max_new_tokens, size, 1, knobs.seed
-        with pair.compute(cache_weights=True):
-            law = {"temperature": knobs.eval_temperature}
-            return score(evaluate(model, pair.tokenizer, asked, test, pair.ends, *how, **law))
+        law = {"temperature": knobs.eval_temperature}
+        return score(evaluate(model, pair.tokenizer, asked, test, pair.ends, *how, **law))
 
     return pair, prompts, grade

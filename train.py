@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import data
 import models
@@ -74,22 +75,23 @@ def learning_rate(step: int, knobs: Knobs) -> float:
     return knobs.lr * climb * fall
 
 
-def score(pair: models.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str, torch.Tensor], float]:
-    """Loss of a rollout, its gradients added to the student's a micro-batch at a time (none under no_grad).
+def score(pair: models.Pair, ro: Rollout, knobs: Knobs, loss_mask: Tensor | None = None) -> tuple:
+    """Loss of a rollout, its gradients added to the masters' a micro-batch at a time (none under no_grad).
 
+    All response tokens have a loss, or, in experiments, those of `loss_mask`, (B, R).
     Returns the loss, `token_stats` with each token's row and position, and the teacher's seconds.
     """
-    loss, stats, teacher_s, normalizer = 0.0, [], 0.0, int(ro.response_mask.sum())
+    loss_mask = ro.response_mask if loss_mask is None else loss_mask
+    loss, stats, teacher_s, normalizer = 0.0, [], 0.0, int(loss_mask.sum())
     for rows in models.micro_batches(ro, knobs.micro_batch):
-        ids, predicts = models.sequences(ro, rows)  # (b, L) both
-        mask, started = ro.response_mask[rows], time.perf_counter()
+        ids, predicts = models.sequences(ro, rows, loss_mask)  # (b, L) both
+        mask, started = loss_mask[rows], time.perf_counter()
         tokens, (row, position) = ro.tokens[rows][mask], mask.nonzero().T  # (N,) each
-        with pair.compute():
-            with torch.no_grad():
-                teacher = pair.teacher_head, models.hidden_states(pair.teacher, ids, predicts)  # (N, D_T)
-            teacher_s += pair.seconds_since(started)
-            student = pair.student_head, models.hidden_states(pair.student, ids, predicts)  # (N, D_S)
-            part, seen = opd_loss(student, teacher, tokens, normalizer, knobs.divergence, knobs.temperature)
+        with torch.no_grad():
+            teacher = pair.teacher_head, models.hidden_states(pair.teacher, ids, predicts)  # (N, D_T)
+        teacher_s += pair.seconds_since(started)
+        student = pair.student_head, models.hidden_states(pair.student, ids, predicts)  # (N, D_S)
+        part, seen = opd_loss(student, teacher, tokens, normalizer, knobs.divergence, knobs.temperature)
         if part.requires_grad:
             part.backward()
         loss += part.item()
@@ -97,10 +99,30 @@ def score(pair: models.Pair, ro: Rollout, knobs: Knobs) -> tuple[float, dict[str
     return loss, {name: torch.cat([s[name] for s in stats]) for name in stats[0]}, teacher_s
 
 
+def update(
+    pair: models.Pair, optimizer, ro: Rollout, knobs: Knobs, step: int, loss_mask: Tensor | None = None
+) -> tuple[dict, dict[str, Tensor]]:
+    """One step towards the teacher: its row of the log, and `token_stats`.
+
+    A gradient that is no number moves nothing.
+    """
+    started = time.perf_counter()
+    pair.student.train()  # switches gradient checkpointing on, where it is wanted
+    loss, stats, teacher_s = score(pair, ro, knobs, loss_mask)
+    norm = torch.nn.utils.clip_grad_norm_(pair.masters.values(), knobs.clip).item()
+    rate = optimizer.param_groups[0]["lr"] = learning_rate(step, knobs)
+    if math.isfinite(loss + norm):
+        optimizer.step()
+        pair.publish()  # the weights that the student computes with follow their fp32 masters
+    optimizer.zero_grad()
+    row = {"loss": loss, "grad_norm": norm, "lr": rate, "score_s": teacher_s}
+    return row | {"update_s": pair.seconds_since(started) - teacher_s}, stats
+
+
 def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, grade: Callable, folder: Path):
     """The run: `steps` times sample, score, update. `grade(model, name)` gives a model's held-out score."""
     student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
-    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(pair.masters.values(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
     state = State(folder, pair, optimizer, rng, knobs.save_every)
     try:
         summary = {"before": grade(student, "before"), "teacher": grade(pair.teacher, "teacher")}
@@ -108,21 +130,13 @@ def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, gr
             started, horizon = time.perf_counter(), schedule(step)
             ids = data.batch(len(prompts), knobs.batch_size, step, knobs.seed)
             asked = [prompts[i] for i in ids for _ in range(knobs.rollouts_per_prompt)]
-            with pair.compute(cache_weights=True):
-                ro = rollout(student, asked, horizon, pair.ends, knobs.temperature, pair.vocab_size, rng)
+            ro = rollout(student, asked, horizon, pair.ends, knobs.temperature, pair.vocab_size, rng)
             row = {"step": step, "horizon": horizon, "rollout_s": pair.seconds_since(started)}
 
-            started = time.perf_counter()
-            student.train()  # switches gradient checkpointing on, where it is wanted
-            row["loss"], stats, row["score_s"] = score(pair, ro, knobs)
-            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), knobs.clip).item()
+            of_update, stats = update(pair, optimizer, ro, knobs, step)
+            row |= of_update
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 report.stop_not_finite(folder, row, ids, ro, stats, pair.tokenizer)
-            row["lr"] = optimizer.param_groups[0]["lr"] = learning_rate(step, knobs)
-            optimizer.step()
-            optimizer.zero_grad()
-            row["update_s"] = pair.seconds_since(started) - row["score_s"]
-
             row["seconds"] = time.perf_counter() - state.began
             if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
                 row["accuracy"] = grade(student, f"step_{step + 1}")["accuracy"]

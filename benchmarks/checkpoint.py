@@ -34,7 +34,7 @@ def real_student() -> dict:
     for weight in student.parameters():  # as after a step
         optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": weight.detach().clone()}
         optimizer.state[weight]["exp_avg_sq"] = weight.detach().clone()
-    pair = models.Pair(student, student, None, None, None, 0, set(), torch.float32)
+    pair = models.make_pair(student, student, None, student.config.vocab_size, set(), torch.float32)
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         state = State(Path(folder), pair, optimizer, torch.Generator(), 1, step=1)
         started = time.perf_counter()

@@ -47,20 +47,13 @@ class Knobs:
 def ours(knobs: Knobs, prompts: list[list[int]], checkpointing: bool) -> list[dict]:
     device = models.find_device(knobs.device)
     pair = models.load_pair(knobs.student, knobs.teacher, knobs.dtype, device, checkpointing)
-    optimizer = torch.optim.AdamW(pair.student.parameters(), lr=1e-6, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(pair.masters.values(), lr=1e-6, weight_decay=0, fused=True)
     rng, rows = torch.Generator(device).manual_seed(0), []
     for _ in range(knobs.steps + 1):
         began = started = time.perf_counter()
-        with pair.compute(cache_weights=True):
-            ro = rollout(pair.student, prompts, knobs.tokens, pair.ends, 1.0, pair.vocab_size, rng)
+        ro = rollout(pair.student, prompts, knobs.tokens, pair.ends, 1.0, pair.vocab_size, rng)
         row = {"rollout_s": pair.seconds_since(started), "response_tokens": int(ro.response_mask.sum())}
-        started = time.perf_counter()
-        pair.student.train()
-        _, _, row["score_s"] = train.score(pair, ro, train.Knobs())
-        torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        row["update_s"] = pair.seconds_since(started) - row["score_s"]
+        row |= train.update(pair, optimizer, ro, train.Knobs(lr=1e-6), 0)[0]
         rows.append(row | {"seconds": pair.seconds_since(began)})
     return rows
 

@@ -48,9 +48,8 @@ def main() -> None:
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, "")
     generator = torch.Generator(device).manual_seed(knobs.seed)
     with torch.no_grad():
-        with pair.compute(cache_weights=True):
-            law = {"vocab_size": pair.vocab_size, "generator": generator}
-            ro = rollout(pair.student, prompts, knobs.tokens, pair.ends, **law)
+        law = {"vocab_size": pair.vocab_size, "generator": generator}
+        ro = rollout(pair.student, prompts, knobs.tokens, pair.ends, **law)
         _, stats, _ = score(pair, ro, TrainKnobs())
     by_prompt = report.mean_by_position(stats["reverse_kl"], stats["row"], len(prompts))
     row = {"student": knobs.student, "reverse_kl": by_prompt.mean().item()}

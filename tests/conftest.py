@@ -23,8 +23,8 @@ def tiny(seed: int = 0, **changes) -> Qwen2ForCausalLM:
 
 def pair_of(student, teacher, dtype=torch.float32, ends=(END,)) -> models.Pair:
     vocab = min(student.config.vocab_size, teacher.config.vocab_size)
-    heads = models.head_of(student, vocab), models.head_of(teacher, vocab)
-    return models.Pair(student, teacher.requires_grad_(False), *heads, None, vocab, set(ends), dtype)
+    teacher = teacher.to(dtype).requires_grad_(False)
+    return models.make_pair(student, teacher, None, vocab, set(ends), dtype)
 
 
 @pytest.fixture(scope="session")

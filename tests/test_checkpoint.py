@@ -256,8 +256,8 @@ def test_a_bug_keeps_its_traceback(world, tmp_path, monkeypatch):
 def test_not_finite_names_the_offending_row(world, tmp_path, monkeypatch):
     score = train.score
 
-    def poisoned(pair, ro, knobs):
-        loss, stats, seconds = score(pair, ro, knobs)
+    def poisoned(*args):
+        loss, stats, seconds = score(*args)
         stats["reverse_kl"][stats["row"] == 2] = torch.nan
         return float("nan"), stats, seconds
 
@@ -340,11 +340,12 @@ def test_state_of_a_student_that_trains_in_part(tmp_path):
     """Frozen weights are not saved, and AdamW's state finds its weight by name."""
     from conftest import pair_of, tiny
 
-    pairs = [pair_of(tiny(), tiny(seed=1)) for _ in range(2)]
-    states = []
-    for pair in pairs:
-        pair.student.model.layers[0].requires_grad_(False)
-        optimizer = torch.optim.AdamW([p for p in pair.student.parameters() if p.requires_grad], fused=True)
+    pairs, states = [], []
+    for _ in range(2):
+        student = tiny()
+        student.model.layers[0].requires_grad_(False)
+        pairs.append(pair := pair_of(student, tiny(seed=1)))
+        optimizer = torch.optim.AdamW(pair.masters.values(), fused=True)
         states.append(State(tmp_path, pair, optimizer, torch.Generator().manual_seed(1), 1))
     student = pairs[0].student
     student(input_ids=torch.arange(9)[None]).logits.square().sum().backward()

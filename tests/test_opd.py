@@ -200,7 +200,7 @@ def test_head_that_does_more_is_refused_by_name():
 def test_a_larger_vocabulary_is_cut_to_the_shared_ids():
     """Qwen2.5 0.5B has 151,936 rows, 7B 152,064, one tokenizer: the laws are over the shared ids."""
     pair = pair_of(tiny(), tiny(seed=1, vocab_size=V + 7))
-    assert pair.teacher_head.cast().logits(torch.randn(2, 16)).shape == (2, V)
+    assert pair.teacher_head.cut().logits(torch.randn(2, 16)).shape == (2, V)
 
 
 def test_mean_by_position():

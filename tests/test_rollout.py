@@ -151,7 +151,7 @@ def test_sequences_pick_the_states_that_predict_the_response():
     model = tiny()
     ro = rollout(model, PROMPTS, 6, {END})
     rows = [2, 0, 3, 1]
-    ids, predicts = models.sequences(ro, rows)
+    ids, predicts = models.sequences(ro, rows, ro.response_mask)
     logp = model(input_ids=ids).logits.log_softmax(-1)[predicts]
     tokens, mask = ro.tokens[rows], ro.response_mask[rows]
     assert torch.allclose(logp.gather(-1, tokens[mask][:, None])[:, 0], ro.logp[rows][mask], atol=1e-5)

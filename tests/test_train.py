@@ -28,9 +28,10 @@ def small_rollout(pair, horizon=9):
 
 
 def gradient(pair, ro, micro_batch, **knobs):
-    pair.student.zero_grad()
+    for master in pair.masters.values():
+        master.grad = None
     loss, stats, _ = train.score(pair, ro, train.Knobs(micro_batch=micro_batch, **knobs))
-    return loss, stats, torch.cat([p.grad.flatten() for p in pair.student.parameters()])
+    return loss, stats, torch.cat([p.grad.flatten() for p in pair.masters.values()])
 
 
 def test_teacher_equal_to_student_gives_no_loss_and_no_gradient():
@@ -79,7 +80,7 @@ def test_prompt_tokens_are_not_in_the_loss():
     pair = pair_of(tiny(), tiny(seed=1))
     ro = small_rollout(pair)
     before, _, _ = gradient(pair, ro, 999)
-    _, predicts = models.sequences(ro, models.micro_batches(ro, 999)[0])
+    _, predicts = models.sequences(ro, models.micro_batches(ro, 999)[0], ro.response_mask)
 
     def spoil(module, args, kwargs, out):
         noise = torch.randn_like(out.last_hidden_state)
@@ -103,23 +104,34 @@ def test_the_teacher_runs_once_per_micro_batch():
 def test_bf16_compute_keeps_fp32_masters_that_a_tiny_step_moves():
     """Pure bf16 weights with AdamW at 1e-6 hardly move. And a cast cached while sampling has no gradient."""
     pair = pair_of(tiny(), tiny(seed=1).bfloat16(), dtype=torch.bfloat16)
-    before = {name: p.detach().clone() for name, p in pair.student.named_parameters()}
-    with pair.compute(cache_weights=True):
-        ro = small_rollout(pair)
+    before = {name: p.detach().clone() for name, p in pair.masters.items()}
+    ro = small_rollout(pair)
     pair.student.train()
     _, _, grad = gradient(pair, ro, 40)
     assert grad.dtype == torch.float32 and grad.isfinite().all()
-    assert all(p.grad.abs().max() > 0 for n, p in pair.student.named_parameters() if "k_proj.bias" not in n)
-    torch.optim.AdamW(pair.student.parameters(), lr=1e-6, weight_decay=0.0).step()
-    for name, p in pair.student.named_parameters():
+    assert all(p.grad.abs().max() > 0 for n, p in pair.masters.items() if "k_proj.bias" not in n)
+    torch.optim.AdamW(pair.masters.values(), lr=1e-6, weight_decay=0.0).step()
+    for name, p in pair.masters.items():
         moved = (p != before[name])[p.grad.abs() > 1e-6]
         assert moved.float().mean() > 0.9, name
+    pair.publish()
+    weights = dict(pair.student.named_parameters())
+    assert all(
+        torch.equal(weights[n], p.bfloat16()) and weights[n].grad is None for n, p in pair.masters.items()
+    )
+
+
+def test_bf16_micro_batches_add_up_in_fp32():
+    """32 micro-batches summed in bf16 would lose the small ones; each is rounded once, the sum is not."""
+    pair = pair_of(tiny(), tiny(seed=1), dtype=torch.bfloat16)
+    ro = small_rollout(pair)
+    whole, rows = gradient(pair, ro, 999)[2], gradient(pair, ro, 1)[2]
+    assert (whole - rows).norm() < 0.02 * whole.norm()
 
 
 def test_bf16_sampler_and_trainer_agree():
     pair = pair_of(tiny(initializer_range=0.1), tiny(seed=1), dtype=torch.bfloat16)
-    with pair.compute(cache_weights=True):
-        ro = small_rollout(pair)
+    ro = small_rollout(pair)
     _, stats, _ = gradient(pair, ro, 40)
     gap = stats["student_logp"] - ro.logp[stats["row"], stats["position"]]
     assert gap.abs().mean() < 0.05
