@@ -51,7 +51,7 @@ def evaluate(
     from tqdm import tqdm
 
     import data
-    from rollout import rollout
+    from fast import sampler
 
     # Longest prompts first: what does not fit into memory says so at once, and little of a batch is padding.
     asked = [i for i in range(len(prompts)) for _ in range(samples)]
@@ -64,7 +64,7 @@ def evaluate(
             rows, began = asked[start : start + size], time.perf_counter()
             # A seed for each batch: a resumed run samples what the stopped one would have.
             law["generator"] = torch.Generator(model.device).manual_seed(seed * 1_000_003 + start)
-            ro = rollout(model, [prompts[i] for i in rows], max_new_tokens, ends, **law)
+            ro = sampler("", model)(model, [prompts[i] for i in rows], max_new_tokens, ends, **law)
             new = answers(ro, tokenizer)
             seconds = (time.perf_counter() - began) / len(new)
             verdicts = grader.grade([a["response"] for a in new], [problems[i].answer for i in rows])

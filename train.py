@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import data
+import fast
 import models
 import prepare
 import report
@@ -24,7 +25,7 @@ from checkpoint import State
 from cli import knob, parse, run
 from eval_math import INSTRUCTION
 from opd import DIVERGENCES, opd_loss
-from rollout import Rollout, rollout
+from rollout import Rollout
 from schedules import SCHEDULES, make_schedule
 
 
@@ -49,6 +50,7 @@ class Knobs:
     rollouts_per_prompt: int = knob(1, "answers to each prompt", 1)
     micro_batch: int = knob(4096, "tokens in one forward and backward: sets memory, not the result", 1)
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
+    sampler: str = knob("", "rollout.py or fast.py; default: fast on a CPU", choices=("plain", "fast"))
     temperature: float = knob(1.0, "of the sampling, and of both models in the loss", 0.01)
     lr: float = knob(5e-6, "peak learning rate", 0)
     warmup: float = knob(0.1, "share of the steps in which the learning rate climbs", 0, most=1)
@@ -122,6 +124,7 @@ def update(
 def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, grade: Callable, folder: Path):
     """The run: `steps` times sample, score, update. `grade(model, name)` gives a model's held-out score."""
     student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
+    rollout = fast.sampler(knobs.sampler, student)  # rollout.rollout, or the same by faster means
     optimizer = torch.optim.AdamW(pair.masters.values(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
     state = State(folder, pair, optimizer, rng, knobs.save_every)
     try:
