@@ -77,6 +77,11 @@ def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[s
     return given
 
 
+def check_batch_size(asked: str) -> None:
+    if asked != "auto" and not (asked.isdecimal() and int(asked)):
+        raise BadInput(f"batch size {asked} is neither auto nor a number above 0: give either")
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit: 2 and one line on bad input, 130 after Ctrl-C. A bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):

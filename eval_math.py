@@ -13,7 +13,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cli import BadInput, knob, parse, run
+import data
+from cli import BadInput, check_batch_size, knob, parse, run
 from grading import Grader, is_correct  # noqa: F401  is_correct: for those who look for it here
 from scores import summarize, tell
 
@@ -50,7 +51,6 @@ def evaluate(
     import torch
     from tqdm import tqdm
 
-    import data
     from fast import sampler
 
     # Longest prompts first: what does not fit into memory says so at once, and little of a batch is padding.
@@ -114,8 +114,6 @@ class Knobs:
 
 def problems_by_name(knobs: Knobs) -> dict[str, list]:
     """The problems of each benchmark and file that was asked for. Raises BadInput."""
-    import data
-
     sources = [(name, *BENCHMARKS[name][:2]) for name in knobs.benchmark]
     sources += [(Path(name).stem, name, "test") for name in knobs.data]
     names = [name for name, _, _ in sources]
@@ -132,8 +130,6 @@ def check(knobs: Knobs) -> None:
 
 
 def regrade(file: str) -> None:
-    import data
-
     records = data.read_jsonl(Path(file)) if Path(file).is_file() else []
     needed = {"index", "response", "gold", "verdict", "length", "finished", "seconds"}
     if not records or any(needed - r.keys() or not isinstance(r["response"], str) for r in records):
@@ -149,7 +145,7 @@ def evaluate_model(name: str, label: str, problems: dict, knobs: Knobs, folder: 
     """The records of one model on each benchmark, also in files that begin with its label."""
     import torch
 
-    import data
+    import memory
     import models
     import report
 
@@ -162,7 +158,7 @@ def evaluate_model(name: str, label: str, problems: dict, knobs: Knobs, folder: 
         instruction = default if knobs.instruction is None else knobs.instruction
         prompts = data.render(tokenizer, asked, instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT)
         models.check_context([model], prompts, knobs.max_new_tokens)
-        size = models.batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
+        size = memory.batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         law = {"temperature": knobs.temperature, "top_p": knobs.top_p}
         how = folder / f"{label}-{benchmark}.jsonl", knobs.max_new_tokens, size, knobs.samples, knobs.seed
         if not (folder / "config.json").exists():  # nothing is written before all is known to be there
@@ -184,7 +180,7 @@ def main() -> None:
     else:
         knobs = Knobs(**given)
         check(knobs)
-        models.check_batch_size(knobs.batch_size)
+        check_batch_size(knobs.batch_size)
         folder = report.new_folder(knobs.out, "eval")
         knobs = replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))
     problems = problems_by_name(knobs)

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -20,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+import lora
 from cli import BadInput
 from head import Head, head_of
 from rollout import Rollout
@@ -114,40 +114,6 @@ def dtype_name(asked: str, device: torch.device) -> str:
     return asked or str(fastest_dtype(device)).removeprefix("torch.")
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be used."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, to us
-        return torch.cuda.mem_get_info(device)[0] + kept
-    return psutil.virtual_memory().available
-
-
-def check_batch_size(asked: str) -> None:
-    if asked != "auto" and not (asked.isdecimal() and int(asked)):
-        raise BadInput(f"batch size {asked} is neither auto nor a number above 0: give either")
-
-
-def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, asked: str) -> int:
-    """Rows to sample together: `asked`, or for "auto" as many as free memory holds, at most 64.
-
-    Counts the KV cache at its longest, the prompts' activations, and the sampler's rows of the vocabulary.
-    Raises BadInput with the bytes if not even that many, or one, would fit.
-    """
-    c, item, longest = model.config.get_text_config(), model.dtype.itemsize, max(map(len, prompts), default=0)
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    cache = 2 * (c.num_hidden_layers + 1) * heads * head_dim * item * (longest + max_new_tokens)
-    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    row = cache + longest * (6 * c.hidden_size + 3 * inner) * item + 5 * 4 * c.vocab_size
-    free = int(0.9 * free_memory(model.device))
-    size = min(64, free // row) if asked == "auto" else int(asked)
-    if size * row > free or size < 1:
-        rows = max(size, 1)
-        what = f"{rows} answers at once need {rows * row / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-        raise BadInput(f"{what}: lower the batch size (auto takes what fits) or --max-new-tokens")
-    return size
-
-
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """bf16 on a GPU; on a CPU bf16 or fp32, whichever multiplies faster here and now."""
     if device.type != "cpu":
@@ -201,7 +167,7 @@ class Pair:
         part, old = folder.with_suffix(".part"), folder.with_suffix(".old")
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
-        self.student.save_pretrained(part)
+        self.student.save_pretrained(part, state_dict=lora.merged(self.student))
         self.tokenizer.save_pretrained(part)
         if folder.exists():
             folder.rename(old)
@@ -210,15 +176,22 @@ class Pair:
 
 
 def load_pair(
-    student_name: str, teacher_name: str, dtype_name: str, device: torch.device, checkpointing: bool
+    student_name: str,
+    teacher_name: str,
+    dtype_name: str,
+    device: torch.device,
+    checkpointing: bool = False,
+    low_memory: bool = False,
 ) -> Pair:
     """Raises BadInput if either is not to be had, or if they do not share a tokenizer."""
     tokenizer, dtype = load_tokenizer(student_name), getattr(torch, dtype_name)
     vocab_size = shared_vocab(student_name, teacher_name, tokenizer, load_tokenizer(teacher_name))
-    student = load_model(student_name, torch.float32, device)
+    student = load_model(student_name, dtype if low_memory else torch.float32, device)
     teacher = load_model(teacher_name, dtype, device).requires_grad_(False)
     if teacher.num_parameters() < student.num_parameters():
         print("the teacher is smaller than the student: fine if it is the better one", flush=True)
+    if low_memory:
+        lora.add(student)
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     # A teacher may end its answers with an id that the student's own list lacks: the student will learn it.
@@ -228,7 +201,7 @@ def load_pair(
 
 
 def make_pair(student, teacher, tokenizer, vocab_size: int, ends: set[int], dtype: torch.dtype) -> Pair:
-    """A pair of an fp32 student and a teacher that are loaded already."""
+    """A pair of a student, in fp32 where it learns, and a teacher that are loaded already."""
     for module in student.modules():  # the loss must differentiate the law that was sampled, without dropout
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
@@ -247,10 +220,11 @@ def masters_of(student, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     for name, weight in student.named_parameters():
-        if weight.dtype == dtype:
+        if dtype == torch.float32:
+            weight.data = weight.data.float()
             continue
         if name in masters:
-            masters[name] = torch.nn.Parameter(weight.detach())
+            masters[name] = torch.nn.Parameter(weight.detach().float())
             weight.register_post_accumulate_grad_hook(partial(hand_over, masters[name]))
         weight.data = weight.data.to(dtype)  # buffers stay in fp32: rotary frequencies must
     return masters

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 import data
+import memory
 import models
 import report
 import toy
+from cli import check_batch_size
 from eval_math import evaluate
 from scores import score
 
 # What may be given with --resume. A run that grows has its learning rate and POPD's growth laid out anew.
+LOW_MEMORY = {"lr": 5e-5}  # ESR's, for LoRA
 SAFE = ("steps", "save_every", "eval_every", "show_every", "micro_batch", "checkpointing", "eval_batch")
 
 
@@ -27,11 +31,25 @@ def settings(knobs_class: type, given: dict) -> tuple[Any, Path]:
         other = "toy" if preset == "qwen" else "qwen"
         print(f"preset {preset}; for the other one: --preset {other}", flush=True)
         of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
-        knobs = knobs_class(**(of_preset | given | {"preset": preset}))
+        low = LOW_MEMORY if given.get("low_memory") else {}
+        knobs = knobs_class(**(low | of_preset | given | {"preset": preset}))
         folder = report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
-    models.check_batch_size(knobs.eval_batch)
+    check_batch_size(knobs.eval_batch)
     dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
     return replace(knobs, dtype=dtype, eval_every=knobs.eval_every if knobs.eval_limit else 0), folder
+
+
+def memory_of(knobs, horizon: int) -> str:
+    """The estimate of `--dry-run`, from the configs, the tokenizer and the prompts alone. Raises BadInput."""
+    if knobs.preset == "toy":
+        toy.build(knobs.world)
+    problems, _ = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
+    tokenizer = models.load_tokenizer(knobs.student)
+    prompts = data.render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    device = models.find_device(knobs.device)
+    configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
+    found = memory.estimate(replace(knobs, device=device.type), *configs, max(map(len, prompts)), horizon)
+    return memory.tell(found, memory.free_memory(device))
 
 
 def load(knobs, folder: Path) -> tuple[models.Pair, list[list[int]], Callable]:
@@ -43,13 +61,15 @@ def load(knobs, folder: Path) -> tuple[models.Pair, list[list[int]], Callable]:
         toy.build(knobs.world)
     device = models.find_device(knobs.device)
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
-    pair = models.load_pair(knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing)
+    pair = models.load_pair(
+        knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory
+    )
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     asked = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts + asked, knobs.max_new_tokens)
 
     def grade(model, name: str) -> dict | None:
-        size = models.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
+        size = memory.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
         how = folder / f"eval_{name}.jsonl", knobs.max_new_tokens, size, 1, knobs.seed
         law = {"temperature": knobs.eval_temperature}
         return score(evaluate(model, pair.tokenizer, asked, test, pair.ends, *how, **law))

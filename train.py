@@ -49,6 +49,7 @@ class Knobs:
     batch_size: int = knob(16, "prompts a step", 1)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", 1)
     micro_batch: int = knob(4096, "tokens in one forward and backward: sets memory, not the result", 1)
+    low_memory: bool = knob(False, "LoRA adapters learn instead of all weights; lr 5e-5 by default")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
     sampler: str = knob("", "rollout.py or fast.py; default: fast on a CPU", choices=("plain", "fast"))
     temperature: float = knob(1.0, "of the sampling, and of both models in the loss", 0.01)
@@ -67,6 +68,7 @@ class Knobs:
     dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
     out: str = knob("", "run folder; default: the first free runs/<preset>-<schedule>-N")
+    dry_run: bool = knob(False, "estimate the memory, and whether it fits, and stop")
     resume: str = knob("", "run folder to go on with; its settings hold, --steps may grow")
 
 
@@ -160,6 +162,9 @@ def main() -> None:
     knobs, folder = prepare.settings(Knobs, parse(Knobs, __doc__, None))
     lengths = knobs.max_new_tokens, knobs.steps, knobs.horizon, knobs.popd_growth, knobs.popd_interval
     schedule = make_schedule(knobs.schedule, *lengths)
+    if knobs.dry_run:
+        print(prepare.memory_of(knobs, max(map(schedule, range(knobs.steps)))))
+        return
     pair, prompts, grade = prepare.load(knobs, folder)
     with report.only_run(folder, fresh=not knobs.resume):
         report.write_config(folder, asdict(knobs), pair.student.device)

@@ -15,7 +15,7 @@ from conftest import END, tiny
 import cli
 import data
 import eval_math
-import models
+import memory
 from rollout import sample
 from scores import difference, is_repeating, score, summarize, tell, wilson
 
@@ -240,13 +240,13 @@ def test_thinking_is_off_unless_asked():
 def test_batch_size(monkeypatch):
     """auto takes what free memory holds; a size that does not fit says what it needs, before it samples."""
     model, prompts = tiny(END), [[1] * 100]
-    assert models.batch_that_fits(model, prompts, 1000, "auto") == 64
-    assert models.batch_that_fits(model, prompts, 1000, "7") == 7
+    assert memory.batch_that_fits(model, prompts, 1000, "auto") == 64
+    assert memory.batch_that_fits(model, prompts, 1000, "7") == 7
     row = 2 * 3 * 2 * 4 * 4 * 1100 + 100 * (6 * 16 + 3 * 32) * 4 + 20 * 50
-    monkeypatch.setattr(models, "free_memory", lambda device: math.ceil(row * 5.5 / 0.9))
-    assert models.batch_that_fits(model, prompts, 1000, "auto") == 5
+    monkeypatch.setattr(memory, "free_memory", lambda device: math.ceil(row * 5.5 / 0.9))
+    assert memory.batch_that_fits(model, prompts, 1000, "auto") == 5
     with pytest.raises(cli.BadInput, match="6 answers at once need"):
-        models.batch_that_fits(model, prompts, 1000, "6")
-    monkeypatch.setattr(models, "free_memory", lambda device: row // 2)
+        memory.batch_that_fits(model, prompts, 1000, "6")
+    monkeypatch.setattr(memory, "free_memory", lambda device: row // 2)
     with pytest.raises(cli.BadInput, match="1 answers at once need"):
-        models.batch_that_fits(model, prompts, 1000, "auto")
+        memory.batch_that_fits(model, prompts, 1000, "auto")
