@@ -15,18 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sides import ROOT, measure_apart, peak_memory  # puts the project on the path
+from sides import ROOT, measure_apart, peak_memory, reset_peak  # puts the project on the path
+from transformers import AutoConfig
 
 import data
+import fast
+import memory
 import models
 import opd
 import report
 import train
 from cli import BadInput, knob, parse, run
 from eval_math import INSTRUCTION
-from rollout import rollout
 
-SIDES = ("ours", "ours-checkpointing", "naive", "trl")
+OURS = {  # what differs from train.py's defaults
+    "ours": {"checkpointing": False, "micro_batch": 1024},
+    "ours-plain": {"checkpointing": False, "micro_batch": 1024, "sampler": "plain"},
+    "ours-checkpointing": {},
+    "ours-low-memory": {"low_memory": True},
+}
+SIDES = (*OURS, "naive", "trl")
 
 
 @dataclass(frozen=True)
@@ -39,22 +47,32 @@ class Knobs:
     prompts: int = knob(8, "a step", 1)
     tokens: int = knob(128, "the horizon", 1)
     steps: int = knob(3, "timed, after one that is not", 1)
+    endless: bool = knob(False, "nothing ends an answer before the horizon")
     device: str = knob("cpu", "cpu or cuda")
     side: str = knob("", "measure this side in this process and print it as JSON", choices=SIDES)
     out: str = knob(str(ROOT / "results" / "bench_steps.csv"), "CSV file to which rows are added")
 
 
-def ours(knobs: Knobs, prompts: list[list[int]], checkpointing: bool) -> list[dict]:
+def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict]:
     device = models.find_device(knobs.device)
-    pair = models.load_pair(knobs.student, knobs.teacher, knobs.dtype, device, checkpointing)
+    how = train.Knobs(
+        **OURS[knobs.side], lr=1e-6, batch_size=knobs.prompts, dtype=knobs.dtype, device=device.type
+    )
+    configs = [AutoConfig.from_pretrained(name) for name in (knobs.student, knobs.teacher)]
+    estimate = memory.estimate(how, *configs, max(map(len, prompts)), knobs.tokens)["peak"]
+    memory_of = {"baseline_gb": reset_peak(device) / 1e9, "estimate_gb": estimate / 1e9}
+    how_loaded = {"checkpointing": how.checkpointing, "low_memory": how.low_memory}
+    pair = models.load_pair(knobs.student, knobs.teacher, knobs.dtype, device, **how_loaded)
+    ends = {pair.vocab_size} if knobs.endless else pair.ends
     optimizer = torch.optim.AdamW(pair.masters.values(), lr=1e-6, weight_decay=0, fused=True)
-    rng, rows = torch.Generator(device).manual_seed(0), []
+    rng, rows, rollout = torch.Generator(device).manual_seed(0), [], fast.sampler(how.sampler, pair.student)
+    reset_peak(device)  # loading has a peak of its own
     for _ in range(knobs.steps + 1):
-        began = started = time.perf_counter()
-        ro = rollout(pair.student, prompts, knobs.tokens, pair.ends, 1.0, pair.vocab_size, rng)
+        started = time.perf_counter()
+        ro = rollout(pair.student, prompts, knobs.tokens, ends, 1.0, pair.vocab_size, rng)
         row = {"rollout_s": pair.seconds_since(started), "response_tokens": int(ro.response_mask.sum())}
-        row |= train.update(pair, optimizer, ro, train.Knobs(lr=1e-6), 0)[0]
-        rows.append(row | {"seconds": pair.seconds_since(began)})
+        row |= train.update(pair, optimizer, ro, how, 0)[0] | memory_of
+        rows.append(row | {"seconds": pair.seconds_since(started)})
     return rows
 
 
@@ -64,6 +82,8 @@ def naive(knobs: Knobs, prompts: list[list[int]]) -> list[dict]:
     student = models.load_model(knobs.student, dtype, device)
     teacher = models.load_model(knobs.teacher, dtype, device).requires_grad_(False)
     ends = sorted(models.end_ids(models.load_tokenizer(knobs.student), student, teacher))
+    if knobs.endless:
+        ends = [student.config.get_text_config().vocab_size]
     optimizer, width = torch.optim.AdamW(student.parameters(), lr=1e-6), max(map(len, prompts))
     ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -144,7 +164,7 @@ def measure(knobs: Knobs) -> dict:
     elif knobs.side == "naive":
         rows = naive(knobs, prompts)
     else:
-        rows = ours(knobs, prompts, checkpointing=knobs.side != "ours")
+        rows = ours(knobs, prompts)
     found = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
     return found | {"peak_gb": peak_memory(models.find_device(knobs.device)) / 1e9}
 
@@ -158,7 +178,9 @@ def main() -> None:
     if not knobs.student or not knobs.teacher:
         raise BadInput("--student and --teacher are both needed: name two model folders or hub models")
     columns = ("seconds", "rollout_s", "score_s", "update_s", "response_tokens", "peak_gb")
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("sides", "out")]
+    columns += ("baseline_gb", "estimate_gb")
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("sides", "out", "endless")]
+    flags += ["--endless"] if knobs.endless else []
     for side in knobs.sides or SIDES:
         row = measure_apart(__file__, side, flags)
         print(side, row, flush=True)
