@@ -26,12 +26,15 @@ def knob(
     least: float | None = None,
     choices: Iterable[str] | None = None,
     most: float = math.inf,
+    word: str = "",
 ) -> Any:
-    """A dataclass field whose flag has this text under `--help`, and these limits."""
+    """A dataclass field whose flag has this text under `--help`, and these limits.
+
+    A number's flag takes `word` as well.
+    """
     choices = None if choices is None else tuple(choices)
-    return dataclasses.field(
-        default=default, metadata={"help": help, "least": least, "choices": choices, "most": most}
-    )
+    limits = {"least": least, "choices": choices, "most": most, "word": word}
+    return dataclasses.field(default=default, metadata={"help": help} | limits)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -60,8 +63,9 @@ def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[s
         elif get_origin(hint) is tuple:
             how |= {"action": "append", "metavar": "STR"}
         else:
-            how["type"] = next(t for t in (get_args(hint) or (hint,)) if t is not type(None))
-            how["metavar"] = how["type"].__name__.upper()
+            kind = next(t for t in (get_args(hint) or (hint,)) if t is not type(None))
+            how["type"] = number_or(field.metadata["word"], kind)
+            how["metavar"] = "|".join(filter(None, [kind.__name__.upper(), field.metadata["word"]]))
         if field.metadata["choices"]:
             how |= {"choices": field.metadata["choices"], "metavar": "|".join(field.metadata["choices"])}
         how["help"] = how["help"].replace("%", "%%")
@@ -70,6 +74,8 @@ def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[s
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     for field in dataclasses.fields(knobs_class):
         least, value = field.metadata["least"], given.get(field.name)
+        if value == field.metadata["word"]:
+            continue
         if least is not None and value is not None and not value >= least:  # `not >=` catches NaN too
             raise BadInput(f"--{field.name.replace('_', '-')} {value} is below {least}: raise it")
         if least is not None and value is not None and value > (most := field.metadata["most"]):
@@ -77,9 +83,14 @@ def parse(knobs_class: type, description: str, argv: list[str] | None) -> dict[s
     return given
 
 
-def check_batch_size(asked: str) -> None:
-    if asked != "auto" and not (asked.isdecimal() and int(asked)):
-        raise BadInput(f"batch size {asked} is neither auto nor a number above 0: give either")
+def number_or(word: str, kind: type) -> Callable[[str], Any]:
+    """`kind`, but for a text that is `word`, which stays as it is."""
+
+    def convert(text: str) -> Any:
+        return text if word and text == word else kind(text)
+
+    convert.__name__ = kind.__name__ + (f" or {word}" if word else "")  # named in argparse's error
+    return convert
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import data
-from cli import BadInput, check_batch_size, knob, parse, run
+from cli import BadInput, knob, parse, run
 from grading import Grader, is_correct  # noqa: F401  is_correct: for those who look for it here
 from scores import summarize, tell
 
@@ -103,7 +103,9 @@ class Knobs:
     instruction: str | None = knob(None, "text after each problem; default: the benchmark's own")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
     thinking: bool = knob(False, "let a model think first, where its chat template has the switch")
-    batch_size: str = knob("auto", "answers sampled together; auto: what fits into free memory, up to 64")
+    batch_size: int | str = knob(
+        "auto", "answers sampled together; auto: what fits, up to 64", 1, word="auto"
+    )
     seed: int = knob(0, "of the subset and the sampling", 0, most=2**32)
     dtype: str = knob("", "default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
@@ -180,7 +182,6 @@ def main() -> None:
     else:
         knobs = Knobs(**given)
         check(knobs)
-        check_batch_size(knobs.batch_size)
         folder = report.new_folder(knobs.out, "eval")
         knobs = replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))
     problems = problems_by_name(knobs)

@@ -71,7 +71,7 @@ class Shape:
         return 5 * 4 * self.vocab * rows
 
 
-def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, asked: str) -> int:
+def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, asked: int | str) -> int:
     """Rows to sample together: `asked`, or for "auto" as many as free memory holds, at most 64.
 
     Counts the KV cache at its longest, the prompts' activations, and the sampler's rows of the vocabulary.

@@ -13,7 +13,6 @@ import memory
 import models
 import report
 import toy
-from cli import check_batch_size
 from eval_math import evaluate
 from scores import score
 
@@ -34,7 +33,6 @@ def settings(knobs_class: type, given: dict) -> tuple[Any, Path]:
         low = LOW_MEMORY if given.get("low_memory") else {}
         knobs = knobs_class(**(low | of_preset | given | {"preset": preset}))
         folder = report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
-    check_batch_size(knobs.eval_batch)
     dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
     return replace(knobs, dtype=dtype, eval_every=knobs.eval_every if knobs.eval_limit else 0), folder
 

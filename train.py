@@ -60,7 +60,9 @@ class Knobs:
     clip: float = knob(1.0, "largest gradient norm", 0)
     eval_every: int = knob(0, "steps between evaluations, besides before and after; 0: none", 0)
     eval_limit: int = knob(64, "held-out problems; 0: no evaluation", 0)
-    eval_batch: str = knob("auto", "answers sampled together in evaluation; auto: what fits, up to 64")
+    eval_batch: int | str = knob(
+        "auto", "answers evaluated together; auto: what fits, up to 64", 1, word="auto"
+    )
     eval_temperature: float = knob(0.0, "0 is greedy", 0)
     show_every: int = knob(10, "steps between rollouts shown with the teacher's gap per token; 0: none", 0)
     save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", 0)

@@ -29,8 +29,7 @@ from cli import BadInput, knob, parse, run
 from eval_math import INSTRUCTION
 
 OURS = {  # what differs from train.py's defaults
-    "ours": {"checkpointing": False, "micro_batch": 1024},
-    "ours-plain": {"checkpointing": False, "micro_batch": 1024, "sampler": "plain"},
+    "ours": {"checkpointing": False},
     "ours-checkpointing": {},
     "ours-low-memory": {"low_memory": True},
 }
