@@ -1,0 +1,366 @@
+"""The probes, on models whose text, law and gap are known beforehand."""
+
+import sys
+from pathlib import Path
+
+import probe
+import probe_figures
+import probe_setup
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import END, V, pair_of, tiny
+
+import cli
+import data
+import report
+import train
+from grading import Grader
+from profile_horizon import horizon_of_profile, in_batches, measure
+
+ROOT = Path(train.__file__).parent
+START, RIGHT, WRONG = (
+    5,
+    [10, 11, 12, 13, 14],
+    [20, 21, 22, 23, 24],
+)  # two ways to answer, five words and an end
+WORDS = {RIGHT[-1]: r"\boxed{7}", WRONG[-1]: r"\boxed{8}"}
+PROMPTS = [[8, 9, START], [9, START], [START]]
+
+
+class Words:
+    """A tokenizer as far as grading needs one."""
+
+    chat_template = "any"
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(WORDS.get(i, f"w{i}") for i in ids)
+
+
+def chain(first):
+    """A real model whose next token follows from the last one: after START comes `first`, then that way."""
+    model = tiny(hidden_size=V + 2, num_attention_heads=2, num_key_value_heads=2)
+    follows = dict.fromkeys(range(V), END) | {START: first}
+    follows |= {a: b for way in (RIGHT, WRONG) for a, b in zip(way, way[1:])}
+    with torch.no_grad():
+        for layer in model.model.layers:  # nothing is added to the embedding
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(V, V + 2))
+        model.lm_head.weight.zero_()
+        for token, then in follows.items():
+            model.lm_head.weight[then, token] = 10.0  # times the norm's sqrt(52): as good as certain
+    return model
+
+
+def knobs_of(knobs_class, **changes):
+    sizes = {"problems": 3, "samples": 2, "max_new_tokens": 9, "sample_batch": 4, "micro_batch": 40}
+    return knobs_class(**(sizes | {"dtype": "float32", "world": ""} | changes))
+
+
+@pytest.fixture
+def wrong_student_right_teacher():
+    """The student takes the wrong way, the teacher and the trained student the right one."""
+    pairs = [pair_of(chain(way[0]), chain(RIGHT[0])) for way in (WRONG, RIGHT)]
+    for pair in pairs:
+        object.__setattr__(pair, "tokenizer", Words())
+    with Grader(1) as grader:
+        problems = [data.Problem(f"q{i}", "7") for i in range(3)]
+        yield probe.Setup(*pairs, problems, PROMPTS, grader)
+
+
+def values(rows):
+    return {(row["curve"], row["at"]): row["value"] for row in rows}
+
+
+def test_decay_where_the_teacher_follows_any_beginning(wrong_student_right_teacher):
+    """Right on its own and from the start, wrong after one wrong token; ended answers do not count."""
+    knobs = knobs_of(probe.PrefixKnobs, prefixes="0 1 3 6")  # at 6 all answers have ended
+    found = values(probe.decay(wrong_student_right_teacher, knobs))
+    assert {at for _, at in found} == {0, 1, 3}
+    for k in (0, 1, 3):
+        assert found["own prefix", k] == 1
+        assert found["student's prefix", k] == (1 if k == 0 else 0)
+        assert found["difference", k] == (0 if k == 0 else -1)
+
+
+def test_swap_where_the_first_token_decides(wrong_student_right_teacher):
+    knobs = knobs_of(probe.SwapKnobs, prefixes="0 2 7", horizon=2)
+    found = values(probe.swap(wrong_student_right_teacher, knobs))
+    assert found["base alone", 9] == 0 and found["trained alone", 9] == 1
+    for k, first_decides in ((0, 0), (2, 1), (7, 1)):  # at 7 all have ended, and stay as they are
+        assert found["trained, then base", k] == first_decides
+        assert found["base, then trained", k] == 1 - first_decides
+        assert found["difference", k] == (1 if first_decides else -1)
+    assert found["at N", 2] == 1 and ("at N", 7) not in found
+
+
+def test_an_answer_that_is_finished_by_another_model_is_no_longer_than_the_budget(
+    wrong_student_right_teacher,
+):
+    setup, knobs = wrong_student_right_teacher, knobs_of(probe.PrefixKnobs, max_new_tokens=4)
+    records = probe.finish(setup, setup.after.student, [0, 2], [RIGHT[:2], [*RIGHT[:1], END]], 2, knobs, "")
+    assert [(r["length"], r["finished"]) for r in records] == [(4, False), (2, True)]
+
+
+@pytest.fixture
+def tiny_setup():
+    """Random models: base and trained student, one teacher."""
+    teacher, ends = tiny(seed=1), (END, *range(20, 30))
+    pairs = [pair_of(tiny(seed=seed), teacher, ends=ends) for seed in (0, 2)]
+    return probe.Setup(*pairs, [data.Problem(f"q{i}", "7") for i in range(3)], [[5, 6], [7], [8, 9, 4]], None)
+
+
+def test_scored_is_the_trainers_kl_and_ranks_by_sorting(tiny_setup):
+    """Reverse KL as in training, row, position and rank of each token; ragged rows, several micro-batches."""
+    pair, knobs = tiny_setup.after, knobs_of(probe.TrainedKnobs, temperature=0.7)
+    found = list(in_batches(pair.student, pair, tiny_setup.prompts * 2, 9, 0.7, 0, 4))
+    tokens, done = probe.scored(pair, found, knobs), 0
+    for ro in found:
+        with torch.no_grad():
+            stats = train.score(pair, ro, train.Knobs(temperature=0.7, micro_batch=40))[1]
+        ours = {
+            (r, p): kl for r, p, kl in zip(*(tokens[n].tolist() for n in ("row", "position", "reverse_kl")))
+        }
+        for row, position, kl in zip(*(stats[n].tolist() for n in ("row", "position", "reverse_kl"))):
+            assert ours[row + done, position] == pytest.approx(kl, abs=1e-5)
+        done += len(ro.prompts)
+    assert len(tokens["row"]) == sum(int(ro.response_mask.sum()) for ro in found)
+    ro = found[0]
+    text = torch.tensor([ro.prompts[0] + ro.tokens[0][ro.response_mask[0]].tolist()])
+    logits = [m(input_ids=text).logits[0, len(ro.prompts[0]) - 1 : -1] for m in (pair.student, pair.teacher)]
+    order = logits[1].argsort(-1, descending=True).tolist()
+    by_sorting = [order[t].index(choice) + 1 for t, choice in enumerate(logits[0].argmax(-1).tolist())]
+    of_row = tokens["row"] == 0
+    places = tokens["position"][of_row].argsort()
+    assert tokens["rank"][of_row][places].tolist() == by_sorting and len(set(by_sorting)) > 1
+
+
+def test_rank_of_choice_on_logits_by_hand():
+    student = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0]])
+    teacher = torch.tensor([[4.0, 3, 2, 1], [4, 3, 2, 1], [4, 3, 1, 2]])
+    assert probe.rank_of_choice(student, teacher).tolist() == [1, 2, 4]
+
+
+def test_cascade_means_are_those_of_the_tokens(tiny_setup):
+    """Each position's mean and error, and the change beyond N, against loops over single answers."""
+    knobs = knobs_of(probe.TrainedKnobs, horizon=3, temperature=1.0)
+    rows = list(probe.cascade(tiny_setup, knobs))
+    texts = [p for p in tiny_setup.prompts for _ in range(2)]
+    pairs, length, means = {"before": tiny_setup.before, "after": tiny_setup.after}, 9, {}
+    own = {who: probe.sampled(tiny_setup, p.student, texts, length, knobs, who) for who, p in pairs.items()}
+    for kind, who in (("fixed", "before"), ("fixed", "after"), ("own", "after")):
+        at, beyond = {}, []
+        for ro in own["before" if kind == "fixed" else who]:
+            for prompt, tokens, mask in zip(ro.prompts, ro.tokens, ro.response_mask):
+                text = torch.tensor([prompt + tokens[mask].tolist()])
+                laws = [
+                    m(input_ids=text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                    for m in (pairs[who].student, pairs[who].teacher)
+                ]
+                kl = F.kl_div(laws[1], laws[0], log_target=True, reduction="none").sum(-1).tolist()
+                for position, nats in enumerate(kl):
+                    at.setdefault(position, []).append(nats)
+                    beyond += [nats] if position >= 3 else []
+        for row in (row for row in rows if row["curve"] == f"{kind}, {who}"):
+            nats = torch.tensor(at[row["at"]])
+            assert row["n"] == len(nats) and row["value"] == pytest.approx(nats.mean().item(), rel=1e-3)
+            assert row["high"] - row["value"] == pytest.approx(
+                (nats.std() / len(nats) ** 0.5).item(), rel=1e-3
+            )
+        means[kind, who] = sum(beyond) / len(beyond)
+    change = next(row for row in rows if row["curve"] == "fixed, change")
+    ratio = means["fixed", "after"] / means["fixed", "before"]
+    assert change["value"] == pytest.approx(ratio - 1, rel=1e-3) and change["at"] == 3
+    assert change["low"] <= change["value"] <= change["high"]
+
+
+def test_teacher_equal_to_student_has_no_gap():
+    """Reverse KL 0 at each position, every choice the teacher's first; and no horizon in such a profile."""
+    pair = pair_of(tiny(), tiny())
+    setup = probe.Setup(pair, pair, [data.Problem("q", "7")] * 3, [[5, 6], [7], [8, 9, 4]], None)
+    rows = list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, horizon=3)))
+    assert all(abs(row["value"]) < 1e-5 for row in rows if "change" not in row["curve"])
+    found = values(probe.submode(setup, knobs_of(probe.TrainedKnobs, horizon=3)))
+    assert found["after, all tokens", "1"] == 1 and found["after, highest tenth", "outside"] == 0
+    with pytest.raises(cli.BadInput, match="none is beyond"):
+        list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, schedule="full")))
+    with pytest.raises(cli.BadInput, match="another teacher"):
+        list(probe.profile(setup, knobs_of(probe.ProfileKnobs)))
+
+
+@pytest.mark.parametrize(
+    "kl, position, share, horizon",
+    [
+        ([0, 0, 0, 5, 0, 0], [0, 1, 2, 3, 4, 5], 0.45, 4),  # all of it at position 3
+        ([1] * 100, list(range(100)), 0.45, 45),  # uniform
+        ([1] * 100, list(range(99, -1, -1)), 0.45, 45),  # tokens come in no order
+        ([1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 2], 0.45, 1),  # three rows end at once, one goes on: a sum
+        ([1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 2], 0.8, 2),
+        ([1, 2, 3], [0, 1, 2], 1.0, 3),
+    ],
+)
+def test_horizon_of_profile(kl, position, share, horizon):
+    assert horizon_of_profile(torch.tensor(kl).float(), torch.tensor(position), share) == horizon
+
+
+@pytest.mark.parametrize("kl", [[0.0, 1e-9], [float("nan"), 1.0], [-1e-9, 0.0]])
+def test_no_horizon_where_there_is_no_gap(kl):
+    with pytest.raises(cli.BadInput, match="no place of a gap"):
+        horizon_of_profile(torch.tensor(kl), torch.arange(2))
+
+
+def test_measure_covers_every_rollout_once(tiny_setup):
+    pair = tiny_setup.before
+    knobs = train.Knobs(max_new_tokens=6, seed=3, micro_batch=40)
+    stats = measure(train.score, pair, tiny_setup.prompts, knobs, rollouts=10, batch=4)
+    places = set(zip(stats["row"].tolist(), stats["position"].tolist()))
+    assert len(places) == len(stats["row"]) and {row for row, _ in places} == set(range(10))
+    again = measure(train.score, pair, tiny_setup.prompts, knobs, rollouts=10, batch=4)
+    assert torch.equal(stats["reverse_kl"], again["reverse_kl"])
+    rows = list(probe.profile(tiny_setup, knobs_of(probe.ProfileKnobs, samples=20)))
+    shares = [row["value"] for row in rows if row["curve"] == "cumulative"]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    horizon = rows[-1]["value"]
+    assert shares[int(horizon) - 1] >= 0.45 and (horizon == 1 or shares[int(horizon) - 2] < 0.45)
+
+
+def test_where_a_text_starts_to_loop():
+    text = list(range(30))
+    assert probe.loop_start(text) == 30 and probe.loop_start([]) == 0
+    assert probe.loop_start(text + [40, 41, 42] * 20) == 30 + 9  # after three turns
+    assert probe.loop_start(text * 3) == 90  # said three times is no loop yet
+    assert probe.loop_start(text * 5) == 90
+    assert probe.loop_start([7] * 50) == 3
+
+
+def test_loops_are_left_out_of_the_gap(tiny_setup):
+    pair, knobs = tiny_setup.before, knobs_of(probe.TrainedKnobs, max_new_tokens=30)
+    ro = next(in_batches(pair.student, pair, [[5, 6]], 30, 1.0, 0, 4))
+    ro.tokens, ro.response_mask = torch.tensor([[7] * 30]), torch.ones(1, 30, dtype=torch.bool)
+    assert probe.scored(pair, [ro], knobs)["position"].tolist() == [0, 1, 2]
+
+
+def test_the_bootstrap_finds_the_error_of_a_mean():
+    """Of 400 numbers of variance 1: the interval's half width is 1.96 / 20, within a tenth."""
+    numbers = torch.randn(400, generator=torch.Generator().manual_seed(1))
+    low, high = probe.resampled(lambda drawn: numbers[drawn].mean(), 400)
+    assert (high - low).item() / 2 == pytest.approx(1.96 * numbers.std().item() / 20, rel=0.1)
+    assert low < numbers.mean() < high
+
+
+def call(monkeypatch, capsys, *argv):
+    """Exit code, stdout and stderr of `python experiments/probe.py ARGV`."""
+    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(probe.main)
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+SMALL = ["--problems", 4, "--samples", 2]
+
+
+@pytest.mark.parametrize("name", probe.PROBES)
+def test_a_probe_on_the_toy(name, world, tmp_path, monkeypatch, capsys):
+    """From the command line: a reading, a file of one setting, no machine's path in it, a figure."""
+    out = tmp_path / "new" / f"{name}.csv"
+    steps = ["--steps", 2] if name in ("cascade", "swap", "submode") else []
+    code, said, error = call(monkeypatch, capsys, name, *SMALL, *steps, "--out", out)
+    assert code == 0, error
+    assert said.startswith(f"{name}: ") and "missing" not in said and "no reading" not in said and "[" in said
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert str(world.parent) not in out.read_text() and "toy/opening-" in out.read_text()
+    assert {row["curve"] for row in report.read_csv(out)} == set(probe_figures.FIGURES[name].curves)
+
+
+def test_results_of_other_settings_are_not_touched(world, tmp_path, monkeypatch, capsys):
+    """The same settings write the same file again; others are refused, and mixed ones are not drawn."""
+    out, flags = tmp_path / "decay.csv", [*SMALL, "--prefixes", "0 6"]
+    assert call(monkeypatch, capsys, "decay", *flags, "--out", out)[0] == 0
+    first = out.read_bytes()
+    code, _, error = call(monkeypatch, capsys, "decay", *flags, "--seed", 1, "--out", out)
+    assert code == 2 and "other settings (seed '0', here '1')" in error and error.count("\n") == 1
+    code, _, error = call(monkeypatch, capsys, "profile", *SMALL, "--out", out)
+    assert code == 2 and "probe 'decay'" in error
+    assert out.read_bytes() == first
+    assert call(monkeypatch, capsys, "decay", *flags, "--out", out)[0] == 0
+    assert out.read_bytes() == first
+    report.append_csv(out, [report.read_csv(out)[0] | {"seed": "1"}])
+    code, _, error = call(monkeypatch, capsys, "draw", out)
+    assert code == 2 and "2 settings" in error
+
+
+def test_a_figure_of_a_part_says_what_is_missing(wrong_student_right_teacher, tmp_path):
+    out, knobs = tmp_path / "decay.csv", knobs_of(probe.PrefixKnobs, prefixes="0 1 3")
+    rows = [row | knobs.settings("decay") for row in probe.decay(wrong_student_right_teacher, knobs)]
+    report.append_csv(out, rows)
+    whole = probe_figures.draw(out)
+    assert "missing" not in whole
+    assert "after 3 tokens" in whole and "difference -100.0% [-100.0% to -100.0%]" in whole
+    out.unlink()
+    report.append_csv(out, rows[:4])  # stopped after one curve of k = 1
+    assert "missing: student's prefix at 3; own prefix at 1, 3; difference at 1, 3" in probe_figures.draw(out)
+    out.unlink()
+    report.append_csv(out, rows[:1])
+    said = probe_figures.draw(out)
+    assert "no reading" in said and "own prefix; difference" in said
+
+
+@pytest.mark.parametrize("name", probe.PROBES)
+def test_any_first_part_of_a_file_can_be_drawn(name, wrong_student_right_teacher, tiny_setup, tmp_path):
+    function, knobs_class = probe.PROBES[name]
+    setup = wrong_student_right_teacher if name in ("decay", "swap") else tiny_setup
+    changes = {"prefixes": "0 2"} if name in ("decay", "swap") else {}
+    changes |= {"horizon": 2} if issubclass(knobs_class, probe.TrainedKnobs) else {}
+    knobs, out = knobs_of(knobs_class, **changes), tmp_path / "part.csv"
+    rows = [row | knobs.settings(name) for row in function(setup, knobs)]
+    for end in (1, len(rows) // 2, len(rows)):
+        out.unlink(missing_ok=True)
+        report.append_csv(out, rows[:end])
+        assert ("missing" in probe_figures.draw(out)) == (end < len(rows))
+
+
+BAD = [  # argv, what the line names
+    ("guess", "decay, cascade, swap, submode, profile"),
+    ("draw", "a CSV file"),
+    ("draw {here}/none.csv", "none.csv"),
+    ("draw {root}/results/toy.csv", "no results of a probe"),
+    ("decay --steps 3", "--steps"),  # no knob of that probe
+    ("decay --student {world}/student", "give all three"),
+    ("decay --world closing --student a --teacher b --data c", "give all three"),
+    ("swap --student a --teacher b --data c", "--trained RUN/student"),
+    ("cascade --trained {world}/teacher", "--horizon"),
+    ("cascade --trained {world}/teacher --horizon 20 --steps 3", "drop them"),
+    ("cascade --horizon 500", "horizon 500"),
+    ("swap --schedule full", "and --horizon make lengths"),
+    ("submode --schedule popd --popd-growth 3", "--popd-growth"),
+    ("swap --trained {here}/none --horizon 20 --out {here}/x.csv", "does not exist"),
+    ("decay --prefixes some", "'some'"),
+    ("decay --prefixes nan", "'nan'"),
+    ("decay --prefixes 128", "below --max-new-tokens 128"),
+    ("decay --prefixes 0", "above 0"),
+    ("decay --temperature 0", "--temperature 0"),
+    ("decay --out {here}/x.txt", "no .csv file"),
+    ("decay --out {root}/results/toy.csv", "other settings"),
+    ("decay --max-new-tokens 1000 --out {here}/x.csv", "exceed the context"),
+]
+
+
+@pytest.mark.parametrize("argv, names", BAD)
+def test_bad_input_is_one_line(argv, names, world, tmp_path, monkeypatch, capsys):
+    argv = [part.format(here=tmp_path, world=world, root=ROOT) for part in argv.split()]
+    code, _, error = call(monkeypatch, capsys, *argv)
+    assert code == 2 and error.count("\n") == 1 and names in error, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_knobs_of_real_models_are_not_the_toys(world):
+    """A trained student is loaded, not trained; nothing of the toy's stands in the settings."""
+    names = {"student": str(world / "student"), "teacher": str(world / "teacher"), "data": str(world)}
+    given = names | {"trained": str(world / "teacher"), "horizon": 12.0, "problems": 2, "dtype": "float32"}
+    knobs = probe_setup.settle(probe.SwapKnobs, given | {"max_new_tokens": 120, "prefixes": "0 0.5"})
+    assert (knobs.world, knobs.schedule, knobs.steps) == ("", "", 0) and knobs.prefixes == "0 12 60"
+    assert knobs.instruction and knobs.window() == 12
+    setup = probe_setup.load(knobs, None)
+    assert setup.after.student.num_parameters() == setup.after.teacher.num_parameters()
+    assert setup.after.teacher is setup.before.teacher and not setup.after.masters
