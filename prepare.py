@@ -13,7 +13,9 @@ import memory
 import models
 import report
 import toy
+from cli import BadInput
 from eval_math import evaluate
+from schedules import make_schedule
 from scores import score
 
 # What may be given with --resume. A run that grows has its learning rate and POPD's growth laid out anew.
@@ -35,6 +37,17 @@ def settings(knobs_class: type, given: dict) -> tuple[Any, Path]:
         folder = report.new_folder(knobs.out, f"{preset}-{knobs.schedule}")
     dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
     return replace(knobs, dtype=dtype, eval_every=knobs.eval_every if knobs.eval_limit else 0), folder
+
+
+def schedule(knobs) -> Callable[[int], int]:
+    """The function step -> horizon; with --horizon auto, until it is known, that of the default one."""
+    horizon = knobs.horizon
+    if horizon == "auto":
+        if knobs.schedule == "full":
+            raise BadInput("--horizon auto chooses where to stop, and full does not stop: use esr or topd")
+        horizon = None
+    lengths = knobs.max_new_tokens, knobs.steps, horizon, knobs.popd_growth, knobs.popd_interval
+    return make_schedule(knobs.schedule, *lengths)
 
 
 def memory_of(knobs, horizon: int) -> str:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import data
+import fast
 from cli import BadInput
-from rollout import Rollout, rollout
+from rollout import Rollout
 
 
 def horizon_of_profile(reverse_kl: Tensor, position: Tensor, share: float = 0.45) -> int:
@@ -33,10 +34,10 @@ def in_batches(
     model, pair, texts: list[list[int]], horizon: int, temperature: float, seed: int, batch: int
 ) -> Iterator[Rollout]:
     """Rollouts of `model` after each text, at most `batch` of them together."""
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator, sampler = torch.Generator(model.device).manual_seed(seed), fast.sampler("", model)
     for start in range(0, len(texts), batch):
         law = temperature, pair.vocab_size, generator
-        yield rollout(model, texts[start : start + batch], horizon, pair.ends, *law)
+        yield sampler(model, texts[start : start + batch], horizon, pair.ends, *law)
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def measure(
     pair,
     prompts: list[list[int]],
     knobs,  # train.Knobs: T is max_new_tokens, and temperature, seed and micro_batch count
-    rollouts: int = 1000,
+    rollouts: int = 256,
     batch: int = 64,
 ) -> dict[str, Tensor]:
     """`token_stats` of full rollouts of the student, with row and position; prompts in training's order."""
@@ -56,3 +57,14 @@ def measure(
         stats.append(found | {"row": found["row"] + done})
         done += len(ro.prompts)
     return {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
+
+
+def choose(score: Callable, pair, prompts: list[list[int]], knobs) -> int:
+    """The horizon of `--horizon auto`, and a line that says why. Raises BadInput if there is no gap."""
+    print("--horizon auto: a profile of the student's full rollouts comes first", flush=True)
+    stats = measure(score, pair, prompts, knobs)
+    n, rows = horizon_of_profile(stats["reverse_kl"], stats["position"]), int(stats["row"].max()) + 1
+    what = f"the first {n} tokens hold 45 % of the reverse KL of {rows} rollouts"
+    mean, length = stats["reverse_kl"].mean().item(), len(stats["row"]) / rows
+    print(f"horizon {n}: {what} ({mean:.3f} nats a token, {length:.0f} tokens long)", flush=True)
+    return n

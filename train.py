@@ -9,7 +9,7 @@ Left out: top-k and top-p in training (the loss must differentiate the law that 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ import data
 import fast
 import models
 import prepare
+import profile_horizon
 import report
 import toy
 from checkpoint import State
@@ -26,13 +27,15 @@ from cli import knob, parse, run
 from eval_math import INSTRUCTION
 from opd import DIVERGENCES, opd_loss
 from rollout import Rollout
-from schedules import SCHEDULES, make_schedule
+from schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how long rollouts are", choices=SCHEDULES)
-    horizon: float | None = knob(None, "up to 1 a share of --max-new-tokens, above 1 tokens; POPD's start")
+    horizon: float | str | None = knob(
+        None, "up to 1 a share of --max-new-tokens, above 1 tokens; auto: measured first", word="auto"
+    )
     popd_growth: int | None = knob(None, "tokens that POPD adds; default: full length at 2/3 of the run")
     popd_interval: int | None = knob(None, "steps between two additions; default: 1/30 of the run")
     divergence: str = knob("reverse_kl", "the loss", choices=DIVERGENCES)
@@ -162,12 +165,14 @@ def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, gr
 def main() -> None:
     """Check all that can be checked before the first step, then train."""
     knobs, folder = prepare.settings(Knobs, parse(Knobs, __doc__, None))
-    lengths = knobs.max_new_tokens, knobs.steps, knobs.horizon, knobs.popd_growth, knobs.popd_interval
-    schedule = make_schedule(knobs.schedule, *lengths)
+    schedule = prepare.schedule(knobs)
     if knobs.dry_run:
         print(prepare.memory_of(knobs, max(map(schedule, range(knobs.steps)))))
         return
     pair, prompts, grade = prepare.load(knobs, folder)
+    if knobs.horizon == "auto":
+        knobs = replace(knobs, horizon=profile_horizon.choose(score, pair, prompts, knobs))
+        schedule = prepare.schedule(knobs)
     with report.only_run(folder, fresh=not knobs.resume):
         report.write_config(folder, asdict(knobs), pair.student.device)
         train(knobs, schedule, pair, prompts, grade, folder)

@@ -31,18 +31,19 @@ import figures
 from arms import ARMS, GROUPS, SHARE, token_values
 
 import data
+import fast
+import memory
 import models
 import prepare
 import report
 import train
 from cli import BadInput, Stopped, knob, parse, run
 from eval_math import evaluate
-from rollout import rollout
 from scores import score
 
 # Knobs of a single run that mean nothing here.
 WITHOUT = ("schedule", "horizon", "popd_growth", "popd_interval", "eval_every", "show_every", "save_every")
-WITHOUT += ("resume", "out", "seed")
+WITHOUT += ("resume", "out", "seed", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Knobs(train.Knobs):
 # In these, and in the hardware, all rows of a file agree.
 SETTINGS = ("student", "teacher", "data", "eval_data", "instruction", "system_prompt", "max_new_tokens")
 SETTINGS += ("steps", "minutes", "batch_size", "rollouts_per_prompt", "esr_tokens", "divergence")
-SETTINGS += ("temperature", "lr", "warmup", "decay", "beta2", "clip", "dtype")
+SETTINGS += ("temperature", "lr", "warmup", "decay", "beta2", "clip", "dtype", "low_memory")
 SETTINGS += ("eval_limit", "eval_temperature", "curve_points")
 
 
@@ -95,7 +96,7 @@ def examiner(pair: models.Pair, knobs: Knobs) -> Callable:
     asked = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
 
     def ask(model, temperature: float, seed: int) -> list[dict]:
-        size = models.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
+        size = memory.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
         with tempfile.TemporaryDirectory() as folder:
             how = Path(folder, "answers.jsonl"), knobs.max_new_tokens, size, 1, seed
             law = {"temperature": temperature}
@@ -115,14 +116,14 @@ def train_arm(pair: models.Pair, prompts: list, name: str, knobs: Knobs, bar: tq
     arm, size, device = ARMS[name], max(1, round(SHARE * knobs.max_new_tokens)), pair.student.device
     optimizer = torch.optim.AdamW(pair.masters.values(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
     rng, chance = (torch.Generator(device).manual_seed(s) for s in (knobs.seed, knobs.seed + 1_000_003))
-    knobs = replace(knobs, lr=knobs.lr * arm.rate)
+    knobs, sampler = replace(knobs, lr=knobs.lr * arm.rate), fast.sampler(knobs.sampler, pair.student)
     cost = {"steps_done": 0, "response_tokens": 0, "loss_tokens": 0, "seconds": 0.0, "rollout_s": 0.0}
     place, part, seen = 0, 0, []
     while place < knobs.steps:
         started, horizon = time.perf_counter(), arm.horizon(place, knobs, seen)
         ids = data.batch(len(prompts), knobs.batch_size, cost["steps_done"], knobs.seed)
         asked = [prompts[i] for i in ids for _ in range(knobs.rollouts_per_prompt)]
-        ro = rollout(pair.student, asked, horizon, pair.ends, knobs.temperature, pair.vocab_size, rng)
+        ro = sampler(pair.student, asked, horizon, pair.ends, knobs.temperature, pair.vocab_size, rng)
         cost["rollout_s"] += pair.seconds_since(started)
         mask = arm.mask and arm.mask(ro, size, chance, partial(token_values, pair, ro, knobs))
         row, stats = train.update(pair, optimizer, ro, knobs, place, mask)

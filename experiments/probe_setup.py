@@ -12,13 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data
+import fast
+import memory
 import models
 import report
 import toy
 from cli import BadInput, knob
 from eval_math import INSTRUCTION
 from grading import Grader
-from rollout import rollout
 from schedules import SCHEDULES, make_schedule
 from train import Knobs as TrainKnobs
 from train import update
@@ -146,7 +147,7 @@ def load(knobs: Knobs, grader: Grader) -> Setup:
     pair = models.load_pair(*names, knobs.dtype, device, checkpointing=False)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts, knobs.max_new_tokens)
-    models.batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, str(knobs.sample_batch))
+    memory.batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, knobs.sample_batch)
     after = None
     if isinstance(knobs, TrainedKnobs):
         name = knobs.trained or knobs.student
@@ -167,7 +168,8 @@ def train_toy(pair: models.Pair, knobs: TrainedKnobs) -> None:
     prompts = data.render(pair.tokenizer, data.read_problems(knobs.data, "train"), how.instruction)
     rng = torch.Generator(pair.student.device).manual_seed(how.seed)
     optimizer = torch.optim.AdamW(pair.masters.values(), betas=(0.9, how.beta2), weight_decay=0, fused=True)
+    sampler = fast.sampler("", pair.student)
     for step in tqdm(range(how.steps), "training the toy's student", leave=False):
         batch = [prompts[i] for i in data.batch(len(prompts), how.batch_size, step, how.seed)]
-        ro = rollout(pair.student, batch, horizon(step), pair.ends, how.temperature, pair.vocab_size, rng)
+        ro = sampler(pair.student, batch, horizon(step), pair.ends, how.temperature, pair.vocab_size, rng)
         update(pair, optimizer, ro, how, step)

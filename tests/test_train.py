@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -275,3 +276,27 @@ def test_gap_text_shows_a_character_of_two_tokens_once():
     tokens = torch.tensor(list("aé!".encode()) + [0, 0])  # and padding
     text = report.gap_text(Tokenizer(), tokens, torch.tensor([0.0, -1.0, -2.0, 0.0]), colour=False)
     assert text == "a[-1.0]é[-2.0]!"
+
+
+def test_horizon_auto_is_measured_said_and_kept(world, tmp_path, monkeypatch, capsys):
+    """The toy's models part in the first words; the run folder holds the number, so a resumed run has it."""
+    command = f"train.py --preset toy --horizon auto --eval-limit 0 --steps 2 --out {tmp_path}/run"
+    monkeypatch.setattr(sys, "argv", command.split())
+    train.main()
+    said = re.search(
+        r"horizon (\d+): the first \1 tokens hold 45 % of the reverse KL", capsys.readouterr().out
+    )
+    horizons = {int(row["horizon"]) for row in report.read_csv(tmp_path / "run" / "metrics.csv")}
+    assert horizons == {int(said[1])} and 1 <= int(said[1]) < 12
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["horizon"] == int(said[1])
+    monkeypatch.setattr(sys, "argv", f"train.py --resume {tmp_path}/run --steps 3".split())
+    train.main()
+    assert "a profile" not in capsys.readouterr().out
+
+
+def test_full_has_no_horizon_to_choose(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--preset", "toy", "--schedule", "full", "--horizon", "auto"]
+    )
+    with pytest.raises(cli.BadInput, match="full does not stop"):
+        train.main()
