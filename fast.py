@@ -28,11 +28,11 @@ ROUND = 512  # L is a multiple of it on a GPU, so that prompts of another length
 class Columns(DynamicLayer):
     """A layer's keys and values, (B, heads, L, head size) each; a step writes one column of b rows."""
 
-    def __init__(self, filled: DynamicLayer, rows: int, columns: int):
+    def __init__(self, filled: DynamicLayer, rows: int, columns: int, place: Tensor):
         super().__init__()
         shapes = [(rows, x.shape[1], columns, x.shape[3]) for x in (filled.keys, filled.values)]
         self.keys, self.values = (filled.keys.new_zeros(shape) for shape in shapes)
-        self.place = torch.zeros(1, dtype=torch.long, device=filled.keys.device)  # of the column to write
+        self.place = place  # (1,) the column to write, the same for all layers
         self.is_initialized, self.seen = True, columns  # columns that attention looks at
 
     def fill(self, filled: DynamicLayer) -> None:
@@ -55,13 +55,15 @@ class Buffers:
 
     def __init__(self, model, filled: DynamicCache, rows: int, columns: int):
         self.model, self.rows, self.columns = model, rows, columns
-        self.layers = [Columns(layer, rows, columns) for layer in filled.layers]
+        device = filled.layers[0].keys.device
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.layers = [Columns(layer, rows, columns, self.place) for layer in filled.layers]
         self.cache = Cache(layers=self.layers)
-        device = self.layers[0].keys.device
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)  # columns to look at
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all graphs
 
     def start(self, filled: DynamicCache, mask: Tensor) -> None:
         """Take up the prompts' cache and their mask, (b, P)."""
@@ -85,9 +87,9 @@ class Buffers:
     def step(self, b: int, column: int, seen: int) -> Tensor:
         """Logits (b, V) after the tokens in `ids`, whose keys and values go to `column`."""
         self.mask[:b, ..., column] = True
+        self.place.fill_(column)
         for layer in self.layers:
             layer.seen = seen
-            layer.place.fill_(column)
         if self.ids.device.type != "cuda":
             return self.forward(b)
         if (b, seen) not in self.graphs:
@@ -115,7 +117,7 @@ class Buffers:
             self.forward(b)  # once outside: libraries choose their kernels, and the step can be repeated
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             logits = self.forward(b)
         return graph, logits
 
@@ -243,8 +245,12 @@ def sampler(name: str, model) -> Callable[..., Rollout]:
     """`plain` is `rollout.rollout`, `fast` a `Sampler`. By default a CPU samples fast, where the model allows
     it; a GPU plainly, since its graphs have not been measured yet. Raises BadInput if `fast` can't be.
     """
-    windows = any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    if name == "fast" and windows:
-        raise BadInput(f"{type(model).__name__} has layers of a sliding window: use --sampler plain")
-    name = name or ("plain" if windows or model.device.type != "cpu" else "fast")
+    why_not = ""
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        why_not = "has layers of a sliding window"
+    elif model.config._attn_implementation != "sdpa":  # others want another kind of mask
+        why_not = f"computes attention by {model.config._attn_implementation}, not sdpa"
+    if name == "fast" and why_not:
+        raise BadInput(f"{type(model).__name__} {why_not}: use --sampler plain")
+    name = name or ("plain" if why_not or model.device.type != "cpu" else "fast")
     return Sampler() if name == "fast" else rollout

@@ -84,8 +84,8 @@ def opd_loss(
     head, teacher_head, learns = student[0].cut(), teacher[0].cut(), torch.is_grad_enabled()
     inputs, n, v = (student[1], student[0].weight, student[0].bias), len(tokens), head.vocab_size
     wanted = [x is student[1] or (x is not None and x.requires_grad) for x in inputs]
-    # A large weight's gradient is a sum over blocks: in fp32, also where the weight is bf16.
-    gradients = [torch.zeros_like(x, dtype=torch.float) if w else None for x, w in zip(inputs, wanted)]
+    full = torch.promote_types(head.weight.dtype, torch.float)  # a large weight's gradient sums up blocks
+    gradients = [torch.zeros_like(x, dtype=full) if w else None for x, w in zip(inputs, wanted)]
     total, stats, size = tokens.new_zeros((), dtype=torch.float), {}, max(1, chunk // v)
     grad_logits = head.weight.new_empty(min(BLOCK * size, n) if learns else 0, v)  # of a block of chunks
     for start in range(0, max(n, 1), size):
@@ -107,7 +107,9 @@ def opd_loss(
         if done == (BLOCK - 1) * size or start + size >= n:
             of_block, block = grad_logits[: done + len(hidden)], slice(start - done, start + size)
             if gradients[1] is not None:
-                gradients[1][:v] += of_block.T @ student[1][block].detach()
+                sums, factors = gradients[1][:v], (of_block.T, student[1][block].detach())
+                same = of_block.dtype == sums.dtype  # then no (V, D) tensor is made for the product
+                sums.addmm_(*factors) if same else sums.add_(factors[0] @ factors[1])
             if gradients[2] is not None:
                 gradients[2][:v] += of_block.sum(0)
     return WithGradients.apply(total, gradients, *inputs) if learns else total, stats

@@ -51,7 +51,7 @@ class Knobs:
     steps: int = knob(200, "optimizer steps", 1)
     batch_size: int = knob(16, "prompts a step", 1)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", 1)
-    micro_batch: int = knob(8192, "tokens in one forward and backward: sets memory, not the result", 1)
+    micro_batch: int = knob(2048, "tokens in one forward and backward: sets memory, not the result", 1)
     low_memory: bool = knob(False, "LoRA adapters learn instead of all weights; lr 5e-5 by default")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
     sampler: str = knob("", "rollout.py or fast.py; default: fast on a CPU", choices=("plain", "fast"))

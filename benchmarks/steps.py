@@ -29,9 +29,9 @@ from cli import BadInput, knob, parse, run
 from eval_math import INSTRUCTION
 
 OURS = {  # what differs from train.py's defaults
-    "ours": {"checkpointing": False},
-    "ours-checkpointing": {},
-    "ours-low-memory": {"low_memory": True},
+    "ours": {"checkpointing": False, "micro_batch": 8192},
+    "ours-checkpointing": {"micro_batch": 8192},
+    "ours-low-memory": {"low_memory": True, "micro_batch": 8192},
 }
 SIDES = (*OURS, "naive", "trl")
 

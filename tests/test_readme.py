@@ -4,7 +4,17 @@ import dataclasses
 import re
 from pathlib import Path
 
+import claims
+import compare
+import loss
+import probe_figures
+import rollouts
+import steps
+from transformers import Qwen2Config
+
+import cli
 import eval_math
+import memory
 import report
 import train
 
@@ -25,10 +35,24 @@ def test_line_counts():
 
 
 def test_flags_exist():
-    flags = {
-        "--" + f.name.replace("_", "-") for k in (train.Knobs, eval_math.Knobs) for f in dataclasses.fields(k)
-    }
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - flags <= {"--help"}
+    classes = (train.Knobs, eval_math.Knobs, rollouts.Knobs, steps.Knobs, loss.Knobs, compare.Knobs)
+    flags = {"--" + f.name.replace("_", "-") for k in classes for f in dataclasses.fields(k)}
+    flags |= {"--no-checkpointing", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
+
+
+def test_memory_table_is_the_estimate():
+    shape = {"num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True}
+    half = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+    big = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    configs = [Qwen2Config(**shape, **sizes) for sizes in (half, big)]
+    rows = re.findall(r"^\| (\d+) GB \| `(.*)` \| (\d+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for card, flags, horizon, peak in rows:
+        given = cli.parse(train.Knobs, "", flags.split())
+        knobs = train.Knobs(**{"dtype": "bfloat16", "device": "cuda"} | given)
+        found = memory.estimate(knobs, *configs, 256, int(horizon))["peak"] / 1e9
+        assert f"{found:.1f}" == peak and found < 0.94 * int(card)
 
 
 def test_files_exist():
@@ -60,5 +84,24 @@ def test_other_tables_are_their_csvs():
         assert shown in README
     for row in report.read_csv(ROOT / "results" / "bench_steps.csv"):
         sampling = f"{float(row['rollout_s']):.1f}" if row["rollout_s"] else "-"
-        cells = [row["side"], f"{float(row['seconds']):.1f}", sampling, f"{float(row['peak_gb']):.1f}"]
-        assert "| " + " | ".join(cells) + " |" in README
+        cells = [f"{row['student']}, {row['dtype']}", row["side"], f"{float(row['seconds']):.1f}", sampling]
+        assert "| " + " | ".join([*cells, f"{float(row['peak_gb']):.1f}"]) + " |" in README
+    for row in report.read_csv(ROOT / "results" / "bench_rollouts.csv"):
+        cells = [row["rows"], row["tokens"], f"{row['shortest']} to {row['longest']}", row["side"]]
+        assert "| " + " | ".join([*cells, f"{float(row['tokens_per_s']):.0f}"]) + " |" in README
+
+
+def test_comparison_is_what_compare_prints():
+    """The block of the table and the claims, from the committed rows."""
+    for name, arms in (("compare", compare.GROUPS["all"]), ("compare_closing", compare.GROUPS["closing"])):
+        path = ROOT / "results" / f"{name}.csv"
+        told = claims.tell(claims.read(path), claims.read_curves(path), arms, 5, name != "compare")
+        for line in told.splitlines():
+            assert line.rstrip() in README, line
+
+
+def test_readings_are_what_the_probes_print():
+    for name in probe_figures.FIGURES:
+        rows = probe_figures.read(ROOT / "results" / f"probe_{name}.csv")
+        assert not probe_figures.missing(rows)
+        assert probe_figures.reading(rows) in re.sub(r"\s+", " ", README)

@@ -1,6 +1,6 @@
 """What a checkpoint costs: of the real 0.5B student against writing its bytes twice, and of a toy run.
 
-    python benchmarks/checkpoint.py
+    python benchmarks/checkpoints.py
 
 The student has the real shapes and random weights. The toy's steps with and without a checkpoint every 10 are
 timed in turn, in one process. Adds rows to results/bench_checkpoint.csv.
