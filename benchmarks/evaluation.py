@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data
+import fast
 import models
 import report
 from cli import BadInput, knob, parse, run
 from eval_math import INSTRUCTION
 from grading import Grader
-from rollout import rollout
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ def time_sampling(knobs: Knobs, problems: list) -> dict:
     prompts = sorted(data.render(tokenizer, problems, knobs.instruction), key=len, reverse=True)
     ends, seconds, written = sorted(models.end_ids(tokenizer, model)), {"ours": 0.0, "generate": 0.0}, {}
 
+    sampler = fast.sampler("", model)
+
     def ours(batch):
-        ro = rollout(model, batch, knobs.max_new_tokens, set(ends), temperature=0)
+        ro = sampler(model, batch, knobs.max_new_tokens, set(ends), temperature=0)
         return [t[m].tolist() for t, m in zip(ro.tokens, ro.response_mask)]
 
     def generate(batch):
