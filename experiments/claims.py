@@ -260,5 +260,5 @@ def tell(results: Results, curves: Results, arms: tuple[str, ...], seeds: int, c
         else:
             lacking = [arm for arm in ("full", *needed) if len(results.get(arm, {})) < LEAST]
             found, numbers = OPEN, f"needs {LEAST} seeds of {', '.join(lacking) or 'all its arms'}"
-        lines.append(f"{found}: {text} ({numbers}; seeds in common: {len(common)})")
+        lines += [f"{found}: {text}", f"    {numbers}; seeds in common: {len(common)}"]
     return "\n".join(lines)
