@@ -56,7 +56,7 @@ def evaluate(
     # Longest prompts first: what does not fit into memory says so at once, and little of a batch is padding.
     asked = [i for i in range(len(prompts)) for _ in range(samples)]
     asked.sort(key=lambda i: -len(prompts[i]))
-    records = data.whole_batches(path, len(asked))
+    records, sampled = data.whole_batches(path, len(asked)), sampler("", model)
     size = records[0]["batch_size"] if records else batch_size
     bar = tqdm(total=len(asked), initial=len(records), desc=path.stem, unit="answer", leave=False)
     with path.open("a", buffering=1, encoding="utf-8") as file, Grader() as grader, bar:
@@ -64,7 +64,7 @@ def evaluate(
             rows, began = asked[start : start + size], time.perf_counter()
             # A seed for each batch: a resumed run samples what the stopped one would have.
             law["generator"] = torch.Generator(model.device).manual_seed(seed * 1_000_003 + start)
-            ro = sampler("", model)(model, [prompts[i] for i in rows], max_new_tokens, ends, **law)
+            ro = sampled(model, [prompts[i] for i in rows], max_new_tokens, ends, **law)
             new = answers(ro, tokenizer)
             seconds = (time.perf_counter() - began) / len(new)
             verdicts = grader.grade([a["response"] for a in new], [problems[i].answer for i in rows])

@@ -1,4 +1,4 @@
-"""The rollouts of rollout.py, faster. Read that file first: this one writes the same tokens by other means.
+"""The rollouts of rollout.py, faster: the same law by other means. Read that file first.
 
 - Keys and values stay in buffers: a step adds a column, where a `DynamicCache` copies all that it holds.
 - On a CPU, bf16 weights are packed once a rollout in the layout that matmuls of few rows read fastest.
@@ -37,6 +37,7 @@ class Columns(DynamicLayer):
 
     def fill(self, filled: DynamicLayer) -> None:
         b, _, length, _ = filled.keys.shape
+        self.seen = length
         self.keys[:b, :, :length], self.values[:b, :, :length] = filled.keys, filled.values
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,8 @@ class Columns(DynamicLayer):
 
     def keep(self, rows: Tensor) -> None:
         """Rows move up to the front, where the smaller batch reads them."""
-        self.keys[: len(rows)], self.values[: len(rows)] = self.keys[rows], self.values[rows]
+        for buffer in (self.keys, self.values):
+            buffer[: len(rows), :, : self.seen] = buffer[rows, :, : self.seen]
 
 
 class Buffers:
@@ -63,7 +65,8 @@ class Buffers:
         self.positions = torch.zeros_like(self.ids)
         self.mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)  # columns to look at
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all graphs
+        if device.type == "cuda":  # one pool and one stream for all graphs: each has memory of its own
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def start(self, filled: DynamicCache, mask: Tensor) -> None:
         """Take up the prompts' cache and their mask, (b, P)."""
@@ -110,15 +113,22 @@ class Buffers:
         return out.logits[:, -1]
 
     def capture(self, b: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A step of b rows as a graph, and the logits that each replay writes anew."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.forward(b)  # once outside: libraries choose their kernels, and the step can be repeated
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = self.forward(b)
+        """A step of b rows as a graph, and the logits that each replay writes anew. Raises BadInput."""
+        device = self.ids.device
+        with torch.cuda.device(device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.forward(b)  # once outside: libraries choose their kernels, and a step can be repeated
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    logits = self.forward(b)
+            except RuntimeError as error:  # it may hide what came before: no memory
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__
+                name = type(self.model).__name__
+                raise BadInput(f"{name} makes no CUDA graph ({error}): use --sampler plain") from error
         return graph, logits
 
 
@@ -127,16 +137,16 @@ def packed(model, rows: int) -> Iterator[None]:
     """Within this, bf16 linear layers on a CPU read a packed copy of their weights, best for `rows`."""
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     linear = [m for m in linear if m.weight.dtype == torch.bfloat16 and m.weight.device.type == "cpu"]
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         linear = []
-    for module in linear:
-        weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
-        module.forward = partial(multiply, weight, module.bias)
     try:
+        for module in linear:
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+            module.forward = partial(multiply, weight, module.bias)
         yield
     finally:
         for module in linear:
-            del module.forward  # the class's own is seen again
+            vars(module).pop("forward", None)  # the class's own is seen again
 
 
 def multiply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -171,8 +181,8 @@ def staying(alive: Tensor, exact: bool) -> Tensor:
 class Sampler:
     """Called like `rollout.rollout`. On a GPU it keeps its buffers and graphs for the next call."""
 
-    check: int | None = None  # steps between two looks at what has ended; default: 1 on a CPU, else 16
-    span: int | None = None  # attention sees a multiple of so many columns; default: 1 on a CPU, else 128
+    check: int | None = None  # steps between two looks at what has ended; default: 16 on CUDA, else 1
+    span: int | None = None  # attention sees a multiple of so many columns; default: 128 on CUDA, else 1
     buffers: Buffers | None = field(default=None, repr=False)
 
     @torch.no_grad()
@@ -234,10 +244,13 @@ class Sampler:
         """Buffers of at least this size: on a GPU those of the last call, if they serve."""
         if model.device.type != "cuda":
             return Buffers(model, filled, rows, -(-columns // span) * span)
-        old = self.buffers
-        if old is None or old.model is not model or old.rows < rows or old.columns < columns:
-            self.buffers = None  # freed before the new ones are made
-            self.buffers = Buffers(model, filled, rows, -(-columns // ROUND) * ROUND)
+        old, columns = self.buffers, -(-columns // ROUND) * ROUND
+        if old is not None and old.model is model:
+            if old.rows >= rows and old.columns >= columns:
+                return old
+            rows, columns = max(rows, old.rows), max(columns, old.columns)
+        old = self.buffers = None  # freed before the new ones are made
+        self.buffers = Buffers(model, filled, rows, columns)
         return self.buffers
 
 
@@ -248,6 +261,8 @@ def sampler(name: str, model) -> Callable[..., Rollout]:
     why_not = ""
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         why_not = "has layers of a sliding window"
+    elif getattr(model.config, "alibi", False):
+        why_not = "adds alibi to a mask of another shape"
     elif model.config._attn_implementation != "sdpa":  # others want another kind of mask
         why_not = f"computes attention by {model.config._attn_implementation}, not sdpa"
     if name == "fast" and why_not:

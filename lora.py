@@ -1,6 +1,6 @@
 """`--low-memory`: the student learns through LoRA adapters (peft), its own weights stay as they are, in bf16.
 
-A weight W becomes W + (alpha / r) B A, with A (r, in) and B (out, r): a fortieth of the 0.5B student's
+A weight W becomes W + (alpha / r) B A, with A (r, in) and B (out, r): a 28th of the 0.5B student's
 parameters learn, so masters, gradients and AdamW's state shrink from 16 bytes a parameter to almost nothing.
 What it costs: only low-rank changes can be learned, sampling computes each adapter too, and the learning rate
 must be higher. r = 32, alpha = 64 are ESR's (arXiv 2605.27028).
@@ -23,7 +23,9 @@ def add(student) -> None:
             "--low-memory needs peft: pip install peft, or drop it and lower --micro-batch"
         ) from error
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
-    inject_adapter_in_model(config, student)  # also sets requires_grad
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same adapters for every run, and for one that is resumed
+        inject_adapter_in_model(config, student)  # also sets requires_grad
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lora
 from cli import BadInput
-
-LOSS_CHUNK = 1 << 23  # opd_loss's logits at a time
+from opd import BLOCK, CHUNK
 
 
 def free_memory(device: torch.device) -> int:
@@ -80,6 +79,8 @@ def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, asked:
     shape, longest = Shape.of(model.config, model.dtype.itemsize), max(map(len, prompts), default=0)
     row = shape.cache(longest + max_new_tokens) + shape.passing(longest) + shape.sampling(1)
     free = int(0.9 * free_memory(model.device))
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:  # fast.py packs a copy of the weights
+        free -= sum(p.nbytes for p in model.parameters())
     size = min(64, free // row) if asked == "auto" else int(asked)
     if size * row > free or size < 1:
         rows = max(size, 1)
@@ -114,7 +115,7 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
     tokens, parts = together * length, -(-rows // together)
     vocab = min(student.vocab, teacher.vocab)
     head = 0 if knobs.low_memory else vocab * student.width
-    size = min(max(1, LOSS_CHUNK // vocab) * vocab, together * horizon * vocab)
+    size = min(max(1, CHUNK // vocab) * vocab, together * horizon * vocab)
     found = {
         "student weights": every * item,
         "fp32 masters": 0 if item == 4 else learning * 4,
@@ -123,21 +124,24 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
         "gradients": learning * 4,
         "cache and sampling": student.cache(rows * length) + student.sampling(rows),
         "activations": student.kept(tokens, knobs.checkpointing),
-        "loss": 4 * head + min(8 * size, together * horizon * vocab) * item + 7 * 4 * size,
+        "loss": item * head + min(BLOCK * size, together * horizon * vocab) * item + 7 * 4 * size,
     }
     held = sum(found[k] for k in ("student weights", "fp32 masters", "AdamW", "teacher weights"))
     before = found["gradients"] if parts > 1 else 0  # of the micro-batches that came before
     working = student.layer(tokens) * (3 if knobs.checkpointing else 1) // 2  # a layer anew, and gradients
     losing = before + found["activations"] + found["loss"]
-    backward = max(before + found["activations"], found["gradients"]) + working + (4 + item) * head
+    backward = max(before + found["activations"], found["gradients"]) + working + 2 * item * head
     sampling = found["cache and sampling"] + student.passing(rows * prompt)
-    if knobs.device == "cpu" and knobs.sampler != "plain" and item == 2:
-        sampling += every * item  # packed
+    if knobs.device == "cpu" and item == 2:  # packed weights; evaluation samples from the teacher too
+        sampling += found["teacher weights"] if knobs.eval_limit else found["student weights"]
+    if knobs.device == "cuda" and knobs.sampler == "fast":
+        held += student.cache(rows * length)  # stays for the next step
     return found | {"peak": held + max(losing, backward, sampling)}
 
 
 def tell(found: dict[str, int], free: int) -> str:
     lines = [f"{name:20}{bytes_ / 1e9:7.2f} GB" for name, bytes_ in found.items()]
-    verdict = "fits" if found["peak"] <= free else "does not fit: lower --micro-batch, or add --low-memory"
+    remedy = "lower --micro-batch, --batch-size or --max-new-tokens, or add --low-memory"
+    verdict = "fits" if found["peak"] <= free else f"does not fit: {remedy}"
     lines.append(f"estimated, of {free / 1e9:.1f} GB free: {verdict}")
     return "\n".join(lines)

@@ -216,7 +216,7 @@ def make_pair(student, teacher, tokenizer, vocab_size: int, ends: set[int], dtyp
 def masters_of(student, dtype: torch.dtype) -> dict[str, Tensor]:
     """Cast the student's weights to `dtype`, and keep those that learn in fp32, by name.
 
-    A weight's gradient goes to its master, in fp32, as soon as backward has it: micro-batches add up there.
+    A weight's gradient goes to its master as soon as backward has it: micro-batches add up in fp32.
     """
     masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     for name, weight in student.named_parameters():

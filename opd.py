@@ -31,6 +31,7 @@ def sampled_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tenso
     return -(teacher_token - student_token).detach() * student_token
 
 
+CHUNK = 1 << 23  # logits held at a time: 32 MB in fp32, which a CPU's allocator still reuses
 BLOCK = 8  # chunks whose gradients reach the head's large weight in one matmul
 # A new divergence is one function above and one entry here.
 DIVERGENCES = {"reverse_kl": reverse_kl, "sampled": sampled_reverse_kl, "forward_kl": forward_kl}
@@ -75,7 +76,7 @@ def opd_loss(
     normalizer: int,  # response tokens in the whole optimizer step, over all its micro-batches
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
-    chunk: int = 1 << 23,  # logits held at a time: 32 MB in fp32, which a CPU's allocator still reuses
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the tokens' divergence / normalizer, and their `token_stats`, (N,) each.
 
@@ -84,8 +85,7 @@ def opd_loss(
     head, teacher_head, learns = student[0].cut(), teacher[0].cut(), torch.is_grad_enabled()
     inputs, n, v = (student[1], student[0].weight, student[0].bias), len(tokens), head.vocab_size
     wanted = [x is student[1] or (x is not None and x.requires_grad) for x in inputs]
-    full = torch.promote_types(head.weight.dtype, torch.float)  # a large weight's gradient sums up blocks
-    gradients = [torch.zeros_like(x, dtype=full) if w else None for x, w in zip(inputs, wanted)]
+    gradients = [torch.zeros_like(x) if w and learns else None for x, w in zip(inputs, wanted)]
     total, stats, size = tokens.new_zeros((), dtype=torch.float), {}, max(1, chunk // v)
     grad_logits = head.weight.new_empty(min(BLOCK * size, n) if learns else 0, v)  # of a block of chunks
     for start in range(0, max(n, 1), size):
@@ -107,9 +107,7 @@ def opd_loss(
         if done == (BLOCK - 1) * size or start + size >= n:
             of_block, block = grad_logits[: done + len(hidden)], slice(start - done, start + size)
             if gradients[1] is not None:
-                sums, factors = gradients[1][:v], (of_block.T, student[1][block].detach())
-                same = of_block.dtype == sums.dtype  # then no (V, D) tensor is made for the product
-                sums.addmm_(*factors) if same else sums.add_(factors[0] @ factors[1])
+                gradients[1][:v].addmm_(of_block.T, student[1][block].detach())
             if gradients[2] is not None:
                 gradients[2][:v] += of_block.sum(0)
     return WithGradients.apply(total, gradients, *inputs) if learns else total, stats

@@ -18,9 +18,10 @@ from eval_math import evaluate
 from schedules import make_schedule
 from scores import score
 
-# What may be given with --resume. A run that grows has its learning rate and POPD's growth laid out anew.
 LOW_MEMORY = {"lr": 5e-5}  # ESR's, for LoRA
+# What may be given with --resume. A run that grows has its learning rate and POPD's growth laid out anew.
 SAFE = ("steps", "save_every", "eval_every", "show_every", "micro_batch", "checkpointing", "eval_batch")
+SAFE += ("sampler", "dry_run")
 
 
 def settings(knobs_class: type, given: dict) -> tuple[Any, Path]:
@@ -51,7 +52,11 @@ def schedule(knobs) -> Callable[[int], int]:
 
 
 def memory_of(knobs, horizon: int) -> str:
-    """The estimate of `--dry-run`, from the configs, the tokenizer and the prompts alone. Raises BadInput."""
+    """The estimate of `--dry-run`, from the configs, the tokenizer and the prompts alone. Raises BadInput.
+
+    With --horizon auto that of its profile, which are full rollouts.
+    """
+    horizon = knobs.max_new_tokens if knobs.horizon == "auto" else horizon
     if knobs.preset == "toy":
         toy.build(knobs.world)
     problems, _ = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)

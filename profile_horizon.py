@@ -13,6 +13,7 @@ from torch import Tensor
 
 import data
 import fast
+import memory
 from cli import BadInput
 from rollout import Rollout
 
@@ -59,12 +60,13 @@ def measure(
     return {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
 
 
-def choose(score: Callable, pair, prompts: list[list[int]], knobs) -> int:
+def choose(score: Callable, pair, prompts: list[list[int]], knobs) -> float:
     """The horizon of `--horizon auto`, and a line that says why. Raises BadInput if there is no gap."""
     print("--horizon auto: a profile of the student's full rollouts comes first", flush=True)
-    stats = measure(score, pair, prompts, knobs)
+    batch = memory.batch_that_fits(pair.student, prompts, knobs.max_new_tokens, "auto")
+    stats = measure(score, pair, prompts, knobs, batch=batch)
     n, rows = horizon_of_profile(stats["reverse_kl"], stats["position"]), int(stats["row"].max()) + 1
     what = f"the first {n} tokens hold 45 % of the reverse KL of {rows} rollouts"
     mean, length = stats["reverse_kl"].mean().item(), len(stats["row"]) / rows
     print(f"horizon {n}: {what} ({mean:.3f} nats a token, {length:.0f} tokens long)", flush=True)
-    return n
+    return n if n > 1 else 1 / knobs.max_new_tokens  # as --horizon, a 1 would mean all of T

@@ -15,7 +15,7 @@ import torch
 from sides import ROOT, measure_apart  # puts the project on the path
 
 import report
-from cli import BadInput, knob, parse, run
+from cli import knob, parse, run
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -25,8 +25,8 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Knobs:
-    student: str = knob("", "hub name or folder")
-    teacher: str = knob("", "hub name or folder")
+    student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
+    teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "hub name or folder")
     data: str = knob("openai/gsm8k:main", "problems; its train split")
     prompts: int = knob(1, "a step", 1)
     dtype: str = knob("bfloat16", "of matmuls", choices=("float32", "bfloat16"))
@@ -63,8 +63,6 @@ def draw(table: Path) -> Path:
 def main() -> None:
     given = parse(Knobs, __doc__, None)
     knobs = Knobs(**given)
-    if not knobs.student or not knobs.teacher:
-        raise BadInput("--student and --teacher are both needed: name two model folders or hub models")
     table = Path(knobs.out)
     table.unlink(missing_ok=True)
     flags = [

@@ -38,10 +38,11 @@ SIDES = (*OURS, "naive", "trl")
 
 @dataclass(frozen=True)
 class Knobs:
-    student: str = knob("", "hub name or folder")
-    teacher: str = knob("", "hub name or folder")
+    student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
+    teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "hub name or folder")
     data: str = knob("openai/gsm8k:main", "problems; its train split")
     sides: tuple[str, ...] = knob((), "may be given several times; default: all", choices=SIDES)
+    sampler: str = knob("", "of our sides, as train.py's", choices=("plain", "fast"))
     dtype: str = knob("bfloat16", "of matmuls", choices=("float32", "bfloat16"))
     prompts: int = knob(8, "a step", 1)
     tokens: int = knob(128, "the horizon", 1)
@@ -55,7 +56,12 @@ class Knobs:
 def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict]:
     device = models.find_device(knobs.device)
     how = train.Knobs(
-        **OURS[knobs.side], lr=1e-6, batch_size=knobs.prompts, dtype=knobs.dtype, device=device.type
+        **OURS[knobs.side],
+        lr=1e-6,
+        sampler=knobs.sampler,
+        batch_size=knobs.prompts,
+        dtype=knobs.dtype,
+        device=device.type,
     )
     configs = [AutoConfig.from_pretrained(name) for name in (knobs.student, knobs.teacher)]
     estimate = memory.estimate(how, *configs, max(map(len, prompts)), knobs.tokens)["peak"]
@@ -84,10 +90,10 @@ def naive(knobs: Knobs, prompts: list[list[int]]) -> list[dict]:
     if knobs.endless:
         ends = [student.config.get_text_config().vocab_size]
     optimizer, width = torch.optim.AdamW(student.parameters(), lr=1e-6), max(map(len, prompts))
-    ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     law = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    law |= {"eos_token_id": ends, "pad_token_id": ends[0], "max_new_tokens": knobs.tokens}
+    law |= {"eos_token_id": ends, "pad_token_id": 0, "max_new_tokens": knobs.tokens}
     rows = []
     for _ in range(knobs.steps + 1):
         began = time.perf_counter()
@@ -174,8 +180,8 @@ def main() -> None:
     if knobs.side:
         print(json.dumps(measure(knobs)))
         return
-    if not knobs.student or not knobs.teacher:
-        raise BadInput("--student and --teacher are both needed: name two model folders or hub models")
+    if knobs.endless and "trl" in (knobs.sides or SIDES):
+        raise BadInput("--endless: side trl knows no such thing; name the others with --sides")
     columns = ("seconds", "rollout_s", "score_s", "update_s", "response_tokens", "peak_gb")
     columns += ("baseline_gb", "estimate_gb")
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("sides", "out", "endless")]

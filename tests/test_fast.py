@@ -106,7 +106,10 @@ def test_which_sampler():
     assert isinstance(fast.sampler("", tiny()), fast.Sampler) and fast.sampler("plain", tiny()) is rollout
     eager = tiny()
     eager.set_attn_implementation("eager")  # adds its mask: ours, of true and false, would be wrong there
-    for model, reason in ((window, "layers of a sliding window"), (eager, "attention by eager")):
+    alibi = tiny()
+    alibi.config.alibi = True
+    reasons = {"layers of a sliding window": window, "attention by eager": eager, "alibi": alibi}
+    for reason, model in reasons.items():
         assert fast.sampler("", model) is rollout
         with pytest.raises(BadInput, match=f"{reason}.*: use --sampler plain"):
             fast.sampler("fast", model)

@@ -154,3 +154,33 @@ def test_a_low_memory_run_has_its_own_learning_rate():
         )
     ]
     assert chosen == [train.Knobs.lr, prepare.LOW_MEMORY["lr"], 1e-4]
+
+
+def test_adapters_do_not_hang_on_what_was_drawn_before():
+    """A run that is killed before its first checkpoint starts anew, with the same ones."""
+    drawn = []
+    for seed in (1, 2):
+        student = tiny()
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        lora.add(student)
+        assert torch.equal(torch.get_rng_state(), state)
+        drawn.append({n: w.clone() for n, w in student.named_parameters() if ".lora_" in n})
+    assert all(torch.equal(drawn[1][name], w) for name, w in drawn[0].items())
+
+
+def test_a_low_memory_run_resumes_to_the_bit(world, tmp_path, monkeypatch):
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+        train.main()
+
+    how = "--preset toy --low-memory --schedule esr --horizon 8 --lr 1e-2 --decay constant --warmup 0"
+    how += " --eval-limit 0 --show-every 0 --batch-size 4 --save-every 2"
+    run(f"{how} --steps 4 --out {tmp_path}/whole")
+    run(f"{how} --steps 2 --out {tmp_path}/parts")
+    run(f"--resume {tmp_path}/parts --steps 4")
+    whole, parts = (
+        models.load_model(str(tmp_path / name / "student"), torch.float32, torch.device("cpu")).state_dict()
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,16 @@ def test_horizon_auto_is_measured_said_and_kept(world, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", f"train.py --resume {tmp_path}/run --steps 3".split())
     train.main()
     assert "a profile" not in capsys.readouterr().out
+
+
+def test_a_horizon_of_one_token_is_not_all_of_them(monkeypatch):
+    """--horizon 1 means the whole budget; where the whole gap is in the first token, one token is meant."""
+    pair, knobs = pair_of(tiny(), tiny(seed=1)), train.Knobs(schedule="esr", horizon="auto", max_new_tokens=9)
+    kl = {"reverse_kl": torch.tensor([1.0, 0.0, 1.0, 0.0]), "position": torch.tensor([0, 1, 0, 1])}
+    stats = kl | {"row": torch.tensor([0, 0, 1, 1])}
+    monkeypatch.setattr(train.profile_horizon, "measure", lambda *args, **kwargs: stats)
+    horizon = train.profile_horizon.choose(train.score, pair, PROMPTS, knobs)
+    assert train.prepare.schedule(replace(knobs, horizon=horizon))(0) == 1
 
 
 def test_full_has_no_horizon_to_choose(monkeypatch):
