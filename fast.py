@@ -172,7 +172,7 @@ def staying(alive: Tensor, exact: bool) -> Tensor:
     left = size = int(alive.sum())
     if left and not exact:
         size = len(alive)
-        while (size + 1) // 2 >= left:
+        while size > 1 and (size + 1) // 2 >= left:
             size = (size + 1) // 2
     return alive.argsort(descending=True, stable=True)[:size].sort().values
 
