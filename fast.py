@@ -183,6 +183,7 @@ class Sampler:
 
     check: int | None = None  # steps between two looks at what has ended; default: 16 on CUDA, else 1
     span: int | None = None  # attention sees a multiple of so many columns; default: 128 on CUDA, else 1
+    reuse: bool | None = None  # keep the buffers for the next call; default: on CUDA, for its graphs
     buffers: Buffers | None = field(default=None, repr=False)
 
     @torch.no_grad()
@@ -241,8 +242,8 @@ class Sampler:
         return Rollout(prompts, tokens[:, :length], response_mask[:, :length], logp[:, :length], finished)
 
     def room(self, model, filled: DynamicCache, rows: int, columns: int, span: int) -> Buffers:
-        """Buffers of at least this size: on a GPU those of the last call, if they serve."""
-        if model.device.type != "cuda":
+        """Buffers of at least this size: those of the last call, if they are kept and serve."""
+        if not (model.device.type == "cuda" if self.reuse is None else self.reuse):
             return Buffers(model, filled, rows, -(-columns // span) * span)
         old, columns = self.buffers, -(-columns // ROUND) * ROUND
         if old is not None and old.model is model:

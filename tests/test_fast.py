@@ -46,6 +46,18 @@ def test_the_steps_of_a_gpu_never_mix_rows(check, span, rows):
     assert torch.equal(plain.tokens, ours.tokens) and torch.allclose(plain.logp, ours.logp, atol=1e-5)
 
 
+def test_buffers_that_are_used_again_hold_nothing_of_the_call_before(monkeypatch):
+    """As on a GPU: fewer rows, other prompts, another horizon; room is made anew only if it must be."""
+    monkeypatch.setattr(fast, "ROUND", 16)
+    model, sampler, made = tiny(), fast.Sampler(check=3, span=8, reuse=True), []
+    for prompts, horizon in ((PROMPTS * 3, 8), (PROMPTS[:2], 10), (PROMPTS[2:], 6), (PROMPTS * 4, 14)):
+        plain, ours = both(model, sampler, prompts, horizon, MANY, 0.0)
+        assert torch.equal(plain.tokens, ours.tokens) and torch.allclose(plain.logp, ours.logp, atol=1e-5)
+        made.append(sampler.buffers)
+    assert made[0] is made[1] is made[2] is not made[3]
+    assert made[3].rows == 16 and made[3].columns == 32
+
+
 def test_few_sizes_are_stepped_in(monkeypatch):
     """What a GPU would capture: the rows are halved, not taken out one by one, and columns come in spans."""
     seen, step = set(), fast.Buffers.step
