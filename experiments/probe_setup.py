@@ -45,9 +45,10 @@ class Knobs:
     out: str = knob("", "CSV file, its figure goes beside it; default: results/probe_NAME.csv")
 
     def settings(self, probe: str) -> dict[str, str]:
-        """What the rows of a CSV file must have in common, as text; the toy's models without their path."""
+        """What the rows of a CSV file must have in common, as text; of a folder the end of its path."""
         found = {"probe": probe} | {name: value for name, value in asdict(self).items() if name != "out"}
-        return {k: "" if v is None else str(v).replace(f"{toy.CACHE}/", "toy/") for k, v in found.items()}
+        texts = {k: "" if v is None else str(v).replace(f"{toy.CACHE}/", "toy/") for k, v in found.items()}
+        return {k: "/".join(Path(v).parts[-2:]) if Path(v).is_absolute() else v for k, v in texts.items()}
 
 
 @dataclass(frozen=True)

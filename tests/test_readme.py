@@ -7,6 +7,7 @@ from pathlib import Path
 import claims
 import compare
 import loss
+import probe
 import probe_figures
 import rollouts
 import steps
@@ -36,6 +37,7 @@ def test_line_counts():
 
 def test_flags_exist():
     classes = (train.Knobs, eval_math.Knobs, rollouts.Knobs, steps.Knobs, loss.Knobs, compare.Knobs)
+    classes += tuple(knobs for _, knobs in probe.PROBES.values())
     flags = {"--" + f.name.replace("_", "-") for k in classes for f in dataclasses.fields(k)}
     flags |= {"--no-checkpointing", "--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
@@ -101,7 +103,7 @@ def test_comparison_is_what_compare_prints():
 
 
 def test_readings_are_what_the_probes_print():
-    for name in probe_figures.FIGURES:
+    for name in (*probe_figures.FIGURES, "profile_coder"):
         rows = probe_figures.read(ROOT / "results" / f"probe_{name}.csv")
         assert not probe_figures.missing(rows)
         assert probe_figures.reading(rows) in re.sub(r"\s+", " ", README)
