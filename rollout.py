@@ -29,7 +29,8 @@ def sample(
     One uniform number a row, looked up in the cumulative sum: `torch.multinomial` draws V of them. A token
     of probability 0 is never hit. NaN logits give a token with logp NaN, for the loss to stop the run.
     """
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    logits = logits if temperature in (0, 1) else logits.float() / temperature
+    logp = torch.log_softmax(logits, dim=-1, dtype=torch.float)  # fp32, without a copy of the logits
     if temperature == 0:
         token = logp.argmax(-1)
         return token, logp.gather(-1, token[:, None]).squeeze(-1)
@@ -37,7 +38,7 @@ def sample(
         ordered, ids = logp.sort(-1, descending=True)
         kept = ordered.exp().cumsum(-1) - ordered.exp() < top_p
         logp = logp.masked_fill(~kept.gather(-1, ids.argsort(-1)), -torch.inf).log_softmax(-1)
-    cumulative = logp.exp().cumsum(-1)
+    cumulative = logp.exp().cumsum_(-1)
     uniform = torch.rand(len(logp), 1, device=logp.device, generator=generator) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1).clamp_max(logp.shape[-1] - 1)
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
