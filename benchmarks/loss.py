@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sides import ROOT, measure_apart, peak_memory, reset_peak  # puts the project on the path
+from sides import ROOT, flags_of, measure_apart, peak_memory, reset_peak  # puts the project on the path
 
 import opd
 import report
@@ -109,7 +109,7 @@ def main() -> None:
     if knobs.side:
         print(json.dumps(measure(knobs)))
         return
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("sides", "out")]
+    flags = flags_of(given)
     rows = []
     for side in knobs.sides or SIDES:
         rows.append(measure_apart(__file__, side, flags))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sides import ROOT, measure_apart, peak_memory  # puts the project on the path
+from sides import ROOT, flags_of, measure_apart, peak_memory, peak_reserved  # puts the project on the path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
@@ -99,7 +99,10 @@ def measure(knobs: Knobs) -> dict:
         rows.append(row | {"tokens_per_s": sum(lengths) / row["seconds"]})
     best = max(rows[1:], key=lambda row: row["tokens_per_s"])
     weights = sum(p.nbytes for p in model.parameters())
-    best |= {"peak_gb": peak_memory(device) / 1e9}  # before the next line's gigabyte
+    best |= {
+        "peak_gb": peak_memory(device) / 1e9,
+        "reserved_gb": peak_reserved(device),
+    }  # read_bandwidth takes 1 GB
     best["weights_gb_per_s"] = best["longest"] * weights / best["seconds"] / 1e9
     return best | {"read_gb_per_s": read_bandwidth(device) / 1e9}
 
@@ -110,8 +113,7 @@ def main() -> None:
     if knobs.side:
         print(json.dumps(measure(knobs)))
         return
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("sides", "out", "random")]
-    flags += ["--random"] if knobs.random else []
+    flags = flags_of(given)
     for side in knobs.sides or SIDES:
         row = measure_apart(__file__, side, flags)
         print(side, row, flush=True)

@@ -14,6 +14,17 @@ sys.path.insert(0, str(ROOT))
 from cli import BadInput
 
 
+def flags_of(given: dict) -> list[str]:
+    """The flags of the knobs that were given, for a side's own process, without `sides` and `out`."""
+    flags = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if name not in ("sides", "out"):
+            switch = f"--{flag}" if value else f"--no-{flag}"
+            flags.append(switch if isinstance(value, bool) else f"--{flag}={value}")
+    return flags
+
+
 def measure_apart(script: str, side: str, flags: list[str]) -> dict:
     """What `script --side SIDE` prints as JSON. Raises BadInput if it fails."""
     done = subprocess.run([sys.executable, script, *flags, f"--side={side}"], capture_output=True, text=True)
@@ -29,6 +40,11 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
+
+
+def peak_reserved(device: torch.device) -> float | str:
+    """GB that torch has taken of a GPU at its peak; nothing on a CPU."""
+    return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else ""
 
 
 def reset_peak(device: torch.device) -> int:

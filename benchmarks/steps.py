@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sides import ROOT, measure_apart, peak_memory, reset_peak  # puts the project on the path
+from sides import (
+    ROOT,
+    flags_of,
+    measure_apart,
+    peak_memory,
+    peak_reserved,
+    reset_peak,
+)  # puts the project on the path
 from transformers import AutoConfig
 
 import data
@@ -171,7 +178,8 @@ def measure(knobs: Knobs) -> dict:
     else:
         rows = ours(knobs, prompts)
     found = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
-    return found | {"peak_gb": peak_memory(models.find_device(knobs.device)) / 1e9}
+    device = models.find_device(knobs.device)
+    return found | {"peak_gb": peak_memory(device) / 1e9, "reserved_gb": peak_reserved(device)}
 
 
 def main() -> None:
@@ -183,9 +191,8 @@ def main() -> None:
     if knobs.endless and "trl" in (knobs.sides or SIDES):
         raise BadInput("--endless: side trl knows no such thing; name the others with --sides")
     columns = ("seconds", "rollout_s", "score_s", "update_s", "response_tokens", "peak_gb")
-    columns += ("baseline_gb", "estimate_gb")
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k not in ("sides", "out", "endless")]
-    flags += ["--endless"] if knobs.endless else []
+    columns += ("baseline_gb", "estimate_gb", "reserved_gb")
+    flags = flags_of(given)
     for side in knobs.sides or SIDES:
         row = measure_apart(__file__, side, flags)
         print(side, row, flush=True)
