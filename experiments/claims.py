@@ -73,13 +73,14 @@ def missing(results: Results, arms: tuple[str, ...], seeds: int) -> list[str]:
 
 
 def two_way(values: Tensor) -> tuple[float, float]:
-    """Mean of (S, P), and its standard error where both rows and columns are samples; NaN for one row.
+    """Mean of (S, P), and its standard error where both rows and columns are samples.
 
-    Variance of the row means / S + of the column means / P - of what is left / SP, which both contain.
+    Variance of the row means / S + of the column means / P - of what is left / SP, which both contain. One
+    seed says nothing of seeds: the error is then of the problems alone, and `tell` says so.
     """
     (s, p), mean, rows, columns = values.shape, values.mean(), values.mean(1), values.mean(0)
     rest = (values - rows[:, None] - columns + mean).square().sum() / max((s - 1) * (p - 1), 1) / (s * p)
-    of_seeds, of_problems = (rows.var() / s).item() if s > 1 else math.nan, (columns.var() / p).item()
+    of_seeds, of_problems = (rows.var() / s).item() if s > 1 else 0.0, (columns.var() / p).item()
     return mean.item(), max(of_seeds, of_problems, of_seeds + of_problems - rest.item()) ** 0.5
 
 
@@ -94,8 +95,12 @@ def in_common(results: Results, *arms: str) -> list[int]:
     return sorted(set.intersection(*(set(results.get(arm, {})) for arm in arms)))
 
 
+def mean_of(rows: list[dict[str, str]], column: str) -> float:
+    return sum(float(row[column]) for row in rows) / len(rows)
+
+
 def mean(results: Results, arm: str, column: str, seeds: list[int]) -> float:
-    return sum(float(results[arm][seed][column]) for seed in seeds) / len(seeds)
+    return mean_of([results[arm][seed] for seed in seeds], column)
 
 
 def ratio(results: Results, arm: str, other: str, column: str) -> float:
@@ -165,8 +170,39 @@ def time_to(results: Results, curves: Results, arm: str, other: str) -> tuple[fl
         rows = [of_arm.get((s, part)) for s in seeds]
         if None in rows or not reaches(rows, ends)[0]:
             break
-        found = part, sum(float(row["seconds"]) for row in rows) / len(rows) / total
+        found = part, mean_of(rows, "seconds") / total
     return found
+
+
+def until(results: Results, curves: Results, arm: str, tokens: float, seeds: list[int]) -> list[dict] | None:
+    """Rows of the last point of `arm` with at most `tokens` sampled; None if its first one has more."""
+    ends = {(s, 1.0): results[arm][s] for s in seeds}
+    of_arm, found = curves.get(arm, {}) | ends, None
+    for part in sorted({part for _, part in of_arm}):
+        rows = [of_arm.get((s, part)) for s in seeds]
+        if None not in rows and mean_of(rows, "response_tokens") <= tokens:
+            found = rows
+    return found
+
+
+def beside_full(results: Results, curves: Results, arm: str) -> str:
+    """Runs by the clock: `arm` minus full at the same time, and with the same number of sampled tokens."""
+    seeds = in_common(results, arm, "full")
+    ends = [[results[a][s] for s in seeds] for a in (arm, "full")]
+    least = min(mean_of(rows, "response_tokens") for rows in ends)
+    equal = [until(results, curves, a, least, seeds) for a in (arm, "full")]
+    texts = []
+    for what, pair in (("same time", ends), ("same tokens", equal)):
+        if None in pair:
+            texts.append(f"{what}: no score so early")
+            continue
+        gap, se = difference(*pair)
+        spent = " and ".join(
+            f"{mean_of(rows, 'response_tokens'):,.0f} tokens in {mean_of(rows, 'seconds') / 60:.1f} min"
+            for rows in pair
+        )
+        texts.append(f"{what} {100 * gap:+.1f} +- {100 * se:.1f} points ({spent})")
+    return f"{arm} - full, {'; '.join(texts)}"
 
 
 # Claims: (results, curves) -> the verdict and its numbers. False in the parts of a verdict outweighs None.
@@ -252,7 +288,13 @@ CLOSING = ((("student", "topd-0.1", "popd"), closes, "truncation fails, POPD doe
 
 def tell(results: Results, curves: Results, arms: tuple[str, ...], seeds: int, closing: bool) -> str:
     """The table, what is missing, and a line for each claim."""
-    lines = [table(results, arms), *(f"missing: {text}" for text in missing(results, arms, seeds)), ""]
+    lines = [table(results, arms), *(f"missing: {text}" for text in missing(results, arms, seeds))]
+    if any(len(rows) == 1 for rows in results.values()):
+        lines.append("+- of a single seed is over the problems alone: another run may differ by more")
+    if any(row.get("minutes", "0.0") != "0.0" for rows in results.values() for row in rows.values()):
+        timed = [arm for arm in arms if arm != "full" and in_common(results, arm, "full")]
+        lines += ["", *(beside_full(results, curves, arm) for arm in timed)]
+    lines.append("")
     for needed, claim, text in CLOSING if closing else CLAIMS:
         common = in_common(results, "full", *needed)
         if len(common) >= LEAST:

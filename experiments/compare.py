@@ -56,6 +56,9 @@ class Knobs(train.Knobs):
     curve_points: int = knob(8, "scores along a run, the last included; 1: that alone", 1)
     eval_limit: int = knob(64, "held-out problems, the same for all", 2)
     eval_temperature: float = knob(1.0, "of the sampled score; there is a greedy one too", 0.01)
+    keep: str = knob(
+        "", "folder in which each run's student is kept, as ARM-SEED: what probe.py --trained takes"
+    )
     csv: str = knob("", "default: results/compare.csv, compare_closing.csv, compare_STUDENT.csv")
     report: bool = knob(False, "run nothing: table, claims and figures of what the CSV holds")
 
@@ -158,6 +161,8 @@ def run_once(pair: models.Pair, prompts: list, ask, name: str, knobs: Knobs, bar
     if name in ARMS:
         points = 1 if ARMS[name].mask else knobs.curve_points
         cost = train_arm(pair, prompts, name, replace(knobs, curve_points=points), bar, look_in)
+        if knobs.keep:
+            pair.save_student(Path(knobs.keep, f"{name}-{knobs.seed}"))
     sampled, greedy = (ask(model, temperature, knobs.seed) for temperature in (knobs.eval_temperature, 0.0))
     found = {key: score(sampled)[key] for key in ("accuracy", "last_box", "truncated", "mean_length")}
     found |= {"greedy": score(greedy)["accuracy"], "n": len(sampled)}
@@ -179,9 +184,10 @@ def compare(knobs: Knobs, path: Path) -> None:
     if not wanted:
         print(f"all of it is in {path} already")
         return
+    make_folder(path.parent, "csv")
+    make_folder(Path(knobs.keep), "keep")
     pair, prompts, _ = prepare.load(knobs, Path())
     ask, start = examiner(pair, knobs), {n: p.detach().clone() for n, p in pair.masters.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(wanted), unit="run", mininterval=0.5) as bar:
         for name, seed in wanted:
             with torch.no_grad():
@@ -195,6 +201,14 @@ def compare(knobs: Knobs, path: Path) -> None:
             told = f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s"
             bar.write(told, file=sys.stdout)
             bar.update()
+
+
+def make_folder(path: Path, flag: str) -> None:
+    """Before the first run, not after it. Raises BadInput."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {path} ({error}): name another one with --{flag}") from error
 
 
 def main() -> None:

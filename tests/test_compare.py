@@ -1,6 +1,5 @@
 """The comparison: masks and causality, resume, and what its rows say, on rows with known answers."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import END, pair_of, tiny
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import report
@@ -175,7 +175,7 @@ def test_standard_error_over_seeds_and_problems():
     seeds, problems = torch.tensor([0.1, 0.4, 0.7, 0.4]).double(), torch.linspace(0, 1, 11).double()
     assert claims.two_way(seeds[:, None].expand(4, 11))[1] == pytest.approx(seeds.std().item() / 2)
     assert claims.two_way(problems.expand(4, 11))[1] == pytest.approx(problems.std().item() / 11**0.5)
-    assert math.isnan(claims.two_way(problems[None])[1])  # one seed says nothing of seeds
+    assert claims.two_way(problems[None])[1] == claims.two_way(problems.expand(4, 11))[1]  # problems alone
     generator, variances, means = seeded(), [], []
     for _ in range(2000):
         of_seed, of_problem = (torch.randn(n, 1, generator=generator) for n in (8, 20))
@@ -228,6 +228,27 @@ def test_claims_that_fail_or_cannot_be_told(tmp_path):
     text = claims.tell(two, {}, ("full", "topd-0.1"), 3, closing=False)
     assert "holds" not in text and "needs 3 seeds of full, topd-0.1" in text
     assert "missing: topd-0.1 (seed 2)" in text
+
+
+def test_arms_at_the_same_time_and_with_the_same_tokens(tmp_path):
+    """TOPD is ahead when the time is up, and behind full when it had sampled as much as full in the end."""
+    timed = {"minutes": "15.0"}
+    rows = [
+        row("full", 0, marks_of(20), 900, 1200, **timed),
+        row("topd-0.1", 0, marks_of(24), 900, 2000, **timed),
+    ]
+    rows += [row("esr", 0, marks_of(19), 900, 500, **timed)]
+    results = write(tmp_path / "c.csv", rows)
+    points = ((0.25, 8, 300, 600), (0.5, 16, 600, 1150), (0.75, 22, 700, 1300))
+    curve = {(0, part): row("topd-0.1", 0, marks_of(n), s, tokens) for part, n, s, tokens in points}
+    text = claims.tell(results, {"topd-0.1": curve}, ("full", "topd-0.1", "esr"), 1, closing=False)
+    same_time = "same time +10.0 +- 4.8 points (2,000 tokens in 15.0 min and 1,200 tokens in 15.0 min)"
+    same_tokens = "same tokens -10.0 +- 4.8 points (1,150 tokens in 10.0 min and 1,200 tokens in 15.0 min)"
+    assert f"topd-0.1 - full, {same_time}; {same_tokens}" in text
+    assert "esr - full, same time -2.5" in text and "same tokens: no score so early" in text
+    assert "a single seed is over the problems alone" in text and "holds" not in text
+    untimed = {arm: {0: of_arm[0] | {"minutes": "0.0"}} for arm, of_arm in results.items()}
+    assert "same time" not in claims.tell(untimed, {}, ("full", "esr"), 1, closing=False)
 
 
 @pytest.mark.parametrize("cut, told", [(8, "holds"), (36, "does not hold")])
@@ -290,8 +311,11 @@ def main(monkeypatch, *flags):
 def test_a_stopped_comparison_goes_on_and_refuses_other_settings(world, tmp_path, monkeypatch, capsys):
     path = tmp_path / "c.csv"
     flags = ["--arms", "topd-0.1", "--arms", "esr", "--steps", 6, "--eval-limit", 6, "--csv", path]
-    flags += ["--seeds", 1, "--curve-points", 2]
+    flags += ["--seeds", 1, "--curve-points", 2, "--keep", tmp_path / "kept"]
     main(monkeypatch, *flags)
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["esr-0", "topd-0.1-0"]
+    before, after = (load_file(f / "model.safetensors") for f in (world / "student", tmp_path / "kept/esr-0"))
+    assert before.keys() == after.keys() and any((before[k] != after[k]).any() for k in before)
     whole = path.read_text()
     rows = report.read_csv(path)
     assert [r["arm"] for r in rows] == ["student", "teacher", "topd-0.1", "esr"]
@@ -326,9 +350,12 @@ def test_a_stopped_comparison_goes_on_and_refuses_other_settings(world, tmp_path
         ("--arms best", "invalid choice: 'best'"),
         ("--report --csv /nowhere/c.csv", "there is no /nowhere/c.csv"),
         ("--steps 1 --arms popd --csv /nowhere/c.csv", "never grows"),
+        ("--csv /dev/null/c.csv", "name another one with --csv"),
+        ("--csv c.csv --keep /dev/null/kept", "name another one with --keep"),
     ],
 )
-def test_bad_input(monkeypatch, flags, why):
+def test_bad_input(tmp_path, monkeypatch, flags, why):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=why):
         main(monkeypatch, *flags.split())
 
