@@ -287,15 +287,18 @@ CLOSING = ((("student", "topd-0.1", "popd"), closes, "truncation fails, POPD doe
 
 
 def tell(results: Results, curves: Results, arms: tuple[str, ...], seeds: int, closing: bool) -> str:
-    """The table, what is missing, and a line for each claim."""
+    """The table, what is missing, and each claim; of runs by the clock instead each arm beside full."""
     lines = [table(results, arms), *(f"missing: {text}" for text in missing(results, arms, seeds))]
     if any(len(rows) == 1 for rows in results.values()):
         lines.append("+- of a single seed is over the problems alone: another run may differ by more")
     if any(row.get("minutes", "0.0") != "0.0" for rows in results.values() for row in rows.values()):
         timed = [arm for arm in arms if arm != "full" and in_common(results, arm, "full")]
-        lines += ["", *(beside_full(results, curves, arm) for arm in timed)]
+        of_steps = "the papers' claims are of equal steps: for them, run without --minutes"
+        return "\n".join([*lines, "", *(beside_full(results, curves, arm) for arm in timed), of_steps])
     lines.append("")
     for needed, claim, text in CLOSING if closing else CLAIMS:
+        if not set(needed) <= {*ENDS, *arms}:
+            continue  # about others
         common = in_common(results, "full", *needed)
         if len(common) >= LEAST:
             found, numbers = claim(results, curves)
