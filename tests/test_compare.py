@@ -234,7 +234,7 @@ def test_arms_at_the_same_time_and_with_the_same_tokens(tmp_path):
     """TOPD is ahead when the time is up, and behind full when it had sampled as much as full in the end."""
     timed = {"minutes": "15.0"}
     rows = [
-        row("full", 0, marks_of(20), 900, 1200, **timed),
+        row("full", 0, marks_of(20), 900, 1100, **timed),
         row("topd-0.1", 0, marks_of(24), 900, 2000, **timed),
     ]
     rows += [row("esr", 0, marks_of(19), 900, 500, **timed)]
@@ -242,8 +242,8 @@ def test_arms_at_the_same_time_and_with_the_same_tokens(tmp_path):
     points = ((0.25, 8, 300, 600), (0.5, 16, 600, 1150), (0.75, 22, 700, 1300))
     curve = {(0, part): row("topd-0.1", 0, marks_of(n), s, tokens) for part, n, s, tokens in points}
     text = claims.tell(results, {"topd-0.1": curve}, ("full", "topd-0.1", "esr"), 1, closing=False)
-    same_time = "same time +10.0 +- 4.8 points (2,000 tokens in 15.0 min and 1,200 tokens in 15.0 min)"
-    same_tokens = "same tokens -10.0 +- 4.8 points (1,150 tokens in 10.0 min and 1,200 tokens in 15.0 min)"
+    same_time = "same time +10.0 +- 4.8 points (2,000 tokens in 15.0 min and 1,100 tokens in 15.0 min)"
+    same_tokens = "same tokens -10.0 +- 4.8 points (1,150 tokens in 10.0 min and 1,100 tokens in 15.0 min)"
     assert f"topd-0.1 - full, {same_time}; {same_tokens}" in text
     assert "esr - full, same time -2.5" in text and "same tokens: no score so early" in text
     assert "a single seed is over the problems alone" in text and "papers' claims are of equal steps" in text
