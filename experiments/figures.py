@@ -52,18 +52,25 @@ def end_lines(axis, results: Results, vertical: bool = False) -> None:
 
 
 def draw_compare(axes, results: Results, curves: Results) -> None:
+    top = max(float(row["accuracy"]) for rows in results.values() for row in rows.values())
     labels = (("response_tokens", "tokens sampled in training"), ("seconds", "seconds of training"))
     for axis, (column, label) in zip(axes, labels):
         end_lines(axis, results)
-        for name in [name for name in (*LINES, *POINTS) if name in results]:
+        names = [name for name in (*LINES, *POINTS) if name in results]
+        lines = {name: line_of(results, curves, name, column) for name in names}
+        for name, (x, y) in lines.items():
             colour, marker, style = LINES.get(name, ("#999999", POINTS.get(name), "none"))
-            x, y = line_of(results, curves, name, column)
             axis.plot(x, y, color=colour, marker=marker, linestyle=style, markersize=4, linewidth=1.3)
             se = claims.two_way(claims.right(list(results[name].values())))[1]
             axis.errorbar(x[-1], y[-1], yerr=se, color=colour, marker=marker, markersize=8, capsize=3)
             what = f"{name} (mask on full rollouts)" if name in POINTS else name
             axis.plot([], [], color=colour, marker=marker, linestyle=style, label=what)
-        axis.set(xscale="log", xlabel=label, ylim=(0, 1.03))
+        every = [x for line in lines.values() for x in line[0]]
+        if max(every) > 10 * min(every):
+            axis.set_xscale("log")
+        else:
+            axis.set_xlim(0, 1.05 * max(every))
+        axis.set(xlabel=label, ylim=(0, 1.03 if top > 0.6 else 1.3 * top))
         axis.xaxis.set_major_formatter("{x:,.9g}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out accuracy, sampled")
