@@ -185,24 +185,27 @@ def until(results: Results, curves: Results, arm: str, tokens: float, seeds: lis
     return found
 
 
-def beside_full(results: Results, curves: Results, arm: str) -> str:
-    """Runs by the clock: `arm` minus full at the same time, and with equal tokens, which is within 5 %."""
+def beside_full(results: Results, curves: Results, arm: str) -> list[str]:
+    """Lines for a run by the clock: `arm` minus full at the same time, and where neither had sampled more.
+
+    That is, each at its last score with at most the tokens that both had in the end; 5 % more count as equal.
+    """
     seeds = in_common(results, arm, "full")
     ends = [[results[a][s] for s in seeds] for a in (arm, "full")]
     least = 1.05 * min(mean_of(rows, "response_tokens") for rows in ends)
-    equal = [until(results, curves, a, least, seeds) for a in (arm, "full")]
-    texts = []
-    for what, pair in (("same time", ends), ("same tokens", equal)):
-        if None in pair:
-            texts.append(f"{what}: no score so early")
-            continue
-        gap, se = difference(*pair)
-        spent = " and ".join(
-            f"{mean_of(rows, 'response_tokens'):,.0f} tokens in {mean_of(rows, 'seconds') / 60:.1f} min"
-            for rows in pair
-        )
-        texts.append(f"{what} {100 * gap:+.1f} +- {100 * se:.1f} points ({spent})")
-    return f"{arm} - full, {'; '.join(texts)}"
+    lines = []
+    for what, pair in (
+        ("same time", ends),
+        ("no more tokens", [until(results, curves, a, least, seeds) for a in (arm, "full")]),
+    ):
+        line = f"{arm + ', ' + what:28}"
+        if None not in pair:
+            gap, se = difference(*pair)
+            tokens, minutes = ([mean_of(rows, c) for rows in pair] for c in ("response_tokens", "seconds"))
+            line += f"{gap:>+7.1%}{se:>8.1%}" + "".join(f"{x:>10,.0f}" for x in tokens)
+            line += "".join(f"{x / 60:>9.1f}" for x in minutes)
+        lines.append(line if None not in pair else f"{line} no score so early")
+    return lines
 
 
 # Claims: (results, curves) -> the verdict and its numbers. False in the parts of a verdict outweighs None.
@@ -293,8 +296,12 @@ def tell(results: Results, curves: Results, arms: tuple[str, ...], seeds: int, c
         lines.append("+- of a single seed is over the problems alone: another run may differ by more")
     if any(row.get("minutes", "0.0") != "0.0" for rows in results.values() for row in rows.values()):
         timed = [arm for arm in arms if arm != "full" and in_common(results, arm, "full")]
-        of_steps = "the papers' claims are of equal steps: for them, run without --minutes"
-        return "\n".join([*lines, "", *(beside_full(results, curves, arm) for arm in timed), of_steps])
+        head = "  - full   +- se    tokens    full's  minutes   full's"
+        lines += ["", f"{'sampled accuracy':28}{head}"]
+        lines += [line for arm in timed for line in beside_full(results, curves, arm)]
+        return "\n".join(
+            [*lines, "", "the papers' claims are of equal steps: for them, run without --minutes"]
+        )
     lines.append("")
     for needed, claim, text in CLOSING if closing else CLAIMS:
         if not set(needed) <= {*ENDS, *arms}:

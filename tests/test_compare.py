@@ -242,10 +242,11 @@ def test_arms_at_the_same_time_and_with_the_same_tokens(tmp_path):
     points = ((0.25, 8, 300, 600), (0.5, 16, 600, 1150), (0.75, 22, 700, 1300))
     curve = {(0, part): row("topd-0.1", 0, marks_of(n), s, tokens) for part, n, s, tokens in points}
     text = claims.tell(results, {"topd-0.1": curve}, ("full", "topd-0.1", "esr"), 1, closing=False)
-    same_time = "same time +10.0 +- 4.8 points (2,000 tokens in 15.0 min and 1,100 tokens in 15.0 min)"
-    same_tokens = "same tokens -10.0 +- 4.8 points (1,150 tokens in 10.0 min and 1,100 tokens in 15.0 min)"
-    assert f"topd-0.1 - full, {same_time}; {same_tokens}" in text
-    assert "esr - full, same time -2.5" in text and "same tokens: no score so early" in text
+    lines = {line.partition("  ")[0]: line.partition("  ")[2].split() for line in text.splitlines()}
+    assert lines["topd-0.1, same time"] == ["+10.0%", "4.8%", "2,000", "1,100", "15.0", "15.0"]
+    assert lines["topd-0.1, no more tokens"] == ["-10.0%", "4.8%", "1,150", "1,100", "10.0", "15.0"]
+    assert lines["esr, same time"][0] == "-2.5%"
+    assert lines["esr, no more tokens"] == ["no", "score", "so", "early"]
     assert "a single seed is over the problems alone" in text and "papers' claims are of equal steps" in text
     untimed = {arm: {0: of_arm[0] | {"minutes": "0.0"}} for arm, of_arm in results.items()}
     assert "same time" not in claims.tell(untimed, {}, ("full", "esr"), 1, closing=False)
