@@ -95,15 +95,19 @@ def test_other_tables_are_their_csvs():
 
 def test_comparison_is_what_compare_prints():
     """The block of the table and the claims, from the committed rows."""
-    for name, arms in (("compare", compare.GROUPS["all"]), ("compare_closing", compare.GROUPS["closing"])):
+    real = ("full", "popd", "topd-0.1", "esr")
+    shown = (("compare", compare.GROUPS["all"], 5), ("compare_closing", compare.GROUPS["closing"], 5))
+    for name, arms, seeds in (*shown, ("compare_coder", real, 1)):
         path = ROOT / "results" / f"{name}.csv"
-        told = claims.tell(claims.read(path), claims.read_curves(path), arms, 5, name != "compare")
+        told = claims.tell(
+            claims.read(path), claims.read_curves(path), arms, seeds, name == "compare_closing"
+        )
         for line in told.splitlines():
             assert line.rstrip() in README, line
 
 
 def test_readings_are_what_the_probes_print():
-    for name in (*probe_figures.FIGURES, "profile_coder"):
+    for name in (*probe_figures.FIGURES, *(f"{n}_coder" for n in ("profile", "decay", "swap", "cascade"))):
         rows = probe_figures.read(ROOT / "results" / f"probe_{name}.csv")
         assert not probe_figures.missing(rows)
         assert probe_figures.reading(rows) in re.sub(r"\s+", " ", README)
