@@ -103,12 +103,26 @@ def draw_prefixes(axes, rows: list[dict]) -> None:
     axes[0].set(xlabel="k, tokens in the prefix", ylabel="accuracy of the whole answers", ylim=(-0.02, 1.02))
 
 
+def pooled(rows: list[dict], points: int = 128) -> list[dict]:
+    """Positions in groups, where there are more of them than `points`: means over the tokens of each.
+
+    The error is the mean of the positions' errors: what it would be if the tokens of an answer moved as one.
+    """
+    size, groups = max(1, -(-len(rows) // points)), []
+    for start in range(0, len(rows), size):
+        group = rows[start : start + size]
+        n = sum(row["n"] for row in group)
+        found = {k: sum(row[k] * row["n"] for row in group) / n for k in ("value", "low", "high")}
+        groups.append(group[0] | found | {"at": sum(float(row["at"]) for row in group) / len(group)})
+    return groups
+
+
 def draw_cascade(axes, rows: list[dict]) -> None:
     """Reverse KL by position, +- one standard error, where a tenth of the answers still go on."""
     for axis, kind in zip(axes, ("fixed", "own")):
         for who in ("before", "after"):
             found = curve_of(rows, f"{kind}, {who}")
-            found = [row for row in found if row["n"] >= 0.1 * found[0]["n"]]
+            found = pooled([row for row in found if row["n"] >= 0.1 * found[0]["n"]])
             line(axis, [row | {"low": max(row["low"], 1e-6)} for row in found], f"{who} training", who)
         for row in curve_of(rows, f"{kind}, change"):
             how = {"color": "#f0e442", "alpha": 0.3, "linewidth": 0, "label": "trained positions"}

@@ -364,3 +364,17 @@ def test_the_knobs_of_real_models_are_not_the_toys(world):
     setup = probe_setup.load(knobs, None)
     assert setup.after.student.num_parameters() == setup.after.teacher.num_parameters()
     assert setup.after.teacher is setup.before.teacher and not setup.after.masters
+
+
+def test_many_positions_are_drawn_in_groups():
+    """Weighted by the tokens of each; as many as there is room for are left alone."""
+    rows = [
+        {"curve": "fixed, before", "at": str(i), "value": float(i % 2), "n": 1 + 2 * (i % 2)}
+        for i in range(7)
+    ]
+    rows = [row | {"low": row["value"] - 1, "high": row["value"] + 1} for row in rows]
+    found = probe_figures.pooled(rows, points=4)
+    assert [row["at"] for row in found] == [0.5, 2.5, 4.5, 6]
+    assert [row["value"] for row in found] == [0.75, 0.75, 0.75, 0]
+    assert [row["high"] - row["value"] for row in found] == [1, 1, 1, 1]
+    assert [row["value"] for row in probe_figures.pooled(rows, points=7)] == [row["value"] for row in rows]
