@@ -107,7 +107,7 @@ def test_comparison_is_what_compare_prints():
 
 
 def test_readings_are_what_the_probes_print():
-    for name in (*probe_figures.FIGURES, *(f"{n}_coder" for n in ("profile", "decay", "swap"))):
+    for name in (*probe_figures.FIGURES, *(f"{n}_coder" for n in ("profile", "decay", "swap", "cascade"))):
         rows = probe_figures.read(ROOT / "results" / f"probe_{name}.csv")
         assert not probe_figures.missing(rows)
         assert probe_figures.reading(rows) in re.sub(r"\s+", " ", README)
