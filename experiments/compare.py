@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,8 +162,6 @@ def run_once(pair: models.Pair, prompts: list, ask, name: str, knobs: Knobs, bar
     if name in ARMS:
         points = 1 if ARMS[name].mask else knobs.curve_points
         cost = train_arm(pair, prompts, name, replace(knobs, curve_points=points), bar, look_in)
-        if knobs.keep:
-            pair.save_student(Path(knobs.keep, f"{name}-{knobs.seed}"))
     sampled, greedy = (ask(model, temperature, knobs.seed) for temperature in (knobs.eval_temperature, 0.0))
     found = {key: score(sampled)[key] for key in ("accuracy", "last_box", "truncated", "mean_length")}
     found |= {"greedy": score(greedy)["accuracy"], "n": len(sampled)}
@@ -198,6 +197,8 @@ def compare(knobs: Knobs, path: Path) -> None:
             if curve:  # first: a stop in between leaves a curve without a run, and that one is ignored
                 report.append_csv(curves, curve)
             report.append_csv(path, [row | shared])
+            if knobs.keep and name in ARMS:
+                keep(pair, Path(knobs.keep, f"{name}-{seed}"))
             told = f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s"
             bar.write(told, file=sys.stdout)
             bar.update()
@@ -209,6 +210,15 @@ def make_folder(path: Path, flag: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"cannot make the folder {path} ({error}): name another one with --{flag}") from error
+
+
+def keep(pair: models.Pair, folder: Path) -> None:
+    """After the run's row is written: that one is not lost with the student. Raises Stopped."""
+    try:
+        pair.save_student(folder)
+    except (OSError, SafetensorError) as error:
+        what = f"cannot keep the student in {folder} ({error}), the run's row is written"
+        raise Stopped(1, f"{what}: make room, or name another --keep") from error
 
 
 def main() -> None:

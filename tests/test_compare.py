@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import report
 import train
-from cli import BadInput
+from cli import BadInput, Stopped
 from rollout import Rollout, rollout
 
 ROOT = Path(train.__file__).parent
@@ -342,6 +342,12 @@ def test_a_stopped_comparison_goes_on_and_refuses_other_settings(world, tmp_path
     path.unlink()
     with pytest.raises(BadInput, match="remove it too"):
         main(monkeypatch, *flags)
+
+
+def test_a_student_that_cannot_be_kept_costs_no_row(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Stopped, match="row is written: make room, or name another --keep"):
+        compare.keep(pair_of(tiny(), tiny(seed=1)), tmp_path / "file" / "full-0")
 
 
 @pytest.mark.parametrize(
