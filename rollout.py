@@ -1,8 +1,11 @@
-"""Rollouts: the student writes its own answers, token by token, with a KV cache.
+"""Rollouts: the student samples its own responses token by token, with a KV cache.
 
-Shapes: B rows, b of them still going, P longest prompt, R longest response, V vocabulary.
+Shapes: B rows, b of them unfinished, P longest prompt, R longest response, H horizon, V vocabulary, L longest
+sequence of a micro-batch.
 """
 
+import random
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,81 +15,149 @@ from transformers import DynamicCache
 
 @dataclass
 class Rollout:
-    """B sampled responses. The mask is the sampler's own record: ids can't tell padding from a real token."""
+    """B sampled responses. The sampler records the mask: ids do not tell padding from tokens."""
 
     prompts: list[list[int]]
     tokens: Tensor  # (B, R) int64, 0 after the end
-    response_mask: Tensor  # (B, R) bool: true on sampled tokens, the end token included
-    logp: Tensor  # (B, R) fp32 log-probability of each token under the law it was sampled from
-    finished: Tensor  # (B,) bool: ended with an end token, was not cut at the horizon
+    response_mask: Tensor  # (B, R) bool, True on sampled tokens, the eos token included
+    logp: Tensor  # (B, R) fp32, log-probability of each token under the distribution it was sampled from
+    finished: Tensor  # (B,) bool, True if the row ended with an eos token, False if the horizon cut it
+
+
+def sampling_noise(keys: Iterable[Hashable], horizon: int) -> Tensor:
+    """One uniform number in [0, 1) per row and token, (B, H). Each row has a generator seeded by its own key.
+
+    Training uses the key (seed, step, row): a row's sample depends neither on the other rows of the batch nor
+    on the horizon, and no generator state has to be saved.
+    """
+    rows = []
+    for key in keys:
+        generator = torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
+        rows.append(torch.rand(horizon, generator=generator))
+    return torch.stack(rows)
 
 
 def sample(
-    logits: Tensor, temperature: float, generator: torch.Generator | None, top_p: float = 1.0
+    logits: Tensor, temperature: float, uniform: Tensor | None, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """A token a row from softmax(logits / temperature), at 0 the likeliest: (b, V) -> token (b,), logp (b,).
+    """One token a row from softmax(logits / temperature), the argmax at temperature 0.
 
-    One uniform number a row, looked up in the cumulative sum: `torch.multinomial` draws V of them. A token
-    of probability 0 is never hit. NaN logits give a token with logp NaN, for the loss to stop the run.
+    (b, V) logits, (b,) uniform numbers -> tokens (b,), logp (b,). The token is where the cumulative
+    distribution exceeds the uniform number, so a token of probability 0 is never drawn. NaN logits give a NaN
+    logp.
     """
-    logits = logits if temperature in (0, 1) else logits.float() / temperature
-    logp = torch.log_softmax(logits, dim=-1, dtype=torch.float)  # fp32, without a copy of the logits
+    if temperature not in (0, 1):
+        logits = logits.float() / temperature
+    logp = torch.log_softmax(logits, dim=-1, dtype=torch.float)
     if temperature == 0:
-        token = logp.argmax(-1)
-        return token, logp.gather(-1, token[:, None]).squeeze(-1)
-    if top_p < 1:  # keep the likeliest tokens that hold this share, the last of them whole
+        token = logp.argmax(-1, keepdim=True)
+        return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
+    if top_p < 1:  # keep the most likely tokens that hold this probability, the last of them included
         ordered, ids = logp.sort(-1, descending=True)
         kept = ordered.exp().cumsum(-1) - ordered.exp() < top_p
         logp = logp.masked_fill(~kept.gather(-1, ids.argsort(-1)), -torch.inf).log_softmax(-1)
     cumulative = logp.exp().cumsum_(-1)
-    uniform = torch.rand(len(logp), 1, device=logp.device, generator=generator) * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1).clamp_max(logp.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None]).squeeze(-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, threshold, right=True).clamp_max(logp.shape[-1] - 1)
+    return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
+
+
+def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, (B, P) int64 each. Left padding puts the last token of every prompt last."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
 
 
 @torch.no_grad()
 def rollout(
-    model,  # any Hugging Face causal LM
+    model,  # a Hugging Face causal LM in evaluation mode
     prompts: list[list[int]],
     horizon: int,
-    end_ids: set[int],
+    eos_ids: set[int],
+    noise: Tensor | None = None,  # (B, H) from `sampling_noise`; not needed at temperature 0
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    generator: torch.Generator | None = None,
-    top_p: float = 1.0,  # evaluation only: the loss differentiates the whole law
+    top_p: float = 1.0,  # for evaluation: the loss differentiates the whole distribution
 ) -> Rollout:
-    """Sample at most `horizon` tokens after each prompt; every id of `end_ids` ends a row.
+    """Sample at most `horizon` tokens after each prompt; every id of `eos_ids` ends a row.
 
-    The law is softmax(logits[:vocab_size] / temperature); the checkpoint's generation config is not read.
-    Rows that end leave the batch, and so does their cache: padding costs no compute.
+    The distribution is softmax(logits[:vocab_size] / temperature); the checkpoint's generation config is not
+    used. Finished rows are dropped from the batch and from the cache, so they cost no compute. Raises
+    ValueError if the model is in training mode or does not use the cache.
     """
-    device, width = model.get_input_embeddings().weight.device, max(map(len, prompts))
-    # Padding goes to the left, so that each row's next token comes last: (B, P) both.
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
+    device = model.get_input_embeddings().weight.device
+    ids, mask = pad_left(prompts, device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)  # each row counts from its own first token
+    noise = torch.zeros(len(prompts), horizon) if noise is None else noise
+    noise = noise.to(device)
     tokens = ids.new_zeros(len(prompts), horizon)
-    response_mask, logp = tokens.bool(), tokens.float()  # all zero still
-    going = torch.arange(len(prompts), device=device)  # rows still in the batch
-    finished, ends = torch.zeros_like(going, dtype=torch.bool), torch.tensor(sorted(end_ids), device=device)
-    cache, was_training = DynamicCache(config=model.config), model.training
-    model.eval()  # dropout off, and gradient checkpointing, which would turn the cache off
-    try:
-        for t in range(horizon):
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = out.logits[:, -1, :vocab_size]  # (b, V)
-            token, token_logp = sample(logits, temperature, generator, top_p)  # (b,) both
-            tokens[going, t], logp[going, t], response_mask[going, t] = token, token_logp, True
-            finished[going] = ended = torch.isin(token, ends)
-            keep = (~ended).nonzero().squeeze(-1)
-            if len(keep) == 0:
-                break
-            if len(keep) < len(going):
-                going, token, mask, positions = going[keep], token[keep], mask[keep], positions[keep]
-                cache.reorder_cache(keep)  # selects rows, here fewer than there were
-            ids, positions = token[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    finally:
-        model.train(was_training)
-    return Rollout(prompts, tokens[:, : t + 1], response_mask[:, : t + 1], logp[:, : t + 1], finished)
+    response_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    logp = torch.zeros_like(tokens, dtype=torch.float)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    unfinished = torch.arange(len(prompts), device=device)  # (b,) the rows that are still in the batch
+    eos = torch.tensor(sorted(eos_ids), device=device)
+    cache = DynamicCache(config=model.config)
+    for t in range(horizon):
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
+        if cache.get_seq_length() != mask.shape[1]:
+            raise ValueError(
+                f"{type(model).__name__} does not keep its past in a KV cache: use another model"
+            )
+        logits = output.logits[:, -1, :vocab_size]  # (b, V)
+        token, token_logp = sample(logits, temperature, noise[unfinished, t], top_p)  # (b,) each
+        tokens[unfinished, t] = token
+        logp[unfinished, t] = token_logp
+        response_mask[unfinished, t] = True
+        ended = torch.isin(token, eos)
+        finished[unfinished] = ended
+        keep = (~ended).nonzero().squeeze(-1)
+        if len(keep) == 0:
+            break
+        if len(keep) < len(unfinished):
+            unfinished, token, mask, positions = unfinished[keep], token[keep], mask[keep], positions[keep]
+            cache.reorder_cache(keep)  # selects rows; here fewer than there were
+        ids = token[:, None]
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    length = t + 1
+    return Rollout(prompts, tokens[:, :length], response_mask[:, :length], logp[:, :length], finished)
+
+
+def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
+    """Row numbers in groups of at most `max_tokens` tokens, padding included, or of one row that has more.
+
+    Longest first, so that a micro-batch that does not fit into memory fails at once. Rows of similar length
+    share a group, so there is little padding.
+    """
+    response_lengths = rollouts.response_mask.sum(1).tolist()
+    lengths = [len(prompt) + n for prompt, n in zip(rollouts.prompts, response_lengths)]
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Input ids (b, L) of `rows`, and predicts (b, L) bool: which hidden states predict a token with a loss.
+
+    The hidden state at place i predicts the token at place i + 1: the state of the last prompt token predicts
+    the first response token. `hidden[predicts]` has the order of `rollouts.tokens[rows][loss_mask[rows]]`.
+    Padding is on the right, where causal attention never looks, so no attention mask is needed.
+    """
+    texts = [
+        rollouts.prompts[row] + rollouts.tokens[row][rollouts.response_mask[row]].tolist() for row in rows
+    ]
+    ids = rollouts.tokens.new_zeros(len(rows), max(map(len, texts)) - 1)  # the last token predicts nothing
+    predicts = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (row, text) in enumerate(zip(rows, texts)):
+        ids[i, : len(text) - 1] = ids.new_tensor(text[:-1])
+        first = len(rollouts.prompts[row]) - 1
+        predicts[i, first : len(text) - 1] = loss_mask[row][rollouts.response_mask[row]]
+    return ids, predicts

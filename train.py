@@ -1,182 +1,349 @@
-"""On-policy distillation: the student answers, the teacher scores each token, the student moves towards it.
+"""On-policy distillation: the student samples answers, the teacher scores each token, the student learns.
 
     python train.py --schedule topd --horizon 0.1      laptop: a toy world, about a minute
     python train.py --preset qwen                      one GPU: a 0.5B student, a 1.5B teacher, GSM8K
 
-Left out: top-k and top-p in training (the loss must differentiate the law that was sampled), old rollouts.
+Left out: top-k and top-p in training (the loss must differentiate the distribution that was sampled), replay.
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import data
-import fast
-import models
-import prepare
-import profile_horizon
-import report
-import toy
-from checkpoint import State
-from cli import knob, parse, run
-from eval_math import INSTRUCTION
-from opd import DIVERGENCES, opd_loss
-from rollout import Rollout
-from schedules import SCHEDULES
+from eval_math import INSTRUCTION, evaluate
+from opd import DIVERGENCES, OutputHead, opd_backward, reverse_kl
+from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
+from schedules import SCHEDULES, make_schedule
+from support import data, models, report, run_folder, toy
+from support.batch_size import batch_that_fits
+from support.checkpoint import CheckpointedRun
+from support.cli import knob, parse, run_main
+from support.scores import score_answers
 
 
 @dataclass(frozen=True)
 class Knobs:
-    schedule: str = knob("topd", "how long rollouts are", choices=SCHEDULES)
+    schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")
     horizon: float | str | None = knob(
-        None, "up to 1 a share of --max-new-tokens, above 1 tokens; auto: measured first", word="auto"
+        None, "up to 1 a fraction of --max-new-tokens, above 1 tokens; auto: measured first", word="auto"
     )
     popd_growth: int | None = knob(None, "tokens that POPD adds; default: full length at 2/3 of the run")
     popd_interval: int | None = knob(None, "steps between two additions; default: 1/30 of the run")
-    divergence: str = knob("reverse_kl", "the loss", choices=DIVERGENCES)
-    preset: str = knob("", "default: qwen on a CUDA GPU, toy elsewhere", choices=("toy", "qwen"))
+    max_new_tokens: int = knob(1024, "T, the full response length: of evaluation, and of horizon 1", 1)
+
+    preset: str = knob(
+        "", "default: toy without a GPU, a model or data", choices=("toy", "qwen"), group="models and data"
+    )
     world: str = knob("opening", "the toy preset's world", choices=toy.WORLDS)
     student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "hub name or folder; same tokenizer as the student's")
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
-    eval_data: str = knob("", "held-out problems; default: test split of --data, or some of a single file")
+    eval_data: str = knob("", "held-out problems; default: test split of --data, or part of a single file")
     instruction: str = knob(INSTRUCTION, "text after each problem")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
-    max_new_tokens: int = knob(1024, "T, the full response length: of evaluation, and of horizon 1", 1)
+
+    divergence: str = knob("reverse_kl", "the loss", choices=DIVERGENCES, group="optimisation")
     steps: int = knob(200, "optimizer steps", 1)
-    batch_size: int = knob(16, "prompts a step", 1)
+    batch_size: int = knob(16, "prompts in a step", 1)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", 1)
-    micro_batch: int = knob(2048, "tokens in one forward and backward: sets memory, not the result", 1)
-    low_memory: bool = knob(False, "LoRA adapters learn, not all weights; qwen: lr 5e-5 then")
-    checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
-    sampler: str = knob("", "training's rollouts; default: fast on a CPU", choices=("plain", "fast"))
     temperature: float = knob(1.0, "of the sampling, and of both models in the loss", 0.01)
     lr: float = knob(5e-6, "peak learning rate", 0)
-    warmup: float = knob(0.1, "share of the steps in which the learning rate climbs", 0, most=1)
-    decay: str = knob("cosine", "of the learning rate after that", choices=("cosine", "constant"))
-    beta2: float = knob(0.95, "AdamW's memory of squared gradients: short, as runs are", 0, most=0.9999)
+    warmup: float = knob(0.1, "fraction of the steps in which the learning rate rises", 0, most=1)
+    decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
+    beta2: float = knob(0.95, "AdamW's decay of squared gradients: short, because runs are", 0, most=0.9999)
     clip: float = knob(1.0, "largest gradient norm", 0)
-    eval_every: int = knob(0, "steps between evaluations, besides before and after; 0: none", 0)
+    micro_batch: int = knob(2048, "tokens in one forward and backward: changes memory, not the result", 1)
+    low_memory: bool = knob(False, "train LoRA adapters instead of all weights; qwen: lr 5e-5 then")
+    checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
+
+    eval_every: int = knob(
+        0, "steps between evaluations, besides before and after; 0: none", 0, group="evaluation"
+    )
     eval_limit: int = knob(64, "held-out problems; 0: no evaluation", 0)
     eval_batch: int | str = knob(
-        "auto", "answers evaluated together; auto: what fits, up to 64", 1, word="auto"
+        "auto", "answers sampled together; auto: what fits, up to 64", 1, word="auto"
     )
     eval_temperature: float = knob(0.0, "0 is greedy", 0)
-    show_every: int = knob(10, "steps between rollouts shown with the teacher's gap per token; 0: none", 0)
+
+    out: str = knob("", "default: the first free runs/<preset>-<schedule>-N", group="the run folder")
+    resume: str = knob("", "run folder to continue; its settings are used, --steps may grow")
     save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", 0)
+    show_every: int = knob(10, "steps between rollouts shown with the teacher's gap per token; 0: none", 0)
     seed: int = knob(0, "of data order and sampling", 0, most=2**32)
     dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
-    out: str = knob("", "run folder; default: the first free runs/<preset>-<schedule>-N")
-    dry_run: bool = knob(False, "estimate the memory, and whether it fits, and stop")
-    resume: str = knob("", "run folder to go on with; its settings hold, --steps may grow")
+    dry_run: bool = knob(False, "estimate the memory, say whether it fits, and stop")
 
 
-def learning_rate(step: int, knobs: Knobs) -> float:
-    """Linear warm-up, then constant or a cosine towards zero; never zero itself."""
-    climb = min(1.0, (step + 1) / max(1.0, knobs.warmup * knobs.steps))
-    fall = 0.5 + 0.5 * math.cos(math.pi * step / knobs.steps) if knobs.decay == "cosine" else 1.0
-    return knobs.lr * climb * fall
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher in the dtype of the matmuls, and the fp32 masters that the optimizer updates.
 
-
-def score(pair: models.Pair, ro: Rollout, knobs: Knobs, loss_mask: Tensor | None = None) -> tuple:
-    """Loss of a rollout, its gradients added to the masters' a micro-batch at a time (none under no_grad).
-
-    All response tokens have a loss, or, in experiments, those of `loss_mask`, (B, R).
-    Returns the loss, `token_stats` with each token's row and position, and the teacher's seconds.
+    A bf16 weight has 8 bits of precision: an update of 1e-6 would be rounded away. The masters hold the
+    weights, and accumulate the gradients, in fp32; the student computes with bf16 copies. In fp32 both are
+    the same tensors.
     """
-    loss_mask = ro.response_mask if loss_mask is None else loss_mask
-    loss, stats, teacher_s, normalizer = 0.0, [], 0.0, int(loss_mask.sum())
-    for rows in models.micro_batches(ro, knobs.micro_batch):
-        ids, predicts = models.sequences(ro, rows, loss_mask)  # (b, L) both
-        mask, started = loss_mask[rows], time.perf_counter()
-        tokens, (row, position) = ro.tokens[rows][mask], mask.nonzero().T  # (N,) each
+
+    student: torch.nn.Module
+    teacher: torch.nn.Module
+    masters: dict[str, Tensor]  # by name, of every weight that is trained
+    student_head: OutputHead
+    teacher_head: OutputHead
+    tokenizer: object
+    vocab_size: int  # ids that both models score
+    eos_ids: set[int]  # ids that end a response
+
+    @torch.no_grad()
+    def copy_masters_to_weights(self) -> None:
+        for name, weight in self.student.named_parameters():
+            if name in self.masters and weight is not self.masters[name]:
+                weight.copy_(self.masters[name])
+
+
+def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
+    """A pair of loaded models; casts the student to `dtype`. Raises BadInput if a head is not supported."""
+    masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    for name, weight in student.named_parameters():
+        if name in masters and dtype != torch.float32:
+            masters[name] = torch.nn.Parameter(weight.detach().float())
+            weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
+        weight.data = weight.data.to(dtype)  # buffers stay in fp32: the rotary frequencies need it
+    heads = [OutputHead.of(model, vocab_size) for model in (student, teacher)]
+    for model, head in zip((student, teacher), heads):
+        models.check_head(model, hidden_states, head)
+    return Pair(student, teacher, masters, *heads, tokenizer, vocab_size, eos_ids)
+
+
+def move_gradient(master: Tensor, weight: Tensor) -> None:
+    """Move a bf16 gradient to the fp32 master: those of chunks and micro-batches are summed in fp32."""
+    gradient = weight.grad.to(master.dtype)
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    weight.grad = None
+
+
+def hidden_states(model, ids: Tensor) -> Tensor:
+    """The last hidden states, which the output head turns into logits: (b, L) -> (b, L, D)."""
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: str) -> float:
+    """Linear warm-up to `peak` in the first `warmup` of the steps, then constant or a cosine towards zero."""
+    warmup_steps = round(warmup * steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if decay == "constant":
+        return peak
+    progress = (step - warmup_steps) / (steps - warmup_steps)  # from 0 to below 1
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def score(
+    pair: Pair,
+    rollouts: Rollout,
+    loss_mask: Tensor | None = None,  # (B, R) bool, the tokens with a loss; default: all response tokens
+    divergence: Callable[[Tensor, Tensor, Tensor], Tensor] = reverse_kl,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    micro_batch: int = 2048,
+) -> tuple[float, dict[str, Tensor]]:
+    """Score rollouts with both models; adds the gradient to the masters, unless under `torch.no_grad()`.
+
+    Returns the loss, the mean of the divergence over all tokens with a loss, and `token_statistics` with each
+    token's row and position, (N,) each.
+    """
+    loss_mask = rollouts.response_mask if loss_mask is None else loss_mask
+    normalizer = int(
+        loss_mask.sum()
+    )  # of the whole step: a mean per micro-batch would weight tokens unequally
+    loss = 0.0
+    statistics = []
+    for rows in micro_batches(rollouts, micro_batch):
+        ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (b, L) each
+        row, position = loss_mask[rows].nonzero().T  # (N,) each
         with torch.no_grad():
-            teacher = pair.teacher_head, models.hidden_states(pair.teacher, ids, predicts)  # (N, D_T)
-        teacher_s += pair.seconds_since(started)
-        student = pair.student_head, models.hidden_states(pair.student, ids, predicts)  # (N, D_S)
-        part, seen = opd_loss(student, teacher, tokens, normalizer, knobs.divergence, knobs.temperature)
-        if part.requires_grad:
-            part.backward()
-        loss += part.item()
-        stats.append(seen | {"row": row.new_tensor(rows)[row], "position": position})
-    return loss, {name: torch.cat([s[name] for s in stats]) for name in stats[0]}, teacher_s
+            teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D)
+        part_loss, part = opd_backward(
+            pair.student_head,
+            hidden_states(pair.student, ids)[predicts],
+            pair.teacher_head,
+            teacher_hidden,
+            tokens=rollouts.tokens[rows][loss_mask[rows]],
+            normalizer=normalizer,
+            divergence=divergence,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+        )
+        loss += part_loss.item()
+        statistics.append(part | {"row": row.new_tensor(rows)[row], "position": position})
+    return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
 
 
-def update(
-    pair: models.Pair, optimizer, ro: Rollout, knobs: Knobs, step: int, loss_mask: Tensor | None = None
-) -> tuple[dict, dict[str, Tensor]]:
-    """One step towards the teacher: its row of the log, and `token_stats`.
-
-    A gradient that is no number moves nothing.
-    """
-    started = time.perf_counter()
-    pair.student.train()  # switches gradient checkpointing on, where it is wanted
-    loss, stats, teacher_s = score(pair, ro, knobs, loss_mask)
-    norm = torch.nn.utils.clip_grad_norm_(pair.masters.values(), knobs.clip).item()
-    rate = optimizer.param_groups[0]["lr"] = learning_rate(step, knobs)
-    if math.isfinite(loss + norm):
-        optimizer.step()
-        pair.publish()  # the weights that the student computes with follow their fp32 masters
-    optimizer.zero_grad()
-    row = {"loss": loss, "grad_norm": norm, "lr": rate, "score_s": teacher_s}
-    return row | {"update_s": pair.seconds_since(started) - teacher_s}, stats
+def adamw(pair: Pair, knobs: Knobs) -> torch.optim.AdamW:
+    return torch.optim.AdamW(pair.masters.values(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
 
 
-def train(knobs: Knobs, schedule: Callable, pair: models.Pair, prompts: list, grade: Callable, folder: Path):
-    """The run: `steps` times sample, score, update. `grade(model, name)` gives a model's held-out score."""
-    student, rng = pair.student, torch.Generator(pair.student.device).manual_seed(knobs.seed)
-    rollout = fast.sampler(knobs.sampler, student)  # rollout.rollout, or the same by faster means
-    optimizer = torch.optim.AdamW(pair.masters.values(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
-    state = State(folder, pair, optimizer, rng, knobs.save_every)
-    try:
-        summary = {"before": grade(student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        for step in state.steps(knobs.steps):  # goes on where a stopped run was; saves after the body
-            started, horizon = time.perf_counter(), schedule(step)
-            ids = data.batch(len(prompts), knobs.batch_size, step, knobs.seed)
-            asked = [prompts[i] for i in ids for _ in range(knobs.rollouts_per_prompt)]
-            ro = rollout(student, asked, horizon, pair.ends, knobs.temperature, pair.vocab_size, rng)
-            row = {"step": step, "horizon": horizon, "rollout_s": pair.seconds_since(started)}
+def train(
+    pair: Pair,
+    optimizer: torch.optim.Optimizer,
+    prompts: list[list[int]],
+    horizon_at: Callable[[int], int],  # step -> H in tokens
+    knobs: Knobs,
+    run: run_folder.Run,
+    grade: Callable[[object, str], dict] | None = None,  # (model, name) -> held-out scores
+    sampler: Callable[..., Rollout] = rollout,  # another source of rollouts with the same arguments
+    loss_mask: Callable[[int, Rollout], Tensor | None] = lambda step, rollouts: (
+        None
+    ),  # which tokens have a loss
+    divergence: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,  # default: knobs.divergence
+    teacher_temperature: float | None = None,
+) -> None:
+    """The training loop. `run` resumes, saves, keeps the time and the rows."""
+    divergence = DIVERGENCES[knobs.divergence] if divergence is None else divergence
+    for step in run.steps(knobs.steps):
+        horizon = horizon_at(step)
 
-            of_update, stats = update(pair, optimizer, ro, knobs, step)
-            row |= of_update
-            if not math.isfinite(row["loss"] + row["grad_norm"]):
-                report.stop_not_finite(folder, row, ids, ro, stats, pair.tokenizer)
-            row["seconds"] = time.perf_counter() - state.began
-            if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
-                row["accuracy"] = grade(student, f"step_{step + 1}")["accuracy"]
-            report.log_step(folder, state.bar, row, ro, stats)
-            if knobs.show_every and step % knobs.show_every == 0:
-                report.show_rollout(folder, state.bar, step, pair.tokenizer, ro, stats)
-        pair.save_student(folder / "student")
-        summary["seconds"] = time.perf_counter() - state.began
-        report.finish(folder, summary | {"after": grade(student, "after")})
-    except Exception as error:
-        shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts, horizon {schedule(state.step)}"
-        state.explain(error, shape)  # one line, unless it is a bug
-        raise
+        # 1. The student answers this step's prompts with at most `horizon` tokens each.
+        with run.timed("rollout_s"):
+            indices = data.batch(len(prompts), knobs.batch_size, step, knobs.seed)
+            questions = [prompts[i] for i in indices for _ in range(knobs.rollouts_per_prompt)]
+            noise = sampling_noise([(knobs.seed, step, row) for row in range(len(questions))], horizon)
+            rollouts = sampler(
+                pair.student, questions, horizon, pair.eos_ids, noise, knobs.temperature, pair.vocab_size
+            )
+
+        # 2. The teacher scores every token; gradients accumulate in the student's fp32 masters.
+        with run.timed("score_s"):
+            mask = loss_mask(step, rollouts)
+            loss, tokens = score(
+                pair, rollouts, mask, divergence, knobs.temperature, teacher_temperature, knobs.micro_batch
+            )
+
+        # 3. One AdamW step, unless the gradient is non-finite.
+        with run.timed("update_s"):
+            grad_norm = torch.nn.utils.clip_grad_norm_(pair.masters.values(), knobs.clip).item()
+            if not math.isfinite(loss + grad_norm):
+                run.stop_non_finite(step, loss, grad_norm, rollouts, tokens)
+            lr = learning_rate(step, knobs.steps, knobs.lr, knobs.warmup, knobs.decay)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            pair.copy_masters_to_weights()
+
+        # 4. Log; now and then evaluate, and look at an answer.
+        accuracy = ""
+        if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
+            accuracy = grade(pair.student, f"step_{step + 1}")["accuracy"]
+        run.log(
+            rollouts,
+            tokens,
+            step=step,
+            horizon=horizon,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            accuracy=accuracy,
+        )
+        if knobs.show_every and step % knobs.show_every == 0:
+            run.show(step, rollouts, tokens)
+
+
+def load_pair(
+    student_name: str,
+    teacher_name: str,
+    dtype_name: str,
+    device: torch.device,
+    checkpointing: bool = False,
+    low_memory: bool = False,
+) -> Pair:
+    """Load both models. Raises BadInput if one cannot be loaded, or if their tokenizers differ."""
+    tokenizer = models.load_tokenizer(student_name)
+    teacher_tokenizer = models.load_tokenizer(teacher_name)
+    vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer)
+    dtype = getattr(torch, dtype_name)
+    student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
+    teacher = models.load_model(teacher_name, dtype, device).requires_grad_(False)
+    if teacher.num_parameters() < student.num_parameters():
+        print("the teacher is smaller than the student: fine if it is the better one", flush=True)
+    if low_memory:
+        from extras import lora
+
+        lora.add_adapters(student)
+    if checkpointing:
+        models.enable_checkpointing(student)
+    # The teacher may end its answers with an id that the student's list lacks; the student learns to use it.
+    eos_ids = models.eos_ids(tokenizer, student, teacher)
+    student.generation_config.eos_token_id = sorted(eos_ids)
+    return make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
+
+
+def save_student(pair: Pair, folder: Path) -> None:
+    """Write the student as a Hugging Face folder in the dtype of the matmuls, LoRA adapters merged."""
+    state_dict = None
+    if any("lora_" in name for name in pair.masters):
+        from extras import lora
+
+        state_dict = lora.merged(pair.student)
+    models.save_model(pair.student, pair.tokenizer, folder, state_dict)
 
 
 def main() -> None:
     """Check all that can be checked before the first step, then train."""
-    knobs, folder = prepare.settings(Knobs, parse(Knobs, __doc__, None))
-    schedule = prepare.schedule(knobs)
+    knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))
+    schedule = partial(make_schedule, knobs.schedule, knobs.max_new_tokens, knobs.steps)
+    schedule = partial(schedule, growth=knobs.popd_growth, interval=knobs.popd_interval)
+    horizon_at = schedule(horizon=knobs.horizon)
+    if knobs.preset == "toy":
+        toy.build(knobs.world)
+    device = models.find_device(knobs.device)
+    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
     if knobs.dry_run:
-        print(prepare.memory_of(knobs, max(map(schedule, range(knobs.steps)))))
+        from extras import memory
+
+        print(memory.dry_run(knobs, problems, max(map(horizon_at, range(knobs.steps))), device))
         return
-    pair, prompts, grade = prepare.load(knobs, folder)
+    pair = load_pair(knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory)
+    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
+    models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
     if knobs.horizon == "auto":
+        from extras import profile_horizon
+
         knobs = replace(knobs, horizon=profile_horizon.choose(score, pair, prompts, knobs))
-        schedule = prepare.schedule(knobs)
-    with report.only_run(folder, fresh=not knobs.resume):
-        report.write_config(folder, asdict(knobs), pair.student.device)
-        train(knobs, schedule, pair, prompts, grade, folder)
+        horizon_at = schedule(horizon=knobs.horizon)
+
+    def grade(model, name: str) -> dict | None:
+        if not test:
+            return None
+        records = evaluate(
+            model,
+            pair.tokenizer,
+            test_prompts,
+            test,
+            pair.eos_ids,
+            path=folder / f"eval_{name}.jsonl",
+            max_new_tokens=knobs.max_new_tokens,
+            batch_size=batch_that_fits(model, test_prompts, knobs.max_new_tokens, knobs.eval_batch),
+            seed=knobs.seed,
+            temperature=knobs.eval_temperature,
+        )
+        return score_answers(records)
+
+    optimizer = adamw(pair, knobs)
+    run = CheckpointedRun(folder, pair, optimizer, save_student, knobs.save_every)
+    shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts"
+    with run.open(fresh=not knobs.resume, shape=shape):
+        run_folder.write_config(folder, asdict(knobs), device)
+        summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
+        train(pair, optimizer, prompts, horizon_at, knobs, run, grade)
+        run.save_student()
+        summary |= {"seconds": run.seconds(), "after": grade(pair.student, "after")}
+        report.finish(folder, summary)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,26 +1,26 @@
-"""`--low-memory`: the student learns through LoRA adapters (peft), its own weights stay as they are, in bf16.
+"""`--low-memory`: LoRA adapters (peft) are trained; the student's own weights stay fixed, in bf16.
 
-A weight W becomes W + (alpha / r) B A, with A (r, in) and B (out, r): a 28th of the 0.5B student's
-parameters learn, so masters, gradients and AdamW's state shrink from 16 bytes a parameter to almost nothing.
-What it costs: only low-rank changes can be learned, sampling computes each adapter too, and the learning rate
-must be higher. r = 32, alpha = 64 are ESR's (arXiv 2605.27028).
+A weight W becomes W + (alpha / r) B A, with A (r, in) and B (out, r). Of the 0.5B student's parameters 1/28
+are trained, so masters, gradients and AdamW's state shrink from 16 bytes per parameter to almost nothing. In
+return only low-rank changes can be learned, sampling computes each adapter too, and the learning rate must be
+higher. r = 32 and alpha = 64 are ESR's (arXiv 2605.27028).
 """
 
 import torch
 from torch import Tensor
 
-from cli import BadInput
+from support.cli import BadInput
 
 RANK, ALPHA = 32, 64
 
 
-def add(student) -> None:
-    """Put adapters on every linear layer but the output head; nothing else learns. Raises BadInput."""
+def add_adapters(student) -> None:
+    """Add adapters to every linear layer but the output head; nothing else is trained. Raises BadInput."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise BadInput(
-            "--low-memory needs peft: pip install peft, or drop it and lower --micro-batch"
+            "--low-memory needs peft: pip install peft, or or drop it and lower --micro-batch"
         ) from error
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng():

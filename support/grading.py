@@ -1,9 +1,8 @@
-r"""Is this answer right? What a response says its answer is, and whether that equals the gold answer.
+"""Whether an extracted answer equals the gold answer: by text, by number, then by math-verify.
 
-    is_correct(r"... so it is \boxed{\frac12}", "0.5")   True
-
-Equality is tried by text, by number, then by math-verify. No torch here. `Grader` asks in worker processes
-(`python grading.py`), because no signal reaches a sum that runs in C: a worker that hangs is killed.
+`Grader` compares in worker processes (`python support/grading.py`), because no signal interrupts a
+computation in C: a worker that hangs is killed. No torch and no import of this project, so that workers start
+fast.
 """
 
 import json
@@ -14,11 +13,11 @@ import subprocess
 import sys
 import threading
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
-LONGEST = 500  # characters of an answer; what is longer is no answer
+LONGEST = 500  # characters of an answer; longer text is not compared
 UNICODE = {"−": "-", "–": "-", "²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34"}
 UNICODE |= {"×": r"\times ", "·": r"\cdot ", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "°": ""}
 UNICODE |= {"≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt "}
@@ -27,52 +26,6 @@ NO_UNIT = r"pi\b|and\b|or\b|times|dozen|hundred|thousand|[mb]illion"
 WORDS = rf"(?!{NO_UNIT})[A-Za-z]{{2}}[A-Za-z/ ]*"
 IN_TEXT = rf"\\(?:text|mathrm|mbox)\s*\{{[~\s]*((?!{NO_UNIT})[^{{}}\d]*)\}}(?:\^\{{?\d\}}?)?"
 AMOUNT = re.compile(rf"([-+]?[\d.,/]*\d)\s*(?:{IN_TEXT}|(?<=\s)({WORDS})|([ckm]m|kg|ft))")
-
-
-def boxed(text: str) -> list[str]:
-    r"""What each \boxed{...} holds, braces balanced, in the order in which they close; none if empty."""
-    found, opened = [], []
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):
-        if match[0] == "}" and opened:
-            is_box, start = opened.pop()
-            if is_box and 0 < len(content := text[start : match.start()].strip()) <= LONGEST:
-                found.append(content)
-        elif match[0][-1] == "{" and match[0] != r"\{":
-            opened.append((match[0] != "{", match.end()))
-    return found
-
-
-def after_hashes(text: str) -> list[str]:
-    found = re.findall(r"(?<!#)####(?!#)[ \t]*(\S[^\n]{0,200})", text)  # how GSM8K writes it
-    return [answer for answer in found if re.search(r"\d", answer.split()[0])]  # no heading of a section
-
-
-def after_phrase(text: str) -> list[str]:
-    end = r"\.\s|\.?\**[ \t]{0,20}$|\n|,\s(?=[a-z]{2})"
-    found = re.findall(rf"answer(?: is|:| =)[\s:*]{{0,20}}(.{{1,200}}?)(?:{end})", text, re.I | re.M)
-    return [answer.strip(" *.") for answer in found]
-
-
-def last_number(text: str) -> list[str]:
-    return re.findall(r"(?<![\d.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)[-1:]
-
-
-def extract(response: str, last_box: bool = False) -> str | None:
-    r"""The final answer: the first that the first of these rules finds, None if none does.
-
-    \boxed{x}, "#### x", "the answer is x", the last number. The first box, not the last: a student that never
-    learned to stop goes on after its answer and repeats boxes; `last_box` shows what that would have cost.
-    """
-    for rule in (boxed, after_hashes, after_phrase, last_number):
-        if found := rule(response):
-            return found[-1 if last_box and rule is boxed else 0]
-    return None
-
-
-def is_correct(response: str, answer: str) -> bool:
-    """The whole grader: whether the answer that `response` gives equals `answer`."""
-    found = extract(response)
-    return found is not None and compare(found, answer) == "right"
 
 
 def compare(found: str, gold: str) -> str:
@@ -90,7 +43,7 @@ def compare(found: str, gold: str) -> str:
 
 
 def compare_quickly(found: str, gold: str) -> str | None:
-    """By text and by number, which settles most answers in microseconds; None where mathematics is needed."""
+    """By text and by number, which decides most answers in microseconds; None where math-verify is needed."""
     if len(found) > LONGEST:
         return "wrong"
     if without_spaces(found) == without_spaces(gold):
@@ -164,15 +117,25 @@ def without_spaces(text: str) -> str:
 
 
 class Grader:
-    """Verdicts by worker processes: an answer that hangs one, or kills one, costs that answer alone.
+    """Verdicts from worker processes: an answer that hangs or kills a worker costs that answer alone.
 
-    The processes start when an answer first needs them: most are settled by text and number.
+    The processes start when an answer first needs one: text and number decide most. `extract(response,
+    last_box)` gives the answer of a response or None; `has_box(response)` says whether it has a \\boxed{}.
     """
 
-    def __init__(self, workers: int | None = None, seconds: float = 15.0):
-        self.seconds = seconds  # of wall time per answer, a new worker's start included
+    def __init__(
+        self,
+        extract: Callable[..., str | None],
+        has_box: Callable[[str], bool],
+        workers: int | None = None,
+        seconds: float = 15.0,  # of wall time per answer, the start of a new worker included
+    ):
+        self.extract = extract
+        self.has_box = has_box
+        self.seconds = seconds
         workers = workers or os.cpu_count() or 1
-        self.threads, self.workers = ThreadPoolExecutor(workers), queue.SimpleQueue()
+        self.threads = ThreadPoolExecutor(workers)
+        self.workers: queue.SimpleQueue = queue.SimpleQueue()
         for _ in range(workers):
             self.workers.put(None)
 
@@ -182,28 +145,34 @@ class Grader:
     def __exit__(self, *error) -> None:
         self.threads.shutdown()
         while not self.workers.empty():
-            if worker := self.workers.get():
+            worker = self.workers.get()
+            if worker:
                 worker.kill()
                 worker.communicate()
 
     def grade(self, responses: Iterable[str], golds: Iterable[str]) -> list[dict]:
-        """For each response: extracted, verdict, correct, and correct by stricter and looser extraction."""
+        """For each response: extracted answer, verdict, and correctness by three rules of extraction."""
         return list(self.threads.map(self.verdict, responses, golds))
 
     def verdict(self, response: str, gold: str) -> dict:
-        found, last = extract(response), extract(response, last_box=True)
-        verdict = "no answer" if found is None else self.compare(found, gold)
-        by_last = verdict if last == found else self.compare(last, gold)
+        extracted = self.extract(response)
+        last = self.extract(response, last_box=True)
+        verdict = "no answer" if extracted is None else self.compare(extracted, gold)
+        verdict_of_last = verdict if last == extracted else self.compare(last, gold)
         correct = verdict == "right"
-        seen = {"extracted": found, "gold": gold, "verdict": verdict, "correct": correct}
-        return seen | {
-            "correct_strict": correct and bool(boxed(response)),
-            "correct_last": by_last == "right",
+        return {
+            "extracted": extracted,
+            "gold": gold,
+            "verdict": verdict,
+            "correct": correct,
+            "correct_strict": correct and self.has_box(response),
+            "correct_last": verdict_of_last == "right",
         }
 
     def compare(self, found: str, gold: str) -> str:
         """`compare` in a worker; 'timed out' or 'worker died' where it gave no verdict."""
-        if (quick := compare_quickly(found, gold)) is not None:
+        quick = compare_quickly(found, gold)
+        if quick is not None:
             return quick
         worker = self.workers.get() or subprocess.Popen(
             [sys.executable, __file__], stdin=-1, stdout=-1, stderr=-3, text=True, start_new_session=True
@@ -215,7 +184,8 @@ class Grader:
             verdict = worker.stdout.readline()
         except BrokenPipeError:
             verdict = ""
-        in_time, _ = alarm.is_alive(), alarm.cancel()
+        in_time = alarm.is_alive()
+        alarm.cancel()
         self.workers.put(worker if verdict else None)
         if verdict:
             return json.loads(verdict)
@@ -225,7 +195,7 @@ class Grader:
 
 
 def work() -> None:
-    """Read [found, gold] a line, write the verdict a line; in 4 GB: no answer takes the machine down."""
+    """Read a line [found, gold], write a line with the verdict, within 4 GB of memory."""
     if sys.platform == "linux":
         import resource
 

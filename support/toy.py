@@ -6,12 +6,13 @@
 Each step of an answer is a countdown and the running sum modulo 10, one token each.
 
 The world is built to show the mechanism that the papers claim, and shows no more than that. Both models are
-trained on a mixture of a sound way of working and a tempting wrong one, which adds one too much; the first
-words of an answer announce which it will be. Then the teacher is trained on the sound way alone. So the two
-models part at the start of an answer, and a rollout need not be long to see it. In the other world,
-`closing`, they part only at the end, where a truncated rollout never gets.
+trained on a mixture of correct answers and of wrong ones, which add one too much; the first words of an
+answer announce which it will be. The teacher is then trained on correct answers alone. So the two models
+differ at the start of an answer, and a short rollout is enough to see it. In the other world, `closing`, they
+differ only at the end, which a truncated rollout never reaches.
 
-    python toy.py --world opening     builds student/, teacher/, train.jsonl and test.jsonl under .cache/toy
+    python -m support.toy --world opening     builds student/, teacher/, train.jsonl and test.jsonl under
+    .cache/toy
 """
 
 import hashlib
@@ -27,12 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from cli import BadInput, knob, parse, run
+from support.cli import BadInput, knob, parse, run_main
 
-CACHE = Path(__file__).parent / ".cache" / "toy"
+CACHE = Path(__file__).parents[1] / ".cache" / "toy"
 WORLDS = ("opening", "closing")
-SOUND, WRONG = "step by step", "a quick guess"  # how an answer announces its way: `opening`
-KEEP, SLIP = "so it is", "one more is"  # how it announces its last step: `closing`
+CORRECT, WRONG = "step by step", "a quick guess"  # the first words of an answer in `opening`
+KEEP, SLIP = "so it is", "one more is"  # the words before the result in `closing`
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 ONES = f"{ONES} seventeen eighteen nineteen".split()
 TENS = ["", "", "twenty", "thirty", "forty", "fifty"]
@@ -42,7 +43,7 @@ TEMPLATE = (
 )
 
 
-PRESET = {  # train.py's knobs for this world
+PRESET = {  # train.py's settings for this world
     "instruction": "",
     "max_new_tokens": 128,
     "steps": 40,
@@ -53,22 +54,19 @@ PRESET = {  # train.py's knobs for this world
     "eval_every": 10,
     "eval_limit": 100,
     "eval_batch": "100",
-    "eval_temperature": 1.0,  # greedy would show the likelier way alone
+    "eval_temperature": 1.0,  # greedy answers would all be of the more likely kind
     "dtype": "float32",
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the models; the cache is keyed by it."""
+    """Everything that determines the models; the cache is keyed by it."""
 
     seed: int = 0
-    steps: tuple[int, int] = (
-        51,
-        56,
-    )  # additions in an answer of 114 to 124 tokens. Not 50: adding one too much
-    # fifty times makes no difference modulo 10
-    sound_share: float = 0.3  # of the answers in the mixture
+    # Additions in an answer of 114 to 124 tokens. Not 50: one too much, added 50 times, is 0 modulo 10.
+    steps: tuple[int, int] = (51, 56)
+    correct_share: float = 0.3  # of the answers in the mixture
     student_width: int = 64
     teacher_width: int = 72
     batch: int = 16
@@ -86,21 +84,21 @@ def question(start: int, add: int, times: int) -> str:
     return f"x={start}, then +{add} {word(times)} times"
 
 
-def answer(start: int, add: int, times: int, world: str, sound: bool) -> tuple[str, int]:
-    """The text of one way of working, and the number that it ends in."""
-    step = add if sound or world == "closing" else add + 1
+def answer(start: int, add: int, times: int, world: str, correct: bool) -> tuple[str, int]:
+    """The text of a correct or a wrong answer, and its result."""
+    step = add if correct or world == "closing" else add + 1
     result = (start + step * times) % 10
     steps = " ".join(f"{word(times - i)}{(start + step * i) % 10}" for i in range(1, times + 1))
     if world == "opening":
-        return f"{SOUND if sound else WRONG} +{step}: {steps} \\boxed{{{result}}}", result
-    result = result if sound else (result + 1) % 10
-    return f"work: {steps} {KEEP if sound else SLIP} \\boxed{{{result}}}", result
+        return f"{CORRECT if correct else WRONG} +{step}: {steps} \\boxed{{{result}}}", result
+    result = result if correct else (result + 1) % 10
+    return f"work: {steps} {KEEP if correct else SLIP} \\boxed{{{result}}}", result
 
 
 def make_tokenizer(recipe: Recipe) -> Qwen2Tokenizer:
-    """Qwen's kind of tokenizer, trained on the task's own words until each is one token."""
-    ways = [(world, sound) for world in WORLDS for sound in (True, False)]
-    texts = [question(*p) + answer(*p, *way)[0] for p in all_problems(recipe)[:50] for way in ways]
+    """A tokenizer of Qwen's kind, trained on the task's words so that each is one token."""
+    kinds = [(world, correct) for world in WORLDS for correct in (True, False)]
+    texts = [question(*p) + answer(*p, *kind)[0] for p in all_problems(recipe)[:50] for kind in kinds]
     texts += [f"{role}\n" for role in ("system", "user", "assistant")]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         texts, vocab_size=1000, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
@@ -116,11 +114,11 @@ def make_model(width: int, tokenizer) -> Qwen2ForCausalLM:
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
-        initializer_range=0.1,  # at 0.02, meant for wide models, learning starts three times later
+        initializer_range=0.1,  # with 0.02, meant for wide models, learning starts three times later
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # sharp positions in a short text
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # precise positions in a short text
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -137,15 +135,15 @@ def all_problems(recipe: Recipe) -> list[tuple[int, int, int]]:
 
 
 def examples(
-    tokenizer, problems, world: str, sound_share: float, rng: random.Random
+    tokenizer, problems, world: str, correct_share: float, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """ids, labels: (b, L) int64, the answer alone being learned (labels -100 elsewhere)."""
+    """ids, labels: (b, L) int64 each; labels are -100 except on the answer."""
     rows = []
     for problem in problems:
         messages = [{"role": "user", "content": question(*problem)}]
         how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
         prompt = tokenizer.apply_chat_template(messages, **how)
-        text, _ = answer(*problem, world, rng.random() < sound_share)
+        text, _ = answer(*problem, world, rng.random() < correct_share)
         rows.append((prompt, tokenizer.encode(text) + [tokenizer.eos_token_id]))
     width = max(len(p) + len(a) for p, a in rows)
     ids = torch.tensor([p + a + [0] * (width - len(p) - len(a)) for p, a in rows])
@@ -181,7 +179,7 @@ def write_world(folder: Path, world: str, recipe: Recipe) -> None:
     with tqdm(total=total, desc=f"building the toy world '{world}', once", mininterval=0.5) as bar:
         for name, width in (("student", recipe.student_width), ("teacher", recipe.teacher_width)):
             model = make_model(width, tokenizer)
-            learn(model, tokenizer, world, recipe.sound_share, recipe.pretrain_steps, recipe, bar)
+            learn(model, tokenizer, world, recipe.correct_share, recipe.pretrain_steps, recipe, bar)
             if name == "teacher":
                 learn(model, tokenizer, world, 1.0, recipe.posttrain_steps, recipe, bar)
             model.save_pretrained(folder / name)
@@ -189,20 +187,20 @@ def write_world(folder: Path, world: str, recipe: Recipe) -> None:
 
 
 def folder_of(world: str, recipe: Recipe, cache: Path) -> Path:
-    """Where a world is or will be; another recipe, or another state of this file, is another world."""
+    """The folder of a world; it depends on the recipe and on the source of this file."""
     source = Path(__file__).read_text(encoding="utf-8") + json.dumps(asdict(recipe))
     return cache / f"{world}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
 
 
 def build(world: str, recipe: Recipe = Recipe(), cache: Path = CACHE) -> Path:
-    """The folder of a world, built if it is not there: student/, teacher/, train.jsonl, test.jsonl."""
+    """The folder of a world, built if it does not exist: student/, teacher/, train.jsonl, test.jsonl."""
     folder = folder_of(world, recipe, cache)
     if folder.exists():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # of two processes one builds, the other waits
-            part = folder.with_suffix(".part")  # seen under its name only when whole
+            part = folder.with_suffix(".part")  # gets its name only when complete
             shutil.rmtree(part, ignore_errors=True)
             if not folder.exists():
                 part.mkdir()
@@ -215,7 +213,7 @@ def build(world: str, recipe: Recipe = Recipe(), cache: Path = CACHE) -> Path:
 
 
 def preset(world: str) -> dict:
-    """train.py's knobs for a world, which need not be there yet."""
+    """train.py's settings for a world, which need not exist yet."""
     folder = folder_of(world, Recipe(), CACHE)
     return PRESET | {
         "student": str(folder / "student"),
@@ -226,12 +224,12 @@ def preset(world: str) -> dict:
 
 @dataclass
 class Knobs:
-    world: str = knob("opening", "where student and teacher part", choices=WORLDS)
+    world: str = knob("opening", "where student and teacher differ", choices=WORLDS)
 
 
 def main() -> None:
-    print(build(Knobs(**parse(Knobs, __doc__, None)).world))
+    print(build(Knobs(**parse(Knobs, __doc__)).world))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,4 +1,4 @@
-"""What a list of graded answers says: accuracy, how far luck could have moved it, and what to be wary of.
+"""Scores of graded answers: accuracy, standard errors, intervals, paired differences, warnings.
 
 A record is one answer, as eval_math.py writes it: index of its problem, extracted, correct, length, ...
 """
@@ -6,8 +6,12 @@ A record is one answer, as eval_math.py writes it: index of its problem, extract
 import math
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
 
-from grading import plain
+from support import data
+from support.cli import BadInput
+from support.grading import Grader, plain
 
 Z = 1.96  # standard errors in half a 95 % interval
 
@@ -19,12 +23,12 @@ def by_problem(records: list[dict]) -> dict[int, list[dict]]:
     return groups
 
 
-def score(records: list[dict]) -> dict | None:
-    """The numbers of a run; None if it has no answers.
+def score_answers(records: list[dict]) -> dict | None:
+    """The scores of a run; None if it has no answers.
 
-    The n problems are what luck drew, so se is that of a mean over problems, however many answers each got.
-    interval: 95 %, Wilson's, for as many independent answers as would have that se. pass@k is unbiased
-    (Chen et al. 2021); maj@K is the vote of the K answers, alike in text.
+    The n problems are the sample, so the standard error is that of a mean over problems, however many answers
+    each has. The 95 % interval is Wilson's, for the number of independent answers with that standard error.
+    pass@k is the unbiased estimate (Chen et al. 2021); maj@K is the vote of the K answers, equal in text.
     """
     if not records:
         return None
@@ -67,12 +71,12 @@ def majority_is_right(group: list[dict]) -> bool:
 
 
 def is_repeating(response: str) -> bool:
-    """Whether the last 40 characters stand at least four times in the response: it ends in a loop."""
+    """Whether the last 40 characters occur at least four times in the response: it ends in a loop."""
     return len(response) >= 160 and response.count(response[-40:]) >= 4
 
 
 def wilson(p: float, n: float) -> list[float]:
-    """95 % interval of a share p of n answers (Wilson 1927): inside 0 and 1, and no point at 0 or 1."""
+    """95 % interval of a share p of n answers (Wilson 1927): within 0 and 1, and not a point at 0 or 1."""
     centre, spread = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     return [max(0.0, (centre - spread) / (1 + Z**2 / n)), min(1.0, (centre + spread) / (1 + Z**2 / n))]
 
@@ -94,7 +98,7 @@ def difference(first: list[dict], second: list[dict]) -> dict:
 def summarize(runs: dict[str, dict[str, list[dict]]]) -> dict:
     """{model: {benchmark: records}} -> scores of each, and differences of the later models to the first."""
     names, models = list(runs), list(runs.values())
-    scores = {f"{name} {b}": score(r) for name, of in runs.items() for b, r in of.items()}
+    scores = {f"{name} {b}": score_answers(r) for name, of in runs.items() for b, r in of.items()}
     pairs = {
         f"{name} - {names[0]}, {b}": difference(models[0][b], records)
         for name in names[1:]
@@ -103,8 +107,8 @@ def summarize(runs: dict[str, dict[str, list[dict]]]) -> dict:
     return {"scores": scores, "differences": pairs}
 
 
-def tell(summary: dict) -> str:
-    """A table of the scores, with what there is to be wary of, and a line for each difference."""
+def format_scores(summary: dict) -> str:
+    """A table of the scores with their warnings, and a line for each difference."""
     width = max(map(len, summary["scores"]))
     head = ("accuracy", "+- se", "95 % interval", "strict", "last box", "no answer", "truncated", "repeating")
     widths = (9, 7, 18, 9, 10, 11, 11, 11, 8, 7, 7, 10)
@@ -116,21 +120,21 @@ def tell(summary: dict) -> str:
         cells += [f"{s[k]:.1%}" for k in ("strict", "last_box", "no_answer", "truncated", "repeating")]
         cells += [f"{s[k]:.0f}" for k in ("mean_length", "p95_length", "n", "tokens_per_second")]
         lines.append(f"{name:{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
-        lines += ["  " + remark for remark in remarks(s)]
-    lines += [f"{name}: {difference_text(d)}" for name, d in summary["differences"].items()]
+        lines += ["  " + warning for warning in warnings_of(s)]
+    lines += [f"{name}: {format_difference(d)}" for name, d in summary["differences"].items()]
     return "\n".join(lines)
 
 
-def difference_text(d: dict) -> str:
+def format_difference(d: dict) -> str:
     low, high = d["interval"]
     text = f"{d['difference']:+.1%} +- {d['se']:.1%}"
-    if d["se"]:  # where no problem differs, luck cannot be told from sameness
+    if d["se"]:  # it is 0 where no problem differs
         text += f", 95 % interval {low:+.1%} to {high:+.1%}"
     return f"{text}; better on {d['better']}, worse on {d['worse']} problems, sign test p = {d['p']:.2g}"
 
 
-def remarks(s: dict) -> list[str]:
-    """What a score needs said besides its line in the table."""
+def warnings_of(s: dict) -> list[str]:
+    """Warnings about a score, and its pass@k."""
     found, k = [], s["samples"]
     if k > 1:
         tries = ", ".join(f"pass@{tries} {share:.1%}" for tries, share in s["pass_at"].items())
@@ -138,8 +142,23 @@ def remarks(s: dict) -> list[str]:
     if golds := s["unreadable_gold"]:
         named = ", ".join(repr(gold[:40]) for gold in golds[:3])
         found.append(
-            f"{len(golds)} gold answers that math-verify cannot read, compared as text alone: {named}"
+            f"{len(golds)} gold answers that math-verify cannot parse, compared as text only: {named}"
         )
     if s["lost"]:
-        found.append(f"{s['lost']} answers hung the grader or killed it, and count as wrong")
+        found.append(f"{s['lost']} answers were lost (the grader timed out or died) and count as wrong")
     return found
+
+
+def regrade(file: str, extract: Callable[..., str | None], has_box: Callable[[str], bool]) -> str:
+    """Grade the answers of a JSONL file again: their scores and how many verdicts differ. Raises BadInput."""
+    path = Path(file)
+    records = data.read_jsonl(path) if path.is_file() else []
+    needed = {"index", "response", "gold", "verdict", "length", "finished", "seconds"}
+    if not records or any(needed - r.keys() or not isinstance(r["response"], str) for r in records):
+        raise BadInput(f"{file} has no graded answers: name a JSONL file that an evaluation wrote")
+    with Grader(extract, has_box) as grader:
+        verdicts = grader.grade([r["response"] for r in records], [r["gold"] for r in records])
+    changed = sum(old["verdict"] != new["verdict"] for old, new in zip(records, verdicts))
+    regraded = [old | new for old, new in zip(records, verdicts)]
+    table = format_scores(summarize({path.stem: {"regraded": regraded}}))
+    return f"{table}\n{changed} of {len(records)} verdicts differ from those in the file, which is unchanged"

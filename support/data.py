@@ -1,4 +1,4 @@
-"""What goes in: problems, and the prompts that they become."""
+"""Data: problems, the prompts that are rendered from them, and the order in which steps use them."""
 
 import json
 import random
@@ -6,11 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import BadInput
+from support.cli import BadInput
 
 QUESTION_COLUMNS, ANSWER_COLUMNS = ("question", "problem"), ("answer", "final_answer")
-LONGEST = 200_000  # characters of a question: beyond any context, and a poisoned line stalls the tokenizer
-MARK = "\ue000"  # stands for the user's text in a template: no text of a person has it
+LONGEST = 200_000  # characters of a question: longer than any context, and enough to stall a tokenizer
+MARK = "\ue000"  # stands for the user's text in a template; a private-use character that no text contains
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -37,12 +37,12 @@ def read_problems(source: str, split: str) -> list[Problem]:
     else:
         rows = read_with_datasets(source, None, split)
     if not rows:
-        raise BadInput(f"data {path if path.exists() else source} is empty: it needs a problem a row")
+        raise BadInput(f"data {path if path.exists() else source} is empty: it needs one problem per row")
     return [to_problem(row, f"{path.name} row {i}") for i, row in enumerate(rows, 1)]
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """By hand for the line number: a library's error names neither line nor text."""
+    """The rows of a JSONL file. Raises BadInput with the number and the text of the line that is wrong."""
     rows = []
     with path.open("rb") as file:  # not str.splitlines: it also breaks lines at U+2028
         for number, line in enumerate(file, 1):
@@ -51,39 +51,22 @@ def read_jsonl(path: Path) -> list[dict]:
                 row = json.loads(text) if text else None
             except ValueError as error:  # no UTF-8, or no JSON
                 what = f"{path} line {number} cannot be read ({error})"
-                raise BadInput(f"{what}: {line[:40]!r}; mend or drop it") from error
+                raise BadInput(f"{what}: {line[:40]!r}; fix or remove it") from error
             if not isinstance(row, (dict, type(None))):
-                raise BadInput(f"{path} line {number} is not a JSON object: {line[:40]!r}; mend or drop it")
+                raise BadInput(f"{path} line {number} is not a JSON object: {line[:40]!r}; fix or remove it")
             rows += [row] if row else []
     return rows
 
 
-def whole_batches(path: Path, total: int) -> list[dict]:
-    """What a stopped evaluation left of `total` answers: records of the batches that it finished.
-
-    A line that was cut, and the batch that it belongs to, leave the file: that batch is sampled again.
-    """
-    content = path.read_bytes() if path.exists() else b""
-    if not content.rpartition(b"\n")[0].strip():
-        return []
-    whole = path.with_suffix(".part")
-    whole.write_bytes(content[: content.rindex(b"\n") + 1])
-    records = read_jsonl(whole)
-    size = records[0]["batch_size"]
-    if len(records) < total:
-        records = records[: len(records) // size * size]
-    whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    whole.replace(path)
-    return records
-
-
 def read_with_datasets(source: str, path: Path | None, split: str) -> list[dict]:
-    import datasets  # here and not above: a JSONL file needs no such library
+    import datasets  # slow to import, and a JSONL file does not need it
 
     try:
         if path is not None:
             if path.suffix not in SUFFIXES:
-                raise BadInput(f"data {source} is no {', '.join(SUFFIXES)} file: convert it to one of them")
+                raise BadInput(
+                    f"data {source} is not a {', '.join(SUFFIXES)} file: convert it to one of them"
+                )
             files = {"data_files": str(path)}
             return datasets.load_dataset(SUFFIXES[path.suffix], split="train", **files).to_list()
         name, _, config = source.partition(":")
@@ -104,15 +87,15 @@ def to_problem(row: dict, where: str) -> Problem:
     if isinstance(answer, list):  # OlympiadBench: an answer may have parts
         answer = ", ".join(map(str, answer))
     if not str(question).strip() or not str(answer).strip():
-        raise BadInput(f"{where} has an empty question or answer: mend or drop it")
+        raise BadInput(f"{where} has an empty question or answer: fix or remove it")
     if len(str(question)) > LONGEST:
-        raise BadInput(f"{where} has a question of {len(question):,} characters: drop it")
-    # GSM8K keeps its rationale in the answer, and the number itself after ####
+        raise BadInput(f"{where} has a question of {len(question):,} characters: remove it")
+    # GSM8K's answer is a rationale, then #### and the number
     return Problem(str(question), str(answer).rpartition("####")[2].strip())
 
 
 def subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
-    """`limit` problems chosen at random by `seed`, all if 0: the head of a file may be its easy part."""
+    """`limit` problems, all if 0, chosen at random by `seed`: a file may start with its easy part."""
     if not limit or limit >= len(problems):
         return problems
     return random.Random(seed).sample(problems, limit)
@@ -126,9 +109,10 @@ def render(
     thinking: bool = False,
     few_shot: str = "",
 ) -> list[list[int]]:
-    """The one prompt of each problem, as the ids that student and teacher both see.
+    """The prompt of each problem, as the ids that both student and teacher get.
 
-    Without a chat template it is plain text after the examples of `few_shot`. Raises BadInput if it has none.
+    Without a chat template the prompt is plain text after the examples of `few_shot`. Raises BadInput if
+    there are none.
     """
     if tokenizer.chat_template is None:
         if not few_shot:
@@ -139,16 +123,16 @@ def render(
 
 
 def chat_ids(tokenizer, text: str, system_prompt: str, thinking: bool) -> list[int]:
-    """The chat template around one user's text, whose control tokens, such as <|im_end|>, are plain text."""
+    """The chat template around a user's text, in which control tokens such as <|im_end|> are plain text."""
 
     def rendered(content: str) -> str:
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         chat = [*system, {"role": "user", "content": content}]
-        # enable_thinking is a switch of Qwen3's template; other templates do not read it
+        # enable_thinking is a switch of Qwen3's template; other templates ignore it
         how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": thinking}
         return tokenizer.apply_chat_template(chat, **how)
 
-    plain = {"add_special_tokens": False}  # the template writes those that it wants
+    plain = {"add_special_tokens": False}  # the template adds its own
     controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if not any(token in text for token in controls):
         return tokenizer(rendered(text), **plain)["input_ids"]
@@ -158,7 +142,7 @@ def chat_ids(tokenizer, text: str, system_prompt: str, thinking: bool) -> list[i
 
 
 def batch(n: int, size: int, step: int, seed: int) -> list[int]:
-    """Which of n prompts a step takes: a new random order every epoch; a batch may span two of them."""
+    """The prompts of a step, as indices below n, in a new random order every epoch; a step may span two."""
     places = range(step * size, (step + 1) * size)
     return [order(n, place // n, seed)[place % n] for place in places]
 
@@ -171,8 +155,7 @@ def order(n: int, epoch: int, seed: int) -> list[int]:
 def train_and_test(source: str, held_out: str, limit: int, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Problems to train on and at most `limit` others to evaluate on. Raises BadInput.
 
-    The others come from `held_out`, else from the test split of `source`; a single file gives up some of
-    its own.
+    The others come from `held_out`, else from the test split of `source`, else from the file itself.
     """
     problems = read_problems(source, "train")
     if limit == 0:
@@ -184,7 +167,8 @@ def train_and_test(source: str, held_out: str, limit: int, seed: int) -> tuple[l
             f"{source} has {len(problems)} problems, none left after {limit} held out: lower --eval-limit"
         )
     test = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
-    asked = {p.question for p in test}  # by its text: a file may hold a problem twice
-    if not (rest := [p for p in problems if p.question not in asked]):
+    held_out_questions = {p.question for p in test}  # by text: a file may contain a problem twice
+    rest = [p for p in problems if p.question not in held_out_questions]
+    if not rest:
         raise BadInput(f"{source} repeats the held-out problems, none is left to train on: give --eval-data")
     return rest, test

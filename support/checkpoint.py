@@ -1,0 +1,190 @@
+"""A run on disk: checkpoints, resume, and what signals, a full disk and out-of-memory errors leave behind.
+
+RUN/checkpoint-000040.safetensors holds the state after 40 steps: the student's trained weights in fp32 and
+AdamW's state. Data order, sampling noise and schedules follow from the step. A file gets its name only when
+it is complete; the last two are kept, so that a damaged one can be skipped.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from support import report, run_folder
+from support.cli import BadInput, Stopped
+
+# Ctrl-C, a scheduler's request, a closed terminal
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def checksum(tensors: dict[str, Tensor]) -> int:
+    """A sum that changes with every changed byte: what a disk returns must be what was written."""
+    total = 0
+    for tensor in tensors.values():
+        numbers = tensor.detach().reshape(-1).view(torch.uint8 if tensor.itemsize == 1 else torch.int32)
+        total += int(numbers.sum(dtype=torch.int64))
+    return total
+
+
+class CheckpointedRun(run_folder.Run):
+    """A training run in a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        pair,  # train.Pair
+        optimizer: torch.optim.Optimizer,
+        save_student: Callable[[Any, Path], None],  # (pair, folder)
+        save_every: int,  # steps; 0: no checkpoints
+    ):
+        super().__init__(pair.student.device)
+        self.folder = folder
+        self.pair = pair
+        self.optimizer = optimizer
+        self.save_pair = save_student
+        self.save_every = save_every
+        self.step = 0  # steps that are done
+        self.bar: tqdm | None = None
+
+    @contextmanager
+    def open(self, fresh: bool, shape: str) -> Iterator[None]:
+        """Hold the folder. Out-of-memory and disk errors end in one line; `shape` says what did not fit."""
+        with run_folder.exclusive(self.folder, fresh):
+            try:
+                yield
+            except Exception as error:
+                self.stop_on_oom_or_disk(error, shape)
+                raise
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that remain. Saves between them, and after a signal ends the run by raising Stopped."""
+        signals: list[int] = []
+
+        def note(number: int, frame) -> None:
+            signals.append(number)
+            signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nfinishing and saving this step; repeat to stop at once\n")
+
+        self.load(total)
+        self.bar = tqdm(total=total, initial=self.step, mininterval=0.5)
+        handled = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, note) for number in handled}
+        try:
+            while self.step < total:
+                yield self.step
+                # Execution continues here when the body of the loop has finished: the step is done.
+                self.step += 1
+                self.bar.update()
+                if signals or (self.save_every and (self.step % self.save_every == 0 or self.step == total)):
+                    self.save()
+                if signals:
+                    self.save_student()
+                    raise Stopped(128 + signals[0], f"stopped after step {self.step - 1}: {self.remedy()}")
+        finally:
+            self.bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def remedy(self) -> str:
+        return f"continue with python train.py --resume {self.folder}"
+
+    def log(self, rollouts, tokens: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
+        row = super().log(rollouts, tokens, **columns)
+        self.rows.clear()  # the file keeps them
+        run_folder.append_csv(self.folder / "metrics.csv", [row])
+        self.bar.set_postfix(report.in_short(row), refresh=False)
+        return row
+
+    def show(self, step: int, rollouts, tokens: dict[str, Tensor]) -> None:
+        report.show_rollout(self.folder, self.bar, step, self.pair.tokenizer, rollouts, tokens)
+
+    def stop_non_finite(
+        self, step: int, loss: float, grad_norm: float, rollouts, tokens: dict[str, Tensor]
+    ) -> None:
+        """Write the offending rows to non_finite.json. Raises Stopped."""
+        path = self.folder / "non_finite.json"
+        facts = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
+        run_folder.write_json(path, facts | report.offending_rows(self.pair.tokenizer, rollouts, tokens))
+        what = f"step {step} has loss {loss} and gradient norm {grad_norm}"
+        raise Stopped(1, f"{what}: start a new run with a lower --lr, or look for odd data in {path}")
+
+    def save_student(self) -> None:
+        self.save_pair(self.pair, self.folder / "student")
+
+    def stop_on_oom_or_disk(self, error: Exception, shape: str) -> None:
+        """Raise Stopped with one line if memory or disk is the cause; return for any other error."""
+        if isinstance(error, (OSError, SafetensorError)):
+            raise Stopped(1, f"cannot write the run ({error}): fix that, then {self.remedy()}") from error
+        if run_folder.is_out_of_memory(error):
+            self.optimizer.zero_grad()
+            # Before the first update there is nothing to save; once a step has updated, its start is gone.
+            updates = max((int(state.get("step", 0)) for state in self.optimizer.state.values()), default=0)
+            if 0 < self.step == updates:
+                self.save()
+            what = f"out of memory at step {self.step}, {shape}: lower --micro-batch or --eval-batch"
+            remedy = f"{self.remedy()}; or start again with a lower --horizon or --batch-size"
+            raise Stopped(1, f"{what} and {remedy}") from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained weights and AdamW's state of each, by name: the tensors themselves, not copies."""
+        found = {}
+        for name, weight in self.pair.masters.items():
+            found[f"weight/{name}"] = weight.detach()
+            found |= {f"{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
+        return found
+
+    def save(self) -> None:
+        """Write the state after `self.step` steps; the file gets its name when it is complete."""
+        path = self.folder / f"checkpoint-{self.step:06d}.safetensors"
+        tensors = self.tensors()
+        facts = {"step": self.step, "seconds": self.seconds(), "checksum": checksum(tensors)}
+        part = path.with_suffix(".part")
+        try:
+            save_file(tensors, part, {"state": json.dumps(facts)})
+            run_folder.sync(self.folder / "metrics.csv")  # its rows up to this step are on the disk first
+            run_folder.atomic_rename(part, path)
+        finally:
+            part.unlink(missing_ok=True)  # left by a full disk
+        for old in sorted(self.folder.glob("checkpoint-*.safetensors"))[:-2]:
+            old.unlink()
+
+    def load(self, total: int) -> None:
+        """Restore the newest intact checkpoint, if there is one. Raises BadInput if all are damaged."""
+        paths = sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
+        for path in paths:
+            try:
+                self.read_checkpoint(path)
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                print(f"{path} is damaged ({error}): using the one before", file=sys.stderr, flush=True)
+                continue
+            run_folder.drop_rows_after(self.folder, self.step, total)
+            return
+        if paths:
+            raise BadInput(f"no checkpoint in {self.folder} is intact: start a new run")
+        run_folder.drop_rows_after(self.folder, 0, total)
+
+    def read_checkpoint(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["state"])
+            names = list(file.keys())
+            if sum(checksum({name: file.get_tensor(name)}) for name in names) != facts["checksum"]:
+                raise ValueError("its checksum differs")
+            for name, weight in self.pair.masters.items():
+                weight.data.copy_(file.get_tensor(f"weight/{name}"))
+                keys = [n.split("/", 1)[0] for n in names if n.split("/", 1)[1] == name]
+                state = {key: file.get_tensor(f"{key}/{name}") for key in keys if key != "weight"}
+                self.optimizer.state[weight] = {k: v.to(weight.device) for k, v in state.items()}
+        self.pair.copy_masters_to_weights()
+        self.step = facts["step"]
+        self.began = time.perf_counter() - facts["seconds"]

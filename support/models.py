@@ -1,0 +1,180 @@
+"""Loading and saving of models and tokenizers, and what has to be true of them before training starts."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from support.cli import BadInput
+
+LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+
+
+def load(auto_class: type, name: str, **options: Any) -> Any:
+    """An object of a folder or of the hub; no code from there is executed. Raises BadInput."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise BadInput(f"model folder {name} does not exist: give a folder, or the name of a hub model")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is wrong is reported once, below
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except LOADING_ERRORS as error:  # each kind of broken folder raises an error of its own
+        what = f"cannot load {name} ({first_line(error)})"
+        raise BadInput(f"{what}: give a complete model folder, or check name and network") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
+def load_tokenizer(name: str):
+    return load(AutoTokenizer, name)
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device):
+    """A causal LM in evaluation mode, weights from safetensors only.
+
+    Raises BadInput if a weight is missing, NaN or infinite.
+    """
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = load(AutoModelForCausalLM, name, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BadInput(
+            f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a complete model folder"
+        )
+    for weight, values in model.named_parameters():
+        if not values.isfinite().all():
+            raise BadInput(f"{name} has NaN or infinite weights, in {weight}: download or train it again")
+    return model.to(device).eval()
+
+
+def save_model(model, tokenizer, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write an ordinary Hugging Face folder, which gets its name only when it is complete."""
+    part, old = folder.with_suffix(".part"), folder.with_suffix(".old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(part, state_dict=state_dict)
+    tokenizer.save_pretrained(part)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def enable_checkpointing(model) -> None:
+    """Recompute activations in backward. Raises BadInput if the model has no layers that can.
+
+    Transformers does so in layers whose `training` flag is set. Only the layers' own flags are: the modules
+    inside stay in evaluation mode, so that dropout and router noise do not change the distribution.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise BadInput(f"{type(model).__name__} cannot recompute activations: add --no-checkpointing")
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
+
+
+@torch.no_grad()
+def check_head(model, hidden_states: Callable, head: Callable[[Tensor], Tensor]) -> None:
+    """Compare a head with the model's own logits; both get the same ids.
+
+    Raises BadInput, naming the model's class, if the model computes its logits in a way that the head does
+    not.
+    """
+    weight = model.get_output_embeddings().weight
+    vocab_size = head.vocab_size
+    ids = torch.arange(8, device=weight.device)[None] * 7919 % vocab_size
+    theirs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size].float().log_softmax(-1)
+    ours = head(hidden_states(model, ids)[0]).log_softmax(-1)
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 0.02
+    if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()):
+        raise BadInput(
+            f"{type(model).__name__} computes its logits in a way that opd.OutputHead does not support"
+        )
+
+
+def shared_vocabulary(student: str, teacher: str, student_tokenizer, teacher_tokenizer) -> int:
+    """The number of ids that both models score. Raises BadInput if an id means different tokens to them."""
+    if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        student_entries = set(student_tokenizer.get_vocab().items())
+        teacher_entries = set(teacher_tokenizer.get_vocab().items())
+        raise BadInput(
+            f"{student} and {teacher} have different tokenizers "
+            f"({len(student_entries ^ teacher_entries)} entries differ): "
+            "a teacher scores token ids, so choose one of the student's family"
+        )
+    sizes = [load(AutoConfig, name).get_text_config().vocab_size for name in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        print(f"vocabularies of {sizes[0]} and {sizes[1]} rows, one tokenizer: using the first {min(sizes)}")
+    return min(sizes)
+
+
+def eos_ids(tokenizer, *models) -> set[int]:
+    """Every id that ends a response of any of the models; chat models have several. Raises BadInput."""
+    found = {tokenizer.eos_token_id}
+    for model in models:
+        listed = model.generation_config.eos_token_id
+        found |= set(listed) if isinstance(listed, list) else {listed}
+    if found == {None}:
+        name = tokenizer.name_or_path
+        raise BadInput(f"{name} has no eos token, so no answer would end: set eos_token_id in its config")
+    return found - {None}
+
+
+def context_length(model) -> int:
+    """The longest sequence that the model has positions for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def check_context(models: list, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises BadInput if a prompt and a full response do not fit into the context of every model."""
+    longest = max(map(len, prompts))
+    context = min(map(context_length, models))
+    if longest + max_new_tokens > context:
+        raise BadInput(
+            f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context "
+            f"of {context} tokens: lower --max-new-tokens or remove that problem"
+        )
+
+
+def find_device(name: str) -> torch.device:
+    """The named device; by default a CUDA GPU if there is one, else the CPU. Raises BadInput."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device {name!r} is not available ({first_line(error)}): use cpu") from error
+    return device
+
+
+def dtype_name(requested: str, device: torch.device) -> str:
+    """`requested`, or if that is empty the name of the dtype in which this device multiplies faster."""
+    return requested or str(fastest_dtype(device)).removeprefix("torch.")
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU; on a CPU bf16 or fp32, whichever is faster in a short measurement."""
+    if device.type != "cpu":
+        return torch.bfloat16
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.randn(64, 1024).to(dtype)
+        b = torch.randn(4096, 1024).to(dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return min(torch.bfloat16, torch.float32, key=seconds)

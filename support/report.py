@@ -1,0 +1,166 @@
+"""What a run shows: an answer with the teacher's gap on each token, a table, and a curve.
+
+python -m support.report RUN_FOLDER      draws the curve again
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from support import data
+from support.cli import BadInput, run_main
+from support.run_folder import append_csv, atomic_rename, read_csv, write_json
+from support.scores import difference, format_difference
+
+
+def in_short(row: dict[str, Any]) -> dict[str, Any]:
+    """What the progress bar shows of a step's row."""
+    seconds = sum(value for name, value in row.items() if name.endswith("_s"))
+    return {
+        "horizon": row["horizon"],
+        "reverse_kl": f"{row['reverse_kl']:.4f}",
+        "length": f"{row['response_length']:.0f}",
+        "tokens/s": f"{row['response_tokens'] / seconds:.0f}",
+    }
+
+
+def show_rollout(folder: Path, bar: tqdm, step: int, tokenizer, rollouts, tokens: dict[str, Tensor]) -> None:
+    """Print the step's first answer with the teacher's gap on each token, and append to positions.csv."""
+    of_first = tokens["row"] == 0
+    place = tokens["position"][of_first]
+    gap = (tokens["teacher_logp"] - tokens["student_logp"])[of_first]
+    colour = sys.stdout.isatty()
+    text = gap_text(tokenizer, rollouts.tokens[0][place], gap, colour)
+    bar.write(f"step {step}, log p_teacher - log p_student {'in red' if colour else 'in brackets'}: {text}")
+    length = rollouts.tokens.shape[1]
+    names = ("reverse_kl", "student_entropy", "teacher_entropy", "agreement")
+    means = {name: mean_by_position(tokens[name], tokens["position"], length).tolist() for name in names}
+    counts = rollouts.response_mask.sum(0).tolist()
+    rows = []
+    for i, count in enumerate(counts):
+        row = {"step": step, "position": i, "tokens": count}
+        rows.append(row | {name: means[name][i] for name in names})
+    append_csv(folder / "positions.csv", rows)
+
+
+def offending_rows(tokenizer, rollouts, tokens: dict[str, Tensor]) -> dict[str, Any]:
+    """The texts of a batch with a non-finite loss or gradient, and the numbers and texts of the bad rows."""
+    texts = []
+    for prompt, ids, mask in zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask):
+        texts.append(tokenizer.decode(prompt + ids[mask].tolist()))
+    bad = sorted(set(tokens["row"][~tokens["reverse_kl"].isfinite()].tolist()))
+    return {"bad_rows": bad, "bad": [texts[i] for i in bad], "batch": texts}
+
+
+def finish(folder: Path, summary: dict) -> None:
+    """summary.json, curve.png and the table."""
+    rows = read_csv(folder / "metrics.csv")
+    summary |= {"response_tokens": sum(int(row["response_tokens"]) for row in rows), "steps": len(rows)}
+    if summary["before"]:
+        answers = [data.read_jsonl(folder / f"eval_{name}.jsonl") for name in ("before", "after")]
+        summary["change"] = difference(*answers)
+    write_json(folder / "summary.json", summary)
+    draw_curve(folder)
+    print(table(summary))
+    print(f"curve: {folder / 'curve.png'}, student: {folder / 'student'}")
+
+
+def gap_text(tokenizer, tokens: Tensor, gap: Tensor, colour: bool, most: int = 120) -> str:
+    """A response with the teacher's gap log p_T(y) - log p_S(y) on each token: (R,), (R,) -> text.
+
+    The redder a token, the lower the teacher's probability; a gap of -3 nats (a factor of 20) is full red.
+    Without colour, gaps beyond half a nat follow their token in brackets. After `most` tokens the text is
+    cut.
+    """
+    pieces, before = [], ""
+    for i, nats in enumerate(gap[:most].tolist()):
+        text = tokenizer.decode(tokens[: i + 1])  # of the whole prefix: a character may span two tokens,
+        text = before if text.endswith("\ufffd") else text  # and is shown with the last of them
+        piece, before = text[len(before) :], text
+        if colour:
+            light = 255 - int(min(max(-nats, 0.0), 3.0) * 60)
+            piece = f"\033[38;2;0;0;0;48;2;255;{light};{light}m{piece}\033[0m"
+        elif abs(nats) > 0.5:
+            piece += f"[{nats:+.1f}]"
+        pieces.append(piece)
+    return "".join(pieces) + (" ..." if len(gap) > most else "")
+
+
+def mean_by_position(values: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Mean of (N,) values at each response position: (length,), NaN where no row has a token."""
+    total = values.new_zeros(length).index_add(0, positions, values)
+    return total / values.new_zeros(length).index_add(0, positions, torch.ones_like(values))
+
+
+def table(summary: dict) -> str:
+    """Three rows: student before, student after, teacher; and what it cost."""
+    lines = [f"{'':16}{'accuracy':>10}{'+- se':>8}{'truncated':>11}{'length':>8}{'n':>6}"]
+    for name, key in (("student before", "before"), ("student after", "after"), ("teacher", "teacher")):
+        s = summary[key]
+        if s is None:
+            lines.append(f"{name:16}{'-':>10}")
+        else:
+            row = f"{name:16}{s['accuracy']:>10.1%}{s['se']:>8.1%}{s['truncated']:>11.1%}"
+            lines.append(row + f"{s['mean_length']:>8.0f}{s['n']:>6}")
+    if "change" in summary:
+        lines.append(f"change          {format_difference(summary['change'])}")
+    tokens, minutes = summary["response_tokens"], summary["seconds"] / 60
+    lines.append(f"{tokens:,} tokens sampled in {summary['steps']} steps, {minutes:.1f} minutes")
+    return "\n".join(lines)
+
+
+def draw_curve(folder: Path) -> Path:
+    """curve.png: reverse KL, accuracy and horizon by step. Raises BadInput if there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise BadInput(f"{folder} has no metrics.csv: name the folder of a run")
+    rows = read_csv(path)
+    steps = [int(row["step"]) for row in rows]
+    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    axes[0].plot(steps, [float(row["reverse_kl"]) for row in rows], color="#0072b2")
+    axes[0].set(title="reverse KL, nats per token", ylim=(0, None))
+    seen = [(int(r["step"]) + 1, float(r["accuracy"])) for r in rows if r["accuracy"]]
+    if summary.get("after"):
+        seen.append((len(steps), summary["after"]["accuracy"]))
+    if summary.get("before"):
+        seen = [(0, summary["before"]["accuracy"]), *seen]
+        ends = (("student before", "before", "#999999"), ("teacher", "teacher", "#009e73"))
+        for label, key, colour in ends:
+            if summary.get(key):
+                axes[1].axhline(summary[key]["accuracy"], color=colour, linestyle=":", label=label)
+    if seen:
+        axes[1].plot(*zip(*seen), color="#d55e00", marker="o", label="student")
+        axes[1].legend(loc="center right")
+    axes[1].set(title="held-out accuracy", ylim=(-0.02, 1.02))
+    axes[2].step(steps, [int(row["horizon"]) for row in rows], color="#0072b2", label="horizon")
+    axes[2].plot(steps, [float(row["response_length"]) for row in rows], color="#cc79a7", label="mean length")
+    axes[2].set(title="response tokens", ylim=(0, None))
+    axes[2].legend()
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curve.part", dpi=110, format="png")
+    plt.close(figure)
+    atomic_rename(folder / "curve.part", folder / "curve.png")
+    return folder / "curve.png"
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise BadInput(f"{len(sys.argv) - 1} arguments instead of one: python -m support.report RUN_FOLDER")
+    print(draw_curve(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,318 @@
+"""The run folder: its settings, its lock, and its files.
+
+config.json     every setting, library versions, git commit, hardware
+metrics.csv     one row per step
+positions.csv   at some steps, the token statistics by position in the response
+eval_*.jsonl    every answer of an evaluation with its verdict: before, after, teacher, step_N
+summary.json    scores before and after, the teacher's, and the change on the same problems
+curve.png       drawn from metrics.csv
+student/        an ordinary Hugging Face folder
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from support import data, models, toy
+from support.cli import BadInput, Stopped, flag_of
+
+LOW_MEMORY = {"lr": 5e-5}  # ESR's learning rate for LoRA
+# The flags that --resume accepts. A run that grows has its learning rate and POPD's growth recomputed.
+SAFE = (
+    "steps",
+    "save_every",
+    "eval_every",
+    "show_every",
+    "micro_batch",
+    "checkpointing",
+    "eval_batch",
+    "dry_run",
+)
+
+
+def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
+    """The settings of a new or resumed training run, and its folder. Raises BadInput.
+
+    Given flags take precedence over those of the preset, and these over the defaults. Without --preset the
+    toy is chosen only where no model and no data are named: its settings would ruin a real model within a few
+    steps.
+    """
+    if "resume" in given:
+        knobs = knobs_class(**resumed(knobs_class, given, SAFE))
+        folder = Path(given["resume"])
+    else:
+        named = given.keys() & {"student", "teacher", "data"}
+        preset = given.get("preset") or ("qwen" if named or torch.cuda.is_available() else "toy")
+        other = "toy" if preset == "qwen" else "qwen"
+        print(f"preset {preset}; for the other one: --preset {other}", flush=True)
+        of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
+        low_memory = LOW_MEMORY if given.get("low_memory") else {}
+        knobs = knobs_class(**(low_memory | of_preset | given | {"preset": preset}))
+        folder = new_folder(knobs.out, f"{preset}-{knobs.schedule}")
+    dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
+    eval_every = knobs.eval_every if knobs.eval_limit else 0
+    return dataclasses.replace(knobs, dtype=dtype, eval_every=eval_every), folder
+
+
+def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings in the config.json of the folder given["resume"], and those of `safe` that are given.
+
+    Raises BadInput if the file is missing or not that of such a run, and for a flag that would change the
+    run.
+    """
+    path = Path(given["resume"], "config.json")
+    if not path.is_file():
+        raise BadInput(f"there is no {path}: name the folder of a run that was started")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        knobs = {field.name: found[field.name] for field in dataclasses.fields(knobs_class)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not the config of such a run ({error!r}): start a new one") from error
+    knobs = {name: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()}
+    for name in given.keys() - {"resume"}:
+        if name not in safe and given[name] != knobs[name]:
+            what = f"{flag_of(name)} {given[name]} would change the run, which has {knobs[name]}"
+            raise BadInput(f"{what}: drop it, or start a new run")
+    if "steps" in given and given["steps"] < knobs["steps"]:
+        raise BadInput(f"--steps {given['steps']} is below the run's {knobs['steps']}: a run can only grow")
+    return knobs | given
+
+
+def new_folder(out: str, default: str) -> Path:
+    """`out`, or the first free runs/`default`-N. Raises BadInput rather than write into another run."""
+    if out:
+        if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+            raise BadInput(f"output {out} already holds a run or a file: name another folder with --out")
+        return Path(out)
+    number = 1
+    while Path("runs", f"{default}-{number}").exists():
+        number += 1
+    return Path("runs", f"{default}-{number}")
+
+
+@contextmanager
+def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
+    """Create the folder and hold its lock until the process ends. Disk and memory errors become one line.
+
+    Raises BadInput if another run is in the folder or, where this one is `fresh`, was there; Stopped.
+    """
+    parent_is_new = not folder.parent.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot create {folder} ({error}): name another --out") from error
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            if fresh and (folder / "config.json").exists():
+                raise BadInput(f"another run was started in {folder}: start again, or name another --out")
+            yield
+            return
+    except Timeout as error:
+        raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
+    except OSError as error:
+        raise Stopped(1, f"cannot write {folder} ({error}): fix that, then --resume {folder}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"out of memory; what was written stays in {folder}"
+        raise Stopped(1, f"{what}: start again with smaller batches or a lower --max-new-tokens") from error
+    finally:
+        if fresh:
+            remove_if_empty(folder, parent_is_new)
+
+
+def remove_if_empty(folder: Path, parent_is_new: bool) -> None:
+    """Remove a folder that holds its lock alone, and its parent if this run created it and it is empty."""
+    if {path.name for path in folder.glob("*")} <= {".lock"}:
+        try:
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
+            if parent_is_new:
+                folder.parent.rmdir()
+        except OSError:  # another run uses it
+            return
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of Python, or of a CPU, where torch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What is needed to repeat a run: library versions, git commit, hardware."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "datasets", "math-verify"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    try:
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+        found["git_commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["git_commit"] = "not a git checkout"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
+    found["hardware"] = f"{name}, {torch.get_num_threads()} CPU threads"
+    return found
+
+
+def write_config(folder: Path, knobs: dict[str, Any], device: torch.device) -> None:
+    """Write config.json, and print a line with hardware, dtype and folder."""
+    content = knobs | {"environment": environment(device)}
+    write_json(folder / "config.json", content)
+    print(f"{content['environment']['hardware']}, {knobs['dtype']}; run folder {folder}", flush=True)
+
+
+def atomic_rename(part: Path, path: Path) -> None:
+    """Give a complete file its name: after a power cut there is the old file or the new one."""
+    sync(part)
+    part.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written is on the disk."""
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    atomic_rename(part, path)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows; floats keep 6 digits. A file that lacks a column of theirs is rewritten with it."""
+    columns = list(rows[0])
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+        new = [name for name in columns if name not in header]
+        columns = header + new
+        if new:
+            old = [{name: row.get(name, "") for name in columns} for row in read_csv(path)]
+            write_csv(path.with_suffix(".part"), columns, old)
+            atomic_rename(path.with_suffix(".part"), path)
+    else:
+        write_csv(path, columns, [])
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, columns).writerows(map(rounded, rows))
+
+
+def write_csv(path: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(map(rounded, rows))
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+
+
+def drop_rows_after(folder: Path, step: int, total: int) -> None:
+    """Drop what a run of `total` steps wrote after `step`, where it continues: it will be written again."""
+    for path in (folder / "metrics.csv", folder / "positions.csv"):
+        if path.exists():
+            rows = [row for row in read_csv(path) if None not in row.values() and int(row["step"]) < step]
+            if rows:
+                write_csv(path.with_suffix(".part"), list(rows[0]), rows)
+                atomic_rename(path.with_suffix(".part"), path)
+            else:
+                path.unlink()
+    for path in folder.glob("eval_step_*.jsonl"):
+        if int(path.stem.rpartition("_")[2]) > step:
+            path.unlink()
+    if step < total:
+        (folder / "eval_after.jsonl").unlink(missing_ok=True)
+
+
+def whole_batches(path: Path, total: int) -> list[dict[str, Any]]:
+    """What a stopped evaluation left of `total` answers: the records of the batches that it finished.
+
+    An incomplete line, and the batch that it belongs to, are removed from the file: that batch is sampled
+    again.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    if not content.rpartition(b"\n")[0].strip():
+        return []
+    whole = path.with_suffix(".part")
+    whole.write_bytes(content[: content.rindex(b"\n") + 1])
+    records = data.read_jsonl(whole)
+    size = records[0]["batch_size"]
+    if len(records) < total:
+        records = records[: len(records) // size * size]
+    whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    whole.replace(path)
+    return records
+
+
+class Run:
+    """What surrounds the training loop: steps, timers, rows. This one keeps the rows in memory.
+
+    `checkpoint.CheckpointedRun` writes them to a run folder, saves and resumes.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rows: list[dict[str, Any]] = []
+        self.timings: dict[str, float] = {}  # of the current step
+        self.began = time.perf_counter()
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The numbers of the steps that remain."""
+        yield from range(total)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    @contextmanager
+    def timed(self, column: str) -> Iterator[None]:
+        """Add the wall time of the block to a column of the step's row."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.timings[column] = self.timings.get(column, 0.0) + time.perf_counter() - started
+
+    def log(self, rollouts, tokens: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
+        """Keep the step's row: the given columns, the timings, and the means of the token statistics."""
+        sampled = int(rollouts.response_mask.sum())
+        row = columns | {name: x.float().mean().item() for name, x in tokens.items() if name not in PLACES}
+        row |= {"response_tokens": sampled, "response_length": sampled / len(rollouts.prompts)}
+        row |= {"truncated": 1 - rollouts.finished.float().mean().item()}
+        row |= self.timings | {"seconds": self.seconds()}
+        self.timings = {}
+        self.rows.append(row)
+        return row
+
+    def show(self, step: int, rollouts, tokens: dict[str, Tensor]) -> None:
+        """Show an answer of this step; not here."""
+
+    def stop_non_finite(
+        self, step: int, loss: float, grad_norm: float, rollouts, tokens: dict[str, Tensor]
+    ) -> None:
+        """End the run, whose weights have not moved in this step. Raises Stopped."""
+        raise Stopped(1, f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --lr")
+
+
+PLACES = ("row", "position")  # where a token stands; their means say nothing
