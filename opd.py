@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student_logp, teacher_logp, tokens) -> nats, (C,)
+
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
     """KL(student || teacher) = sum_v p (log p - log q), exact: (C, V), (C, V), (C,) -> (C,).
@@ -167,7 +169,7 @@ def opd_backward(
     teacher_hidden: Tensor,  # (N, D) of the teacher
     tokens: Tensor,  # (N,) response tokens: eos tokens included, prompts and padding not
     normalizer: int,  # response tokens in the whole optimizer step, over all its micro-batches
-    divergence: Callable[[Tensor, Tensor, Tensor], Tensor] = reverse_kl,
+    divergence: Divergence = reverse_kl,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,  # by default that of the student
     chunk: int = 128,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eval_math import INSTRUCTION, evaluate
-from opd import DIVERGENCES, OutputHead, opd_backward, reverse_kl
+from opd import DIVERGENCES, Divergence, OutputHead, opd_backward, reverse_kl
 from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
 from support import data, models, report, run_folder, toy
@@ -146,7 +146,7 @@ def score(
     pair: Pair,
     rollouts: Rollout,
     loss_mask: Tensor | None = None,  # (B, R) bool, the tokens with a loss; default: all response tokens
-    divergence: Callable[[Tensor, Tensor, Tensor], Tensor] = reverse_kl,
+    divergence: Divergence = reverse_kl,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     micro_batch: int = 2048,
@@ -159,7 +159,7 @@ def score(
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask
     normalizer = int(
         loss_mask.sum()
-    )  # of the whole step: a mean per micro-batch would weight tokens unequally
+    )  # of the whole step; means per micro-batch would weight tokens unequally
     loss = 0.0
     statistics = []
     for rows in micro_batches(rollouts, micro_batch):
@@ -196,10 +196,8 @@ def train(
     run: run_folder.Run,
     grade: Callable[[object, str], dict] | None = None,  # (model, name) -> held-out scores
     sampler: Callable[..., Rollout] = rollout,  # another source of rollouts with the same arguments
-    loss_mask: Callable[[int, Rollout], Tensor | None] = lambda step, rollouts: (
-        None
-    ),  # which tokens have a loss
-    divergence: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,  # default: knobs.divergence
+    loss_mask: Callable[[int, Rollout], Tensor] | None = None,  # (B, R) bool; default: all response tokens
+    divergence: Divergence | None = None,  # default: knobs.divergence
     teacher_temperature: float | None = None,
 ) -> None:
     """The training loop. `run` resumes, saves, keeps the time and the rows."""
@@ -213,14 +211,25 @@ def train(
             questions = [prompts[i] for i in indices for _ in range(knobs.rollouts_per_prompt)]
             noise = sampling_noise([(knobs.seed, step, row) for row in range(len(questions))], horizon)
             rollouts = sampler(
-                pair.student, questions, horizon, pair.eos_ids, noise, knobs.temperature, pair.vocab_size
+                pair.student,
+                questions,
+                horizon,
+                pair.eos_ids,
+                noise,
+                temperature=knobs.temperature,
+                vocab_size=pair.vocab_size,
             )
 
         # 2. The teacher scores every token; gradients accumulate in the student's fp32 masters.
         with run.timed("score_s"):
-            mask = loss_mask(step, rollouts)
             loss, tokens = score(
-                pair, rollouts, mask, divergence, knobs.temperature, teacher_temperature, knobs.micro_batch
+                pair,
+                rollouts,
+                loss_mask=loss_mask(step, rollouts) if loss_mask else None,
+                divergence=divergence,
+                temperature=knobs.temperature,
+                teacher_temperature=teacher_temperature,
+                micro_batch=knobs.micro_batch,
             )
 
         # 3. One AdamW step, unless the gradient is non-finite.
@@ -238,16 +247,8 @@ def train(
         accuracy = ""
         if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
             accuracy = grade(pair.student, f"step_{step + 1}")["accuracy"]
-        run.log(
-            rollouts,
-            tokens,
-            step=step,
-            horizon=horizon,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            accuracy=accuracy,
-        )
+        row = {"step": step, "horizon": horizon, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        run.log(rollouts, tokens, **row, accuracy=accuracy)
         if knobs.show_every and step % knobs.show_every == 0:
             run.show(step, rollouts, tokens)
 
@@ -265,6 +266,10 @@ def load_pair(
     teacher_tokenizer = models.load_tokenizer(teacher_name)
     vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer)
     dtype = getattr(torch, dtype_name)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        print(
+            "bf16 on a CPU: logits are rounded to bf16, see RESULTS.md; --dtype float32 avoids it", flush=True
+        )
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
     teacher = models.load_model(teacher_name, dtype, device).requires_grad_(False)
     if teacher.num_parameters() < student.num_parameters():

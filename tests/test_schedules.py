@@ -2,8 +2,8 @@
 
 import pytest
 
-from cli import BadInput
 from schedules import SCHEDULES, make_schedule
+from support.cli import BadInput
 
 
 def test_formulas():
@@ -49,5 +49,11 @@ def test_settings_that_make_no_schedule(name, horizon, growth, interval):
         make_schedule(name, 128, 10, horizon, growth, interval)
 
 
-def test_the_four_are_there():
-    assert list(SCHEDULES) == ["full", "popd", "topd", "esr"]
+def test_full_has_no_horizon_to_measure():
+    with pytest.raises(BadInput, match="full does not stop"):
+        make_schedule("full", 128, 10, "auto")
+    assert make_schedule("esr", 128, 10, "auto")(0) == 100  # until it has been measured
+
+
+def test_the_four_exist():
+    assert {"full", "popd", "topd", "esr"} <= set(SCHEDULES)

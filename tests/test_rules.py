@@ -1,0 +1,191 @@
+"""The rules of the layout: what imports what, what one step executes, and how small a change can be."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+import opd
+import train
+
+ROOT = Path(train.__file__).parent
+FIVE = ("opd", "rollout", "schedules", "train", "eval_math")
+OWN = {*FIVE, "support", "extras"}
+TESTS_OF_THE_FIVE = ("conftest.py", *(f"test_{name}.py" for name in FIVE))
+
+
+def imports_of(path):
+    """Pairs of an imported module and its AST ancestors."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+
+    def visit(node, ancestors):
+        if isinstance(node, ast.Import):
+            found.extend((name.name, ancestors) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module, ancestors))
+        for child in ast.iter_child_nodes(node):
+            visit(child, [*ancestors, node])
+
+    visit(tree, [])
+    return found
+
+
+def packages(path):
+    """The packages that a file imports, without the standard library."""
+    return {name.split(".")[0] for name, _ in imports_of(path)} - set(sys.stdlib_module_names)
+
+
+def test_opd_rollout_and_schedules_import_almost_nothing():
+    assert packages(ROOT / "opd.py") == {"torch"}
+    assert packages(ROOT / "rollout.py") == {"torch", "transformers"}
+    assert [name for name, _ in imports_of(ROOT / "schedules.py") if name.startswith("support")] == [
+        "support.cli"
+    ]
+    assert packages(ROOT / "schedules.py") == {"support"}
+
+
+def test_support_imports_none_of_the_five_and_no_extras():
+    for path in (ROOT / "support").glob("*.py"):
+        assert packages(path) & OWN <= {"support"}, path
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_extras_are_imported_under_a_condition(name):
+    """A flag decides: inside a function and inside an `if`."""
+    for module, ancestors in imports_of(ROOT / f"{name}.py"):
+        if module.split(".")[0] == "extras":
+            kinds = [type(node) for node in ancestors]
+            assert ast.FunctionDef in kinds and ast.If in kinds, module
+
+
+def test_nothing_stands_between_the_command_line_and_the_formula(world, tmp_path, monkeypatch):
+    chains = []
+
+    def reverse_kl(*args):
+        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))]
+        chains.append([(Path(frame.filename).name, frame.name) for frame in frames])
+        return opd.reverse_kl(*args)
+
+    monkeypatch.setitem(opd.DIVERGENCES, "reverse_kl", reverse_kl)
+    flags = f"--preset toy --steps 1 --eval-limit 0 --out {tmp_path}/run"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    train.main()
+    hops = [("train.py", "main"), ("train.py", "train"), ("train.py", "score"), ("opd.py", "opd_backward")]
+    start = chains[0].index(hops[0])
+    assert chains[0][start:] == [*hops, ("test_rules.py", "reverse_kl")]
+
+
+COUNTER = """
+import collections, json, os, runpy, sys
+import filelock, matplotlib.pyplot, psutil, safetensors.torch, tqdm, transformers
+root = os.getcwd() + os.sep
+sys.path.insert(0, root)
+lines = set()
+def trace(frame, event, arg):
+    code = frame.f_code
+    if not code.co_filename.startswith(root) or code.co_name == "<module>":
+        return None
+    if event in ("line", "call"):
+        lines.add((code.co_filename[len(root):], frame.f_lineno))
+    return trace
+sys.settrace(trace)
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit:
+    sys.settrace(None)
+print(json.dumps(collections.Counter(name for name, _ in lines).most_common()))
+"""
+
+
+def test_without_held_out_problems_no_evaluation_code_runs(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", None)
+    monkeypatch.setattr(train, "score_answers", None)
+    monkeypatch.setattr(train, "batch_that_fits", None)
+    flags = f"--preset toy --steps 2 --eval-every 1 --eval-limit 0 --out {tmp_path}/run"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    train.main()
+
+
+def test_one_step_executes_little(world, tmp_path):
+    """Files besides train.py, and distinct lines in them outside module level, of one default step."""
+    flags = f"--preset toy --schedule topd --horizon 0.1 --steps 1 --eval-limit 0 --out {tmp_path}/run"
+    command = [sys.executable, "-c", COUNTER, *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    counts = json.loads(done.stdout.splitlines()[-1])
+    names = [name for name, _ in counts]
+    assert len(names) < 14 and sum(lines for _, lines in counts) <= 750, counts
+    assert {"rollout.py", "opd.py"} <= set(names[:6]), counts
+
+
+# What a reader adds, as (file, text before which it stands, added lines).
+COSINE = [
+    (
+        "schedules.py",
+        "class Schedule(",
+        '''def cosine(step: int, steps: int, budget: int, start: int, growth: int, interval: int) -> int:
+    """H grows from H0 to T on half a cosine."""
+    return round(start + (budget - start) * (1 - math.cos(math.pi * step / steps)) / 2)
+
+
+''',
+    ),
+    ("schedules.py", '    "esr": Schedule(', '    "cosine": Schedule(horizon=0.1, formula=cosine),\n'),
+]
+SQUARED = [
+    (
+        "opd.py",
+        "# A new divergence is",
+        '''def squared(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
+    """Squared difference of the log-probabilities, weighted by the student: (C, V) -> (C,)."""
+    return (student_logp.exp() * (student_logp - teacher_logp) ** 2).sum(-1)
+
+
+''',
+    ),
+    ("opd.py", '    "forward_kl": forward_kl,', '    "squared": squared,\n'),
+]
+COLUMN = [
+    (
+        "opd.py",
+        '        "student_logp": token_logp(',
+        '        "teacher_confidence": teacher_logp.max(-1).values.exp(),\n',
+    )
+]
+
+
+def apply(change, folder):
+    assert sum(lines.count("\n") for _, _, lines in change) <= 12
+    for name, before, lines in change:
+        text = (folder / name).read_text(encoding="utf-8")
+        assert text.count(before) == 1
+        (folder / name).write_text(text.replace(before, lines + before), encoding="utf-8")
+
+
+def test_a_schedule_a_divergence_and_a_column_are_small_changes(world, tmp_path):
+    """In a copy without extras: a run with all three, an evaluation, and the copy's tests of the five."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "support", copy / "support")
+    (copy / "tests").mkdir()
+    for name in (*(f"{name}.py" for name in FIVE), "pyproject.toml"):
+        shutil.copy(ROOT / name, copy / name)
+    for name in TESTS_OF_THE_FIVE:
+        shutil.copy(ROOT / "tests" / name, copy / "tests" / name)
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "toy").symlink_to(world.parent)
+    for change in (COSINE, SQUARED, COLUMN):
+        apply(change, copy)
+    flags = "--preset toy --schedule cosine --divergence squared --steps 2 --eval-limit 4 --out run"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "train.py", *flags.split()], cwd=copy, env=environment, check=True)
+    header = (copy / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert "teacher_confidence" in header.split(",")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-k", "not slow", "tests"]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
