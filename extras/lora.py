@@ -20,7 +20,7 @@ def add_adapters(student) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise BadInput(
-            "--low-memory needs peft: pip install peft, or or drop it and lower --micro-batch"
+            "--low-memory needs peft: pip install peft, or drop it and lower --micro-batch"
         ) from error
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng():
@@ -30,7 +30,7 @@ def add_adapters(student) -> None:
 
 @torch.no_grad()
 def merged(student) -> dict[str, Tensor]:
-    """The student's weights, adapters added in fp32 and rounded once, by the names they have without LoRA."""
+    """The student's weights with the adapters added, by the names they have without LoRA; sums in fp32."""
     weights = {name: w for name, w in student.state_dict().items() if "lora_" not in name}
     for name, module in student.named_modules():
         if hasattr(module, "get_delta_weight"):

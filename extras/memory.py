@@ -4,8 +4,6 @@ From the shapes alone, in bytes. What is counted is written where it is counted;
 themselves, and memory lost to fragmentation, is not.
 """
 
-from dataclasses import replace
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,5 +97,5 @@ def dry_run(knobs, problems: list, horizon: int, device: torch.device) -> str:
     tokenizer = models.load_tokenizer(knobs.student)
     prompts = data.render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
-    found = estimate(replace(knobs, device=device.type), *configs, max(map(len, prompts)), horizon)
+    found = estimate(knobs, *configs, max(map(len, prompts)), horizon)
     return format_estimate(found, free_memory(device))

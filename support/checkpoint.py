@@ -165,7 +165,7 @@ class CheckpointedRun(run_folder.Run):
         for path in paths:
             try:
                 self.read_checkpoint(path)
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 print(f"{path} is damaged ({error}): using the one before", file=sys.stderr, flush=True)
                 continue
             run_folder.drop_rows_after(self.folder, self.step, total)

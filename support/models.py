@@ -3,12 +3,14 @@
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -71,17 +73,23 @@ def save_model(model, tokenizer, folder: Path, state_dict: dict[str, Tensor] | N
 
 
 def enable_checkpointing(model) -> None:
-    """Recompute activations in backward. Raises BadInput if the model has no layers that can.
+    """Recompute the activations of each layer in backward. Raises BadInput if the model has no such layers.
 
-    Transformers does so in layers whose `training` flag is set. Only the layers' own flags are: the modules
-    inside stay in evaluation mode, so that dropout and router noise do not change the distribution.
+    Transformers recomputes in training mode only, where dropout and router noise would change the
+    distribution. The forward of each layer is wrapped instead, and the model stays in evaluation mode.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise BadInput(f"{type(model).__name__} cannot recompute activations: add --no-checkpointing")
-    model.activation_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
-        layer.training = True
+        layer.forward = partial(recomputed, layer.forward)
+
+
+def recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The output of `forward`, whose activations are not kept but computed again in backward."""
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
 
 
 @torch.no_grad()

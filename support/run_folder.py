@@ -54,7 +54,7 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
         knobs = knobs_class(**resumed(knobs_class, given, SAFE))
         folder = Path(given["resume"])
     else:
-        named = given.keys() & {"student", "teacher", "data"}
+        named = given.keys() & {"student", "teacher", "data", "eval_data"}
         preset = given.get("preset") or ("qwen" if named or torch.cuda.is_available() else "toy")
         other = "toy" if preset == "qwen" else "qwen"
         print(f"preset {preset}; for the other one: --preset {other}", flush=True)
@@ -109,7 +109,7 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
 
     Raises BadInput if another run is in the folder or, where this one is `fresh`, was there; Stopped.
     """
-    parent_is_new = not folder.parent.exists()
+    created = [path for path in (folder, folder.parent) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,8 +118,11 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             if fresh and (folder / "config.json").exists():
                 raise BadInput(f"another run was started in {folder}: start again, or name another --out")
-            yield
-            return
+            try:
+                yield
+            finally:
+                if fresh:  # while the lock is held: without it the folder is another run's
+                    remove_if_empty(folder, created)
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
     except OSError as error:
@@ -129,19 +132,15 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
             raise
         what = f"out of memory; what was written stays in {folder}"
         raise Stopped(1, f"{what}: start again with smaller batches or a lower --max-new-tokens") from error
-    finally:
-        if fresh:
-            remove_if_empty(folder, parent_is_new)
 
 
-def remove_if_empty(folder: Path, parent_is_new: bool) -> None:
-    """Remove a folder that holds its lock alone, and its parent if this run created it and it is empty."""
+def remove_if_empty(folder: Path, created: list[Path]) -> None:
+    """Remove the lock of a folder that holds nothing else, then those of `created` that are empty."""
     if {path.name for path in folder.glob("*")} <= {".lock"}:
         try:
             (folder / ".lock").unlink(missing_ok=True)
-            folder.rmdir()
-            if parent_is_new:
-                folder.parent.rmdir()
+            for path in created:
+                path.rmdir()
         except OSError:  # another run uses it
             return
 

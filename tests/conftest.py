@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import train
 from support import toy
 
-torch.set_num_threads(1)  # these models are so small that more threads would only wait for each other
+torch.set_num_threads(1)  # the models are tiny
 V = 50  # vocabulary size of the tiny models
 END = 3  # their eos token
 

@@ -1,0 +1,94 @@
+"""The estimate of --dry-run against what torch really keeps."""
+
+import sys
+
+import pytest
+import torch
+from conftest import pair_of, tiny
+
+import train
+from extras import lora, memory
+from support import models, run_folder
+from support.batch_size import Shape
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]
+MIDDLE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_key_value_heads": 2}
+
+
+def bytes_kept(model, tokens: int) -> int:
+    """What autograd saves in a forward pass, without the weights: each storage once."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # a tensor that lives keeps its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = train.hidden_states(model, torch.ones(1, tokens, dtype=torch.long))
+    assert hidden.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_activations_are_what_autograd_keeps(dtype, checkpointing):
+    model = tiny(max_position_embeddings=512, **MIDDLE).to(dtype)
+    shape = Shape.of(model.config, dtype.itemsize)
+    if checkpointing:
+        models.enable_checkpointing(model)
+    estimate = memory.activation_bytes(shape, 256, checkpointing)
+    assert bytes_kept(model, 256) == pytest.approx(estimate, rel=0.2 if checkpointing else 0.05)
+
+
+def test_cache_and_parameters_are_counted_to_the_byte():
+    model = tiny(**MIDDLE)
+    output = model(input_ids=torch.ones(2, 7, dtype=torch.long), use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    shape = Shape.of(model.config, 4)
+    assert held == shape.cache_bytes(14) * shape.layers // (shape.layers + 1)
+    assert memory.parameters(model.config, low_memory=False) == (model.num_parameters(),) * 2
+    lora.add_adapters(model)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert memory.parameters(tiny(**MIDDLE).config, low_memory=True) == (model.num_parameters(), trained)
+
+
+def test_estimate_is_what_a_pair_and_adamw_hold():
+    pair = pair_of(tiny(**MIDDLE), tiny(seed=1), dtype=torch.bfloat16)
+    knobs = train.Knobs(steps=1, batch_size=4, dtype="bfloat16", device="cpu")
+    optimizer = train.adamw(pair, knobs)
+    train.train(pair, optimizer, PROMPTS, lambda step: 5, knobs, run_folder.Run(torch.device("cpu")))
+    found = memory.estimate(knobs, pair.student.config, pair.teacher.config, 5, 5)
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
+    assert found["AdamW"] == state
+    assert found["student weights"] == sum(weight.nbytes for weight in pair.student.parameters())
+    assert found["teacher weights"] == sum(weight.nbytes for weight in pair.teacher.parameters())
+    masters = sum(weight.nbytes for weight in pair.masters.values())
+    assert found["fp32 masters"] == found["gradients"] == masters
+
+
+def peak(horizon=900, **changes):
+    config = tiny(**MIDDLE | {"vocab_size": 5000}).config
+    knobs = train.Knobs(**({"dtype": "bfloat16", "device": "cuda"} | changes))
+    return memory.estimate(knobs, config, config, 100, horizon)["peak"]
+
+
+def test_what_is_meant_to_save_memory_does():
+    assert peak() < peak(checkpointing=False)
+    assert peak(horizon=90) < peak()
+    assert peak(low_memory=True) < peak()
+    assert peak(micro_batch=1000) < peak()
+
+
+@pytest.mark.parametrize(
+    "free, verdict", [(1 << 40, ": fits"), (1 << 10, "does not fit: lower --micro-batch")]
+)
+def test_dry_run_estimates_and_writes_nothing(world, tmp_path, monkeypatch, capsys, free, verdict):
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    command = f"train.py --preset toy --dry-run --horizon auto --schedule esr --out {tmp_path}/run"
+    monkeypatch.setattr(sys, "argv", command.split())
+    train.main()
+    assert verdict in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()

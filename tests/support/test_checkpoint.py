@@ -1,0 +1,385 @@
+"""Checkpoints and resume: real kills, a full disk, damaged files. A resumed run ends bit for bit the same.
+
+The toy run of these tests has 16 steps of 4 short rollouts. `pytest --kills 20` kills it twenty times.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import pair_of, tiny
+
+import train
+from support import data, report, run_folder
+from support.checkpoint import SIGNALS, CheckpointedRun
+from support.cli import BadInput, Stopped
+
+ROOT = Path(train.__file__).parent
+SHORT = "--preset toy --steps 16 --batch-size 4 --max-new-tokens 20 --horizon 13"
+SHORT += " --eval-limit 6 --eval-every 6 --save-every 3 --show-every 2"
+
+
+def main(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    return train.main()
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    """Drawing takes as long as the training of such a run."""
+    monkeypatch.setattr(report, "draw_curve", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        main(patch, f"{SHORT} --out {folder}")
+    return folder
+
+
+def weights(folder):
+    return (folder / "student" / "model.safetensors").read_bytes()
+
+
+def metrics(folder):
+    """The rows of metrics.csv without the columns that depend on the clock."""
+    clocks = ("rollout_s", "score_s", "update_s", "seconds")
+    rows = run_folder.read_csv(folder / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in clocks} for row in rows]
+
+
+def after_each_step(monkeypatch, action):
+    """Call `action(run)` when a step has been logged."""
+    log = CheckpointedRun.log
+
+    def log_and_act(run, *args, **columns):
+        row = log(run, *args, **columns)
+        action(run)
+        return row
+
+    monkeypatch.setattr(CheckpointedRun, "log", log_and_act)
+
+
+@pytest.fixture
+def default_signals():
+    """A signal that this process was told to ignore, as under nohup, would not stop a run either."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "flags, number",
+    [
+        ("--schedule full --horizon 20", signal.SIGINT),
+        ("--schedule popd --horizon 5 --divergence sampled", signal.SIGTERM),
+        ("--schedule topd --micro-batch 80 --rollouts-per-prompt 2", signal.SIGHUP),
+        ("--schedule esr --horizon 9 --eval-temperature 0", signal.SIGINT),
+    ],
+)
+def test_ten_steps_equal_five_and_resume_and_five(
+    default_signals, world, tmp_path, monkeypatch, flags, number
+):
+    """Resumes lost the optimizer, a generator, the horizon or the data cursor. A second signal kills."""
+    flags = f"{SHORT} {flags} --steps 10 --eval-every 4"
+    main(monkeypatch, f"{flags} --out {tmp_path}/whole")
+
+    def interrupt(run):
+        if run.step == 4:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_DFL
+
+    with monkeypatch.context() as patch:
+        after_each_step(patch, interrupt)
+        with pytest.raises(Stopped, match="stopped after step 4: .*--resume") as stop:
+            main(monkeypatch, f"{flags} --out {tmp_path}/parts")
+    assert stop.value.code == 128 + number
+    assert len(metrics(tmp_path / "parts")) == 5
+    torch.manual_seed(123)  # another process would have another one
+    main(monkeypatch, f"--resume {tmp_path}/parts")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert (tmp_path / "parts/positions.csv").read_bytes() == (tmp_path / "whole/positions.csv").read_bytes()
+    for name in ("before", "teacher", "step_4", "step_8", "after"):
+        whole, parts = (data.read_jsonl(tmp_path / run / f"eval_{name}.jsonl") for run in ("whole", "parts"))
+        assert [r["response"] for r in whole] == [r["response"] for r in parts], name
+    whole, parts = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "parts"))
+    assert whole["after"]["accuracy"] == parts["after"]["accuracy"]
+    assert whole["response_tokens"] == parts["response_tokens"]
+
+
+def test_a_finished_run_may_grow(world, tmp_path, monkeypatch):
+    main(monkeypatch, f"{SHORT} --steps 4 --out {tmp_path}/run")
+    main(monkeypatch, f"--resume {tmp_path}/run --steps 7 --micro-batch 99")
+    assert [int(row["step"]) for row in metrics(tmp_path / "run")] == list(range(7))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("--lr 1", "--lr 1.0 would change the run"),
+        ("--steps 3", "can only grow"),
+        ("--schedule full", "--schedule full would change"),
+        ("--seed 4 --steps 9", "--seed 4"),
+    ],
+)
+def test_a_flag_that_changes_the_run_is_refused(tmp_path, monkeypatch, flags, names):
+    (tmp_path / "config.json").write_text(json.dumps({**vars(train.Knobs()), "steps": 8}))
+    with pytest.raises(BadInput, match=names):
+        main(monkeypatch, f"--resume {tmp_path} {flags}")
+
+
+def start(folder, flags=SHORT):
+    """The run in a process of its own, which has neither a home nor UTF-8: that must not matter."""
+    if (folder / "config.json").exists():
+        given = f"--resume {folder}"
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        given = f"{flags} --out {folder}"
+    odd = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    env = os.environ | odd | {"HOME": "/nonexistent"}
+    command = [sys.executable, str(ROOT / "train.py"), *given.split()]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def test_kills_at_random_moments_change_nothing(whole, tmp_path, monkeypatch, request):
+    """kill -9 in the middle of a step, of an evaluation, of a save."""
+    rng = random.Random(1)
+    out = tmp_path / "killed"
+    moments = ["metrics.csv", "checkpoint-*.part", "eval_step_*.jsonl", "checkpoint-*rs"]
+    for _ in range(request.config.getoption("--kills")):
+        process = start(out)
+        moment = rng.choice(moments)
+        deadline = time.time() + 60
+        before = {p: p.stat().st_size for p in out.glob(moment)}
+        while time.time() < deadline and process.poll() is None:
+            if {p: p.stat().st_size for p in out.glob(moment) if p.exists()} != before:
+                break
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.communicate()
+    main(monkeypatch, f"--resume {out}")
+    assert weights(out) == weights(whole)
+    assert metrics(out) == metrics(whole)
+
+
+def test_sigterm_saves_and_exits_with_143(world, tmp_path):
+    process = start(tmp_path / "run", f"{SHORT} --steps 100000 --eval-limit 0")
+    while process.poll() is None and not (tmp_path / "run" / "metrics.csv").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err and "--resume" in err.splitlines()[-1]
+    assert list((tmp_path / "run").glob("checkpoint-*")) and (tmp_path / "run" / "student").is_dir()
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """The folder of a run of six steps, which is not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        main(patch, f"{SHORT} --steps 6 --eval-limit 0 --out {folder}")
+    return folder
+
+
+@pytest.fixture
+def saved(finished, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_the_last_two_checkpoints_are_kept(finished):
+    names = sorted(p.name for p in finished.glob("checkpoint*"))
+    assert names == ["checkpoint-000003.safetensors", "checkpoint-000006.safetensors"]
+
+
+def test_a_checkpoint_holds_tensors_alone(finished):
+    """No pickle: reading one cannot run code."""
+    with open(finished / "checkpoint-000006.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    kinds = {name.split("/")[0] for name in header if name != "__metadata__"}
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq", "step"}
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped", "empty", "text"])
+def test_a_damaged_checkpoint_is_skipped(saved, monkeypatch, capsys, fault):
+    """Cut short, a byte changed, empty: it is recognised and reported, and the one before is used."""
+    before = weights(saved)
+    path = saved / "checkpoint-000006.safetensors"
+    content = path.read_bytes()
+    flipped = content[:-5000] + bytes([content[-5000] ^ 1]) + content[-4999:]
+    path.write_bytes({"cut": content[:-9], "flipped": flipped, "empty": b"", "text": b"no tensors"}[fault])
+    main(monkeypatch, f"--resume {saved}")
+    assert "checkpoint-000006.safetensors is damaged" in capsys.readouterr().err
+    assert weights(saved) == before
+    assert len(metrics(saved)) == 6
+
+
+def test_without_an_intact_checkpoint_the_run_is_refused(saved, monkeypatch):
+    for path in saved.glob("checkpoint-*"):
+        path.write_bytes(b"")
+    with pytest.raises(BadInput, match="no checkpoint in .* is intact"):
+        main(monkeypatch, f"--resume {saved}")
+
+
+def test_two_runs_in_one_folder(saved, monkeypatch):
+    with run_folder.exclusive(saved, fresh=False), pytest.raises(BadInput, match="another run is writing"):
+        main(monkeypatch, f"--resume {saved} --steps 9")
+    main(monkeypatch, f"--resume {saved} --steps 7")  # the lock is gone with its holder
+
+
+def out_of_memory():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_out_of_memory_saves_a_checkpoint_and_names_the_flags(whole, tmp_path, monkeypatch):
+    score = train.score
+    calls = []
+
+    def hungry(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            out_of_memory()
+        return score(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "score", hungry)
+        with pytest.raises(Stopped, match="step 4, 4 x 1 rollouts: lower --micro-batch .*--resume"):
+            main(monkeypatch, f"{SHORT} --eval-limit 0 --save-every 0 --out {tmp_path}/run")
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-000004.safetensors"]
+    main(monkeypatch, f"--resume {tmp_path}/run")
+    assert weights(tmp_path / "run") == weights(whole)  # evaluations do not change the training
+
+
+def test_out_of_memory_in_an_evaluation_saves_no_half_done_step(whole, tmp_path, monkeypatch):
+    """The update is done by then, the step is not: a checkpoint would apply the update twice."""
+    evaluate = train.evaluate
+
+    def hungry(*args, path, **kwargs):
+        if path.stem == "eval_step_6":
+            out_of_memory()
+        return evaluate(*args, path=path, **kwargs)
+
+    for command in (f"{SHORT} --out {tmp_path}/run", f"--resume {tmp_path}/run"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "evaluate", hungry)
+            with pytest.raises(Stopped, match="lower --micro-batch or --eval-batch"):
+                main(monkeypatch, command)
+        assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-000003.safetensors"]
+    main(monkeypatch, f"--resume {tmp_path}/run")
+    assert weights(tmp_path / "run") == weights(whole)
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_bug_keeps_its_traceback(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "score", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(monkeypatch, f"{SHORT} --eval-limit 0 --out {tmp_path}/run")
+
+
+def test_non_finite_loss_names_the_offending_row(world, tmp_path, monkeypatch):
+    score = train.score
+
+    def poisoned(*args, **kwargs):
+        _, tokens = score(*args, **kwargs)
+        tokens["reverse_kl"][tokens["row"] == 2] = torch.nan
+        return float("nan"), tokens
+
+    monkeypatch.setattr(train, "score", poisoned)
+    with pytest.raises(Stopped, match="step 0 has loss nan .*lower --lr"):
+        main(monkeypatch, f"{SHORT} --eval-limit 0 --out {tmp_path}/run")
+    found = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    assert set(found) == {"bad_rows", "bad", "batch", "step", "loss", "grad_norm"}
+    assert found["step"] == 0 and found["loss"] == "nan" and float(found["grad_norm"]) > 0
+    assert found["bad_rows"] == [2] and found["bad"] == [found["batch"][2]]
+    assert len(found["batch"]) == 4 and all("assistant" in text for text in found["batch"])
+
+
+def test_a_learning_rate_that_overflows_stops_before_the_weights_are_nan(world, tmp_path, monkeypatch):
+    with pytest.raises(Stopped, match="step [1-9]"):
+        main(monkeypatch, f"{SHORT} --lr 1e30 --clip 1e30 --eval-limit 0 --out {tmp_path}/run")
+    assert json.loads((tmp_path / "run" / "non_finite.json").read_text())["step"] >= 1
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A real file system of 6 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_can_be_resumed(disk, whole, monkeypatch):
+    (disk / "filler").write_bytes(b"x" * 3_000_000)
+    with pytest.raises(Stopped, match="No space left.*--resume"):
+        main(monkeypatch, f"{SHORT} --save-every 1 --out {disk}/run")
+    assert not list((disk / "run").glob("*.part"))
+    (disk / "filler").unlink()
+    main(monkeypatch, f"--resume {disk}/run")
+    assert weights(disk / "run") == weights(whole)
+    assert metrics(disk / "run") == metrics(whole)
+
+
+def test_a_folder_that_becomes_read_only_ends_in_one_line(disk, world, monkeypatch):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk / "run")]
+    with monkeypatch.context() as patch:
+        after_each_step(patch, lambda run: subprocess.run(mount, check=True))
+        with pytest.raises(Stopped, match="Read-only file system.*--resume"):
+            main(monkeypatch, f"{SHORT} --steps 5 --eval-limit 0 --save-every 1 --out {disk}/run")
+    subprocess.run(["umount", "-l", str(disk / "run")], check=True)
+    main(monkeypatch, f"--resume {disk}/run")
+    assert len(metrics(disk / "run")) == 5
+
+
+def test_a_folder_that_is_deleted_during_the_run_ends_in_one_line(world, tmp_path, monkeypatch):
+    after_each_step(monkeypatch, lambda run: shutil.rmtree(run.folder))
+    with pytest.raises(Stopped, match="cannot write the run"):
+        main(monkeypatch, f"{SHORT} --eval-limit 0 --out {tmp_path}/run")
+
+
+def test_memory_of_a_long_run_does_not_grow(world, tmp_path, monkeypatch, request):
+    """Resident memory after a fifth of the run and at its end, evaluations included."""
+    sizes = []
+    after_each_step(monkeypatch, lambda run: sizes.append(psutil.Process().memory_info().rss))
+    steps = 300 if request.config.getoption("--kills") > 3 else 40
+    main(monkeypatch, f"{SHORT} --steps {steps} --eval-every 10 --out {tmp_path}/run")
+    assert sizes[-1] < 1.03 * sizes[len(sizes) // 5]
+
+
+def test_checkpoint_of_a_student_that_is_trained_in_part(tmp_path):
+    """Frozen weights are not saved, and AdamW's state finds its weight by name."""
+    runs = []
+    for _ in range(2):
+        student = tiny()
+        student.model.layers[0].requires_grad_(False)
+        pair = pair_of(student, tiny(seed=1))
+        runs.append(CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.save_student, 1))
+    first, second = runs
+    first.pair.student(input_ids=torch.arange(9)[None]).logits.square().sum().backward()
+    first.optimizer.step()
+    first.step = 1
+    first.save()
+    second.load(2)
+    assert second.step == 1
+    saved, loaded = first.tensors(), second.tensors()
+    assert saved.keys() == loaded.keys() and not any("layers.0." in name for name in saved)
+    assert all(torch.equal(value, loaded[name]) for name, value in saved.items())

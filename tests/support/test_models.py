@@ -1,0 +1,160 @@
+"""Loading of models, and what has to be true of them before training starts."""
+
+import pytest
+import torch
+import transformers
+from conftest import V, tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+
+import train
+from opd import OutputHead
+from support import models
+from support.cli import BadInput
+
+HEADS = [  # architecture, settings, scale and softcap of its logits
+    ("Llama", {}, 1, None),
+    ("Qwen2", {}, 1, None),
+    ("Qwen3", {"head_dim": 4}, 1, None),
+    ("Granite", {"logits_scaling": 8.0}, 1 / 8, None),
+    ("Cohere", {"logit_scale": 0.25}, 0.25, None),
+    ("Gemma2", {"head_dim": 4, "final_logit_softcapping": 2.0}, 1, 2.0),
+    ("Phi", {}, 1, None),  # has a bias
+]
+
+
+def random_model(name, **changes):
+    """A tiny model of another architecture."""
+    config = tiny().config.to_dict()
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kept = (*sizes, "num_key_value_heads", "eos_token_id", "pad_token_id", "initializer_range")
+    config = getattr(transformers, f"{name}Config")(**{key: config[key] for key in kept} | changes)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name, changes, scale, softcap", HEADS)
+def test_heads_that_are_supported(name, changes, scale, softcap):
+    model = random_model(name, **changes)
+    head = OutputHead.of(model, V - 3)
+    assert (head.scale, head.softcap) == (scale, softcap)
+    if name == "Phi":
+        torch.nn.init.normal_(head.bias)
+    models.check_head(model, train.hidden_states, head)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        logits = head(train.hidden_states(model, ids)[0])
+        assert torch.allclose(logits, model(input_ids=ids).logits[0, :, : V - 3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda logits: logits * 3, lambda logits: 2 * torch.tanh(logits / 2)], ids=["scaled", "capped"]
+)
+def test_a_head_that_does_more_is_refused_by_name(change):
+    model = tiny()
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = changed
+    with pytest.raises(BadInput, match="Qwen2ForCausalLM computes its logits in a way"):
+        models.check_head(model, train.hidden_states, OutputHead.of(model, V))
+
+
+def counted(model):
+    """A list that grows by one with every forward of the first layer's attention."""
+    calls = []
+    model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *args: calls.append(1))
+    return calls
+
+
+def gradient(model):
+    model.zero_grad()
+    hidden = train.hidden_states(model, torch.arange(4, 20)[None])
+    hidden.square().sum().backward()
+    return torch.cat([weight.grad.flatten() for weight in model.get_decoder().parameters()])
+
+
+def test_checkpointing_recomputes_in_backward_and_only_there():
+    model = tiny()
+    plain = gradient(model)
+    models.enable_checkpointing(model)
+    calls = counted(model)
+    assert torch.equal(gradient(model), plain)
+    assert len(calls) == 2
+    with torch.no_grad():
+        train.hidden_states(model, torch.tensor([[5, 6]]))
+    assert len(calls) == 3
+
+
+def test_checkpointing_leaves_dropout_off():
+    """OPT's layers drop out by their own flag: with it set, sampling and training would be noisy."""
+    config = OPTConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2)
+    config.word_embed_proj_dim, config.dropout, config.attention_dropout = 16, 0.5, 0.5
+    model = OPTForCausalLM(config).eval()
+    ids = torch.arange(4, 20)[None]
+    plain = train.hidden_states(model, ids)
+    models.enable_checkpointing(model)
+    assert torch.equal(train.hidden_states(model, ids), plain)
+    with torch.no_grad():
+        assert torch.equal(train.hidden_states(model, ids), plain)
+    assert not any(module.training for module in model.modules())
+
+
+def test_checkpointing_of_a_model_without_such_layers_is_refused():
+    with pytest.raises(BadInput, match="^Linear cannot recompute activations: add --no-checkpointing$"):
+        models.enable_checkpointing(torch.nn.Linear(2, 2))
+
+
+def test_vocabularies_of_different_size(tmp_path, world, capsys):
+    """Qwen2.5 0.5B has 151,936 rows, 7B 152,064, and one tokenizer: the shared ids are scored."""
+    model = AutoModelForCausalLM.from_pretrained(world / "teacher")
+    model.resize_token_embeddings(model.config.vocab_size + 6)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
+    vocab_size = models.shared_vocabulary(str(world / "student"), str(tmp_path), tokenizer, tokenizer)
+    assert vocab_size == model.config.vocab_size - 6
+    assert capsys.readouterr().out.count("using the first") == 1
+
+
+def test_every_eos_id_of_every_model(world):
+    model = AutoModelForCausalLM.from_pretrained(world / "student")
+    tokenizer = AutoTokenizer.from_pretrained(world / "student")
+    own = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [3, 5]
+    other = tiny()
+    other.generation_config.eos_token_id = 7
+    assert models.eos_ids(tokenizer, model, other) == {own, 3, 5, 7}
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="no eos token"):
+        models.eos_ids(tokenizer, model)
+
+
+def test_a_smaller_teacher_is_allowed_and_reported(world, capsys):
+    train.load_pair(str(world / "teacher"), str(world / "student"), "float32", torch.device("cpu"))
+    assert "teacher is smaller" in capsys.readouterr().out
+
+
+def test_a_saved_model_replaces_the_one_before(world, tmp_path):
+    """The folder gets its name when it is complete; leftovers of a save that was killed do not matter."""
+    tokenizer = models.load_tokenizer(str(world / "student"))
+    (tmp_path / "student.part").mkdir()
+    for seed in (0, 1):
+        models.save_model(tiny(seed), tokenizer, tmp_path / "student")
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+    loaded = models.load_model(str(tmp_path / "student"), torch.float32, torch.device("cpu"))
+    weights = tiny(seed=1).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("length, fits", [(24, True), (25, False)])
+def test_context(length, fits):
+    """A prompt and a full response fit into the 64 positions of every model, or the run is refused."""
+    prompts = [[1], [1] * length]
+    if fits:
+        models.check_context([tiny(), tiny(max_position_embeddings=99)], prompts, 40)
+    else:
+        with pytest.raises(BadInput, match="25 tokens, and --max-new-tokens 40 exceed the context of 64"):
+            models.check_context([tiny(), tiny(max_position_embeddings=99)], prompts, 40)

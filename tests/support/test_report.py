@@ -1,0 +1,58 @@
+"""What a run shows: the teacher's gap on each token, means by position, the table, the curve."""
+
+import re
+
+import pytest
+import torch
+
+from support import report, run_folder
+from support.cli import BadInput
+
+
+class Bytes:
+    """A tokenizer whose ids are the bytes of UTF-8."""
+
+    def decode(self, tokens):
+        return bytes(tokens if isinstance(tokens, list) else tokens.tolist()).decode(errors="replace")
+
+
+def test_gap_text_shows_a_character_of_two_tokens_once():
+    tokens = torch.tensor(list("aé!".encode()) + [0, 0])  # and padding
+    text = report.gap_text(Bytes(), tokens, torch.tensor([0.0, -1.0, -2.0, 0.0]), colour=False)
+    assert text == "a[-1.0]é[-2.0]!"
+
+
+def test_gap_text_is_redder_the_lower_the_teachers_probability_and_is_cut():
+    tokens = torch.tensor(list(b"abcdef"))
+    gap = torch.tensor([1.0, 0.0, -1.0, -3.0, -9.0, 0.0])
+    text = report.gap_text(Bytes(), tokens, gap, colour=True, most=5)
+    assert re.findall(r"2;255;(\d+);", text) == ["255", "255", "195", "75", "75"]
+    assert text.endswith(" ...") and "f" not in text
+
+
+def test_mean_by_position():
+    values, positions = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2])
+    means = report.mean_by_position(values, positions, 4)
+    assert means[0] == 2 and means[2] == 5
+    assert means[1].isnan() and means[3].isnan()
+
+
+SCORES = {"accuracy": 0.5, "se": 0.1, "truncated": 0.25, "mean_length": 40.0, "n": 20}
+SUMMARY = {"before": None, "after": None, "teacher": None, "seconds": 90, "response_tokens": 1234, "steps": 5}
+
+
+def test_table_with_and_without_an_evaluation():
+    scores = dict.fromkeys(("before", "after", "teacher"), SCORES)
+    lines = report.table(SUMMARY | scores).splitlines()
+    assert [line.split()[-5:] for line in lines[1:4]] == [["50.0%", "10.0%", "25.0%", "40", "20"]] * 3
+    assert lines[-1] == "1,234 tokens sampled in 5 steps, 1.5 minutes"
+    assert [line.split()[-1] for line in report.table(SUMMARY).splitlines()[1:4]] == ["-"] * 3
+
+
+def test_curve_of_a_run_without_an_evaluation_and_of_no_run(tmp_path):
+    """A stopped run has rows and no summary."""
+    columns = {"accuracy": "", "reverse_kl": 0.5, "horizon": 4, "response_length": 3.5}
+    run_folder.append_csv(tmp_path / "metrics.csv", [{"step": step} | columns for step in range(3)])
+    assert report.draw_curve(tmp_path).read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(BadInput, match="no metrics.csv"):
+        report.draw_curve(tmp_path / "elsewhere")

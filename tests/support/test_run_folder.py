@@ -1,0 +1,174 @@
+"""The run folder: the settings a run gets, its lock, and its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pair_of, tiny
+from tqdm import tqdm
+
+import train
+from rollout import rollout
+from support import run_folder, toy
+from support.checkpoint import CheckpointedRun
+from support.cli import BadInput, Stopped
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def settings(monkeypatch, gpu: bool = False, **given):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    return run_folder.settings(train.Knobs, {"dtype": "float32", "device": "cpu"} | given)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "data"])
+def test_a_named_model_or_data_set_never_gets_the_settings_of_the_toy(here, monkeypatch, name):
+    """The toy's learning rate of 1e-3 would ruin a real model within a few steps."""
+    knobs, folder = settings(monkeypatch, **{name: "X"})
+    assert knobs == train.Knobs(preset="qwen", dtype="float32", device="cpu", **{name: "X"})
+    assert knobs.lr == 5e-6 and knobs.max_new_tokens == 1024 and "boxed" in knobs.instruction
+    assert folder == Path("runs/qwen-topd-1")
+
+
+def test_the_toy_is_chosen_without_a_gpu_and_without_names(here, monkeypatch, capsys):
+    knobs, folder = settings(monkeypatch)
+    assert knobs.preset == "toy" and folder == Path("runs/toy-topd-1")
+    assert all(getattr(knobs, name) == value for name, value in toy.preset("opening").items())
+    assert "preset toy" in capsys.readouterr().out
+    assert settings(monkeypatch, gpu=True)[0].preset == "qwen"
+    assert not (here / "runs").exists()
+
+
+def test_given_flags_take_precedence_over_the_preset(here, monkeypatch):
+    knobs, _ = settings(monkeypatch, preset="toy", student="X", lr=0.5, world="closing")
+    assert (knobs.preset, knobs.student, knobs.lr) == ("toy", "X", 0.5)
+    assert knobs.teacher == toy.preset("closing")["teacher"] and knobs.steps == toy.PRESET["steps"]
+
+
+def test_without_held_out_problems_nothing_is_evaluated_on_the_way(here, monkeypatch):
+    assert settings(monkeypatch, preset="toy")[0].eval_every == 10
+    assert settings(monkeypatch, preset="toy", eval_limit=0)[0].eval_every == 0
+
+
+def test_a_low_memory_run_has_its_own_learning_rate(here, monkeypatch):
+    assert settings(monkeypatch, preset="qwen")[0].lr == train.Knobs.lr
+    assert settings(monkeypatch, preset="qwen", low_memory=True)[0].lr == run_folder.LOW_MEMORY["lr"]
+    assert settings(monkeypatch, preset="qwen", low_memory=True, lr=1e-4)[0].lr == 1e-4
+
+
+def test_exclusive_removes_the_folders_it_created_if_nothing_was_written(here):
+    with pytest.raises(BadInput), run_folder.exclusive(here / "runs" / "a", fresh=True):
+        raise BadInput("before the first file")
+    assert list(here.iterdir()) == []
+
+
+def test_exclusive_keeps_a_finished_run_next_to_it_and_a_folder_that_was_there(here):
+    (here / "runs" / "done").mkdir(parents=True)
+    (here / "runs" / "done" / "config.json").write_text("{}")
+    (here / "mine").mkdir()
+    for folder in (here / "runs" / "next", here / "mine"):
+        with pytest.raises(BadInput), run_folder.exclusive(folder, fresh=True):
+            raise BadInput("before the first file")
+    assert (here / "runs" / "done" / "config.json").exists() and not (here / "runs" / "next").exists()
+    assert list((here / "mine").iterdir()) == []  # a second attempt finds it as the first one did
+
+
+def test_exclusive_keeps_what_was_written(here):
+    with pytest.raises(Stopped, match="out of memory"), run_folder.exclusive(here / "run", fresh=True):
+        (here / "run" / "config.json").write_text("{}")
+        raise MemoryError
+    assert (here / "run" / "config.json").exists()
+
+
+def test_exclusive_does_not_touch_the_folder_of_a_run_that_has_written_nothing_yet(here):
+    """Two runs that start together choose the same folder; the one that comes second removed it."""
+    with run_folder.exclusive(here / "run", fresh=True):
+        with (
+            pytest.raises(BadInput, match="another run is writing"),
+            run_folder.exclusive(here / "run", fresh=True),
+        ):
+            raise AssertionError("both are in the folder")
+        (here / "run" / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="was started in"), run_folder.exclusive(here / "run", fresh=True):
+        raise AssertionError("a folder that was empty when it was chosen")
+    assert (here / "run" / "config.json").exists()
+
+
+def test_append_csv_rewrites_a_file_that_lacks_a_column(tmp_path):
+    path = tmp_path / "metrics.csv"
+    run_folder.append_csv(path, [{"step": 0, "loss": 0.25, "note": 'a "b", c'}, {"step": 1, "loss": 1 / 3}])
+    run_folder.append_csv(path, [{"loss": 2.0, "new": 7, "step": 2}])
+    run_folder.append_csv(path, [{"step": 3}])
+    assert run_folder.read_csv(path) == [
+        {"step": "0", "loss": "0.25", "note": 'a "b", c', "new": ""},
+        {"step": "1", "loss": "0.333333", "note": "", "new": ""},
+        {"step": "2", "loss": "2", "note": "", "new": "7"},
+        {"step": "3", "loss": "", "note": "", "new": ""},
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_every_key_of_the_row_is_a_column_of_metrics_csv(tmp_path):
+    """The given columns, the timings, the mean of each statistic; no means of row and position."""
+    pair = pair_of(tiny(), tiny(seed=1))
+    rollouts = rollout(pair.student, [[5, 6], [7]], 4, pair.eos_ids, temperature=0)
+    with torch.no_grad():
+        _, tokens = train.score(pair, rollouts)
+    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.save_student, 1)
+    run.bar = tqdm(disable=True)
+    with run.timed("own_s"):
+        pass
+    row = run.log(rollouts, tokens | {"own": tokens["row"] * 0 + 3}, step=0, horizon=4, given="text")
+    (written,) = run_folder.read_csv(tmp_path / "metrics.csv")
+    assert written == {name: str(value) for name, value in run_folder.rounded(row).items()}
+    assert {"step", "horizon", "given", "own_s", "seconds", "own", "reverse_kl", "truncated"} <= set(written)
+    assert not {"row", "position"} & set(written)
+    assert written["own"] == "3" and row["response_tokens"] == int(rollouts.response_mask.sum())
+    assert row["reverse_kl"] == pytest.approx(tokens["reverse_kl"].mean().item())
+    assert run.rows == []  # a long run keeps no rows in memory
+
+
+def test_a_run_in_memory_keeps_its_rows():
+    pair = pair_of(tiny(), tiny(seed=1))
+    knobs = train.Knobs(steps=3, batch_size=2, show_every=1, micro_batch=40)
+    run = run_folder.Run(CPU)
+    train.train(pair, train.adamw(pair, knobs), [[5, 6], [7]], lambda step: 2 + step, knobs, run)
+    assert [row["step"] for row in run.rows] == [0, 1, 2]
+    assert [row["horizon"] for row in run.rows] == [2, 3, 4]
+    assert all(row["rollout_s"] > 0 and row["seconds"] > 0 for row in run.rows)
+
+
+def test_whole_batches(tmp_path):
+    """What a stopped evaluation left, cut to batches of two; the last one of all may be smaller."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"index": i, "batch_size": 2}) + "\n" for i in range(7)]
+    for written, kept in [("", 0), ("".join(lines[:4]), 4), ("".join(lines[:5]), 4), ("".join(lines), 7)]:
+        path.write_text(written)
+        assert len(run_folder.whole_batches(path, 7)) == kept
+        path.write_text(written + '{"index": 9, "cor')
+        assert len(run_folder.whole_batches(path, 7)) == kept
+        assert not written or path.read_text() == "".join(lines[:kept])
+    path.write_text("".join([*lines[:2], "{broken\n", *lines[2:]]))
+    with pytest.raises(BadInput, match="line 3"):
+        run_folder.whole_batches(path, 7)
+
+
+def test_rows_after_a_checkpoint_are_dropped(tmp_path):
+    """Also a row that was cut short; a file that has no rows left goes."""
+    run_folder.append_csv(tmp_path / "metrics.csv", [{"step": i, "loss": 0.5} for i in range(5)])
+    run_folder.append_csv(tmp_path / "positions.csv", [{"step": 4, "position": 0}])
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("2")
+    for name in ("step_2", "step_4", "after", "before"):
+        (tmp_path / f"eval_{name}.jsonl").write_text("")
+    run_folder.drop_rows_after(tmp_path, 3, total=6)
+    assert [row["step"] for row in run_folder.read_csv(tmp_path / "metrics.csv")] == ["0", "1", "2"]
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "eval_step_2.jsonl", "eval_before.jsonl"}
