@@ -76,7 +76,7 @@ def rollout(
     prompts: list[list[int]],
     horizon: int,
     eos_ids: set[int],
-    noise: Tensor | None = None,  # (B, H) from `sampling_noise`; not needed at temperature 0
+    noise: Tensor | None = None,  # (B, H) from `sampling_noise`; default: torch's global generator
     temperature: float = 1.0,
     vocab_size: int | None = None,
     top_p: float = 1.0,  # for evaluation: the loss differentiates the whole distribution
@@ -92,7 +92,7 @@ def rollout(
     device = model.get_input_embeddings().weight.device
     ids, mask = pad_left(prompts, device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)  # each row counts from its own first token
-    noise = torch.zeros(len(prompts), horizon) if noise is None else noise
+    noise = torch.rand(len(prompts), horizon) if noise is None else noise
     noise = noise.to(device)
     tokens = ids.new_zeros(len(prompts), horizon)
     response_mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -105,9 +105,7 @@ def rollout(
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
         if cache.get_seq_length() != mask.shape[1]:
-            raise ValueError(
-                f"{type(model).__name__} does not keep its past in a KV cache: use another model"
-            )
+            raise ValueError(f"{type(model).__name__} does not keep a KV cache: use another model")
         logits = output.logits[:, -1, :vocab_size]  # (b, V)
         token, token_logp = sample(logits, temperature, noise[unfinished, t], top_p)  # (b,) each
         tokens[unfinished, t] = token
@@ -119,7 +117,10 @@ def rollout(
         if len(keep) == 0:
             break
         if len(keep) < len(unfinished):
-            unfinished, token, mask, positions = unfinished[keep], token[keep], mask[keep], positions[keep]
+            unfinished = unfinished[keep]
+            token = token[keep]
+            mask = mask[keep]
+            positions = positions[keep]
             cache.reorder_cache(keep)  # selects rows; here fewer than there were
         ids = token[:, None]
         positions = positions[:, -1:] + 1

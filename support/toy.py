@@ -53,7 +53,7 @@ PRESET = {  # train.py's settings for this world
     "lr": 1e-3,
     "eval_every": 10,
     "eval_limit": 100,
-    "eval_batch": "100",
+    "eval_batch": 100,
     "eval_temperature": 1.0,  # greedy answers would all be of the more likely kind
     "dtype": "float32",
 }
