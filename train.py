@@ -245,7 +245,7 @@ def train(
 
         # 4. Log; now and then evaluate, and look at an answer.
         accuracy = ""
-        if knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
+        if grade and knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
             accuracy = grade(pair.student, f"step_{step + 1}")["accuracy"]
         row = {"step": step, "horizon": horizon, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         run.log(rollouts, tokens, **row, accuracy=accuracy)

@@ -1,6 +1,6 @@
 """The arms of a comparison: how long rollouts are, and which of their tokens have a loss.
 
-Shapes: B rows, R longest response. T: `--max-new-tokens`. N: a tenth of T. A new arm is one entry of ARMS.
+Shapes: B rows, R longest response. T is `--max-new-tokens`, N = T / 10. A new arm is one entry of ARMS.
 """
 
 from collections.abc import Callable
@@ -9,125 +9,150 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import models
 import train
-from rollout import Rollout
+from rollout import Rollout, sampling_noise
 from schedules import make_schedule
 
-SHARE = 0.1  # N / T: the horizon of topd-0.1, and the tokens of a row that a mask leaves with a loss
+SHARE = 0.1  # N / T: the horizon of topd-0.1, and the tokens of a row that keep their loss under a mask
+NOISE = "noise"  # values that are random numbers, not a statistic
+
+# One entry per finished step: its horizon, and the mean reverse KL of the tokens in the second half of it.
+History = list[tuple[int, float]]
 
 
-# Horizons: (place, knobs, seen) -> H. `place` is the step, `seen` what the run's earlier steps have shown:
-# pairs of H and the mean reverse KL in its second half.
+# Horizons: (knobs, history) -> (step -> H). The run appends to the history.
 
 
 def by_schedule(name: str, horizon: float | None = None) -> Callable:
-    def law(place: int, knobs, seen: list[tuple[int, float]]) -> int:
+    def horizon_of(knobs, history: History) -> Callable[[int], int]:
         start = knobs.esr_tokens if name == "esr" else horizon
-        return make_schedule(name, knobs.max_new_tokens, knobs.steps, start)(place)
+        return make_schedule(name, knobs.max_new_tokens, knobs.steps, start)
 
-    return law
+    return horizon_of
 
 
-def adaptive(place: int, knobs, seen: list[tuple[int, float]], span: int = 4) -> int:
-    """H doubles once the boundary is learned: the reverse KL in its second half no longer falls.
+def adaptive(knobs, history: History, span: int = 4) -> Callable[[int], int]:
+    """H doubles when the reverse KL in its second half has stopped falling.
 
-    That is, of the last four steps at this H, the later two have more than 0.9 of the KL of the two before. A
-    ratio, because nats differ from pair to pair. A simple form, with numbers of our own, of the idea of
-    arXiv 2605.28396 and 2607.29494.
+    The criterion: of the last four steps at this H, the later two have more than 0.9 of the KL of the two
+    before. It is a ratio because the scale of the KL differs between pairs. This is a simple form, with
+    constants of our own, of the idea of arXiv 2605.28396 and 2607.29494.
     """
-    if not seen:
-        return max(1, round(SHARE * knobs.max_new_tokens))
-    horizon = seen[-1][0]
-    here = [kl for h, kl in seen if h == horizon][-span:]
-    settled = len(here) == span and sum(here[span // 2 :]) > 0.9 * sum(here[: span // 2])
-    return min(knobs.max_new_tokens, 2 * horizon) if settled else horizon
+
+    def horizon_at(step: int) -> int:
+        if not history:
+            return masked_tokens(knobs)
+        horizon = history[-1][0]
+        recent = [kl for h, kl in history if h == horizon][-span:]
+        earlier, later = sum(recent[: span // 2]), sum(recent[span // 2 :])
+        if len(recent) == span and later > 0.9 * earlier:
+            return min(knobs.max_new_tokens, 2 * horizon)
+        return horizon
+
+    return horizon_at
 
 
-# Masks: (rollout, N, rng, look) -> (B, R) bool, the tokens with a loss; `look(name)` gives a statistic of
-# each token, (B, R), for one more forward pass. Every mask leaves as many tokens: the sum of min(N, length).
+# Masks: (rollouts, N, values) -> (B, R) bool, the tokens with a loss; values: (B, R), one number per token.
+# Every mask leaves the same number of tokens: the sum of min(N, length) over the rows.
 
 
-def first(ro: Rollout, size: int, rng: torch.Generator, look: Callable) -> Tensor:
+def first(rollouts: Rollout, size: int, values: Tensor | None) -> Tensor:
     """The first N of each row.
 
-    What comes later changes neither these tokens nor their loss, so the gradient has the law of rollouts that
-    are cut at N: the control that shows what generation beyond N adds, which is cost.
+    Later tokens change neither these tokens nor their loss, so the gradient has the same distribution as that
+    of rollouts cut at N. This control shows what generation beyond N adds, which is cost.
     """
-    return ro.response_mask & (positions(ro) < size)
+    return rollouts.response_mask & (positions(rollouts) < size)
 
 
-def last(ro: Rollout, size: int, rng: torch.Generator, look: Callable) -> Tensor:
+def last(rollouts: Rollout, size: int, values: Tensor | None) -> Tensor:
     """The last N of each row."""
-    return ro.response_mask & (positions(ro) >= ro.response_mask.sum(1, keepdim=True) - size)
+    start = rollouts.response_mask.sum(1, keepdim=True) - size
+    return rollouts.response_mask & (positions(rollouts) >= start)
 
 
-def window(ro: Rollout, size: int, rng: torch.Generator, look: Callable) -> Tensor:
-    """N consecutive tokens of each row, from a start drawn at random."""
-    starts = (ro.response_mask.sum(1, keepdim=True) - size + 1).clamp_min(1)  # (B, 1) how many there are
-    uniform = torch.rand(starts.shape, generator=rng, device=starts.device)
-    start = (uniform * starts).long().minimum(starts - 1)  # the product may round up
-    return ro.response_mask & (positions(ro) >= start) & (positions(ro) < start + size)
+def window(rollouts: Rollout, size: int, values: Tensor) -> Tensor:
+    """N consecutive tokens of each row; the row's first value, in [0, 1), chooses where they start."""
+    starts = (rollouts.response_mask.sum(1, keepdim=True) - size + 1).clamp_min(1)  # (B, 1) possible starts
+    start = (values[:, :1] * starts).long().minimum(starts - 1)  # the product may round up
+    place = positions(rollouts)
+    return rollouts.response_mask & (place >= start) & (place < start + size)
 
 
-def scattered(ro: Rollout, size: int, rng: torch.Generator, look: Callable) -> Tensor:
-    """Tokens at random, wherever they are."""
-    return highest(torch.rand(ro.tokens.shape, generator=rng, device=ro.tokens.device), ro, size)
-
-
-def by_statistic(name: str) -> Callable:
-    def mask(ro: Rollout, size: int, rng: torch.Generator, look: Callable) -> Tensor:
-        return highest(look(name), ro, size)
-
+def highest(rollouts: Rollout, size: int, values: Tensor) -> Tensor:
+    """The tokens with the highest values in the whole step: a row may have many of them, or none."""
+    count = int(rollouts.response_mask.sum(1).clamp_max(size).sum())
+    candidates = values.masked_fill(~rollouts.response_mask, -torch.inf)
+    mask = torch.zeros_like(rollouts.response_mask)
+    mask.view(-1)[candidates.flatten().topk(count).indices] = True
     return mask
 
 
-def positions(ro: Rollout) -> Tensor:
-    return torch.arange(ro.tokens.shape[1], device=ro.tokens.device)[None]  # (1, R)
+def positions(rollouts: Rollout) -> Tensor:
+    return torch.arange(rollouts.tokens.shape[1], device=rollouts.tokens.device)[None]  # (1, R)
 
 
-def highest(values: Tensor, ro: Rollout, size: int) -> Tensor:
-    """The tokens of the highest values, (B, R), chosen over the whole step: a row may have many, or none."""
-    count = int(ro.response_mask.sum(1).clamp_max(size).sum())
-    chosen = values.masked_fill(~ro.response_mask, -torch.inf).flatten().topk(count).indices
-    mask = torch.zeros_like(ro.response_mask)
-    mask.view(-1)[chosen] = True
-    return mask
+def masked_tokens(knobs) -> int:
+    """N in tokens."""
+    return max(1, round(SHARE * knobs.max_new_tokens))
 
 
-def token_values(pair: models.Pair, ro: Rollout, knobs, name: str) -> Tensor:
-    """One of `token_stats`, by row and position: (B, R), 0 after the end."""
-    with torch.no_grad():
-        _, stats, _ = train.score(pair, ro, knobs)
-    values = ro.logp.new_zeros(ro.tokens.shape)
-    values[stats["row"], stats["position"]] = stats[name].to(values.dtype)
+def noise(rollouts: Rollout, knobs, step: int) -> Tensor:
+    """Uniform random numbers, (B, R), that depend on seed, step and row alone."""
+    keys = [("mask", knobs.seed, step, row) for row in range(len(rollouts.prompts))]
+    return sampling_noise(keys, rollouts.tokens.shape[1]).to(rollouts.tokens.device)
+
+
+@torch.no_grad()
+def token_values(pair: train.Pair, rollouts: Rollout, knobs, name: str) -> Tensor:
+    """One of opd.token_statistics by row and position, (B, R), 0 after the end: one more forward pass."""
+    _, tokens = train.score(pair, rollouts, temperature=knobs.temperature, micro_batch=knobs.micro_batch)
+    values = torch.zeros_like(rollouts.logp)
+    values[tokens["row"], tokens["position"]] = tokens[name].to(values.dtype)
     return values
 
 
 class Arm(NamedTuple):
-    horizon: Callable
+    horizon: Callable  # (knobs, history) -> (step -> H)
     mask: Callable | None = None  # None: every sampled token has a loss
-    rate: float = 1.0  # times the learning rate
+    values: str = ""  # what the mask chooses by: NOISE, or the name of a token statistic
+    lr_scale: float = 1.0
+
+    def loss_mask(self, pair: train.Pair, knobs) -> Callable[[int, Rollout], Tensor | None]:
+        """The mask as `train.train` calls it: (step, rollouts) -> (B, R)."""
+
+        def mask(step: int, rollouts: Rollout) -> Tensor | None:
+            if self.mask is None:
+                return None
+            values = None
+            if self.values == NOISE:
+                values = noise(rollouts, knobs, step)
+            elif self.values:
+                values = token_values(pair, rollouts, knobs, self.values)
+            return self.mask(rollouts, masked_tokens(knobs), values)
+
+        return mask
 
 
-FULL, CUT = by_schedule("full"), by_schedule("topd", SHARE)
+FULL = by_schedule("full")
+TRUNCATED = by_schedule("topd", SHARE)
 ARMS = {
     "full": Arm(FULL),
     "popd": Arm(by_schedule("popd")),
     "topd-0.25": Arm(by_schedule("topd", 0.25)),
-    "topd-0.1": Arm(CUT),
+    "topd-0.1": Arm(TRUNCATED),
     "esr": Arm(by_schedule("esr")),
     "adaptive": Arm(adaptive),
-    # Weight 1/T: each token of a cut rollout counts as in a full one, H/T of its weight in the mean over the
-    # cut. AdamW divides a constant factor of the loss out again; on the learning rate it stays.
-    "topd-0.1-weight": Arm(CUT, rate=SHARE),
+    # Weight 1/T: each token of a truncated rollout has the weight that it has in a full one, N/T of that in
+    # the mean over the truncated ones. AdamW cancels a constant factor of the loss, so it scales the rate.
+    "topd-0.1-weight": Arm(TRUNCATED, lr_scale=SHARE),
     "first": Arm(FULL, first),
-    "window": Arm(FULL, window),
+    "window": Arm(FULL, window, NOISE),
     "last": Arm(FULL, last),
-    "random": Arm(FULL, scattered),
-    "top-kl": Arm(FULL, by_statistic("reverse_kl")),
-    "top-teacher-entropy": Arm(FULL, by_statistic("teacher_entropy")),
-    "top-student-entropy": Arm(FULL, by_statistic("student_entropy")),
+    "random": Arm(FULL, highest, NOISE),
+    "top-kl": Arm(FULL, highest, "reverse_kl"),
+    "top-teacher-entropy": Arm(FULL, highest, "teacher_entropy"),
+    "top-student-entropy": Arm(FULL, highest, "student_entropy"),
 }
 SELECTION = ("first", "last", "random", "top-kl", "top-teacher-entropy", "top-student-entropy")
 GROUPS = {

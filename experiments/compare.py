@@ -1,24 +1,22 @@
-"""Horizons compared, with the controls that tell what truncation does: same steps, same data, several seeds.
+"""Compare horizons, with controls that show what truncation does: same steps, same data, several seeds.
 
     python experiments/compare.py                       the toy world, every arm, 5 seeds: 12 minutes
     python experiments/compare.py --world closing       the world in which truncation has to fail
-    python experiments/compare.py --report              table, claims and figures of what is there already
+    python experiments/compare.py --report              table, claims and figures of the existing rows
     python experiments/compare.py --student A --teacher B --data FILE --arms full --arms topd-0.1 --minutes 30
 
-A row of the CSV is a finished run, one arm with one seed, scored after its last step. A run whose row is
-there is not made again: the same command goes on with a stopped comparison. The arms are in arms.py. Seconds
-are those of sampling, selecting and training, not of scoring; `..._curves.csv` has the accuracy on the way.
-Left out: checkpoints within a run (a stop costs one run), several answers to a problem (seeds give them).
+A row of the CSV is a finished run, one arm with one seed, scored after its last step. Runs whose rows exist
+are not repeated: the same command continues a stopped comparison. The arms are in arms.py. Seconds are those
+of sampling, choosing tokens and training, without evaluation; `..._curves.csv` has the accuracy along the
+runs. Left out: checkpoints within a run (a stop costs one run), several answers to a problem (use seeds).
 """
 
-import math
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -29,39 +27,41 @@ sys.path.insert(0, str(ROOT))
 
 import claims
 import figures
-from arms import ARMS, GROUPS, SHARE, token_values
+from arms import ARMS, GROUPS, History
 
-import data
-import fast
-import memory
-import models
-import prepare
-import report
 import train
-from cli import BadInput, Stopped, knob, parse, run
 from eval_math import evaluate
-from scores import score
+from support import data, models, run_folder, toy
+from support.batch_size import batch_that_fits
+from support.cli import BadInput, Stopped, flag_of, knob, parse, run_main
+from support.scores import score_answers
 
-# Knobs of a single run that mean nothing here.
+# Flags of train.py that do not apply to a comparison.
 WITHOUT = ("schedule", "horizon", "popd_growth", "popd_interval", "eval_every", "show_every", "save_every")
 WITHOUT += ("resume", "out", "seed", "dry_run")
 
 
 @dataclass(frozen=True)
 class Knobs(train.Knobs):
-    arms: tuple[str, ...] = knob((), "may be given several times; default: those of --group", choices=ARMS)
-    group: str = knob("", "default: closing in that world, all elsewhere", choices=GROUPS)
-    seeds: int = knob(5, "runs of each arm, with seeds 0, 1, ...", 1)
-    minutes: float = knob(0.0, "of training a run, --steps and all schedules spread over them; 0: --steps", 0)
-    esr_tokens: int = knob(100, "ESR's horizon; in the toy world 20, as its answers have 120 tokens", 1)
-    curve_points: int = knob(8, "scores along a run, the last included; 1: that alone", 1)
-    eval_limit: int = knob(64, "held-out problems, the same for all", 2)
+    eval_limit: int = knob(64, "held-out problems, the same for all runs", 2)
     eval_temperature: float = knob(1.0, "of the sampled score; there is a greedy one too", 0.01)
-    keep: str = knob(
-        "", "folder in which each run's student is kept, as ARM-SEED: what probe.py --trained takes"
+
+    arms: tuple[str, ...] = knob(
+        (), "may be repeated; default: those of --group", choices=ARMS, group="the comparison"
     )
+    group: str = knob("", "default: closing in that world, otherwise all", choices=GROUPS)
+    seeds: int = knob(5, "runs of each arm, with seeds 0, 1, ...", 1)
+    minutes: float = knob(
+        0.0,
+        "of training per run, over which schedules and learning rate are spread: after each step the step "
+        "number moves on by the clock, by at least 1, so a run takes at most --steps steps; 0: all --steps",
+        0,
+    )
+    esr_tokens: int = knob(100, "ESR's horizon; toy: 20, as its answers have 120 tokens", 1)
+    curve_points: int = knob(8, "scores along a run, the last included; 1: the last alone", 1)
+    keep: str = knob("", "folder for the student of each run, ARM-SEED, as probe.py --trained takes it")
     csv: str = knob("", "default: results/compare.csv, compare_closing.csv, compare_STUDENT.csv")
-    report: bool = knob(False, "run nothing: table, claims and figures of what the CSV holds")
+    report: bool = knob(False, "train nothing: table, claims and figures of the rows in the CSV")
 
 
 # In these, and in the hardware, all rows of a file agree.
@@ -72,18 +72,20 @@ SETTINGS += ("eval_limit", "eval_temperature", "curve_points")
 
 
 def choose(given: dict) -> tuple[Knobs, Path]:
-    """The knobs, and the CSV file. The toy world unless models or data are named. Raises BadInput."""
-    if useless := [f"--{name.replace('_', '-')}" for name in WITHOUT if name in given]:
-        raise BadInput(f"{', '.join(useless)} says nothing here, where --arms and --seeds do: drop it")
-    preset = given.get("preset") or ("qwen" if given.keys() & {"student", "teacher", "data"} else "toy")
-    of_toy = {"esr_tokens": 20} if preset == "toy" else {}
-    knobs, _ = prepare.settings(Knobs, of_toy | given | {"preset": preset})
+    """The settings, and the CSV file. The toy world unless models or data are named. Raises BadInput."""
+    unused = [flag_of(name) for name in WITHOUT if name in given]
+    if unused:
+        raise BadInput(f"{', '.join(unused)} does not apply here, --arms and --seeds decide: drop it")
+    named = given.keys() & {"student", "teacher", "data"}
+    preset = given.get("preset") or ("qwen" if named else "toy")
+    defaults = {"esr_tokens": 20} if preset == "toy" else {}
+    knobs, _ = run_folder.settings(Knobs, defaults | given | {"preset": preset})
     name = Path(knobs.student).name
     if preset == "toy":
         name = "" if knobs.world == "opening" else knobs.world
     path = Path(knobs.csv or ROOT / "results" / f"{f'compare_{name}'.rstrip('_')}.csv")
     arms = knobs.arms or GROUPS[knobs.group or ("closing" if name == "closing" else "all")]
-    return replace(knobs, arms=tuple(dict.fromkeys(arms))), path
+    return replace(knobs, arms=tuple(dict.fromkeys(arms)), eval_every=0), path
 
 
 def settings_of(knobs: Knobs) -> dict[str, str]:
@@ -91,146 +93,217 @@ def settings_of(knobs: Knobs) -> dict[str, str]:
     found = {name: " ".join(str(getattr(knobs, name)).split()) for name in SETTINGS}
     for name in ("student", "teacher", "data", "eval_data"):
         found[name] = "/".join(Path(found[name]).parts[-2:])
-    return found | {"hardware": report.environment(models.find_device(knobs.device))["hardware"]}
+    return found | {"hardware": run_folder.environment(models.find_device(knobs.device))["hardware"]}
 
 
-def examiner(pair: models.Pair, knobs: Knobs) -> Callable:
-    """ask(model, temperature, seed) -> a record of each held-out problem, in their order."""
-    _, problems = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
-    asked = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+class Setup(NamedTuple):
+    """What all runs share: the models, the prompts to train on, and the held-out problems."""
 
-    def ask(model, temperature: float, seed: int) -> list[dict]:
-        size = memory.batch_that_fits(model, asked, knobs.max_new_tokens, knobs.eval_batch)
+    pair: train.Pair
+    prompts: list[list[int]]
+    test: list[data.Problem]
+    test_prompts: list[list[int]]
+
+    def answers(self, model, temperature: float, knobs: Knobs) -> list[dict]:
+        """A graded answer of `model` to each held-out problem, in their order."""
         with tempfile.TemporaryDirectory() as folder:
-            how = Path(folder, "answers.jsonl"), knobs.max_new_tokens, size, 1, seed
-            law = {"temperature": temperature}
-            records = evaluate(model, pair.tokenizer, asked, problems, pair.ends, *how, **law)
+            records = evaluate(
+                model,
+                self.pair.tokenizer,
+                self.test_prompts,
+                self.test,
+                self.pair.eos_ids,
+                path=Path(folder, "answers.jsonl"),
+                max_new_tokens=knobs.max_new_tokens,
+                batch_size=batch_that_fits(model, self.test_prompts, knobs.max_new_tokens, knobs.eval_batch),
+                seed=knobs.seed,
+                temperature=temperature,
+            )
         return sorted(records, key=lambda record: record["index"])
 
-    return ask
+
+def load(knobs: Knobs) -> Setup:
+    """Build the toy world if it is needed, and load models and problems. Raises BadInput."""
+    if knobs.preset == "toy":
+        toy.build(knobs.world)
+    device = models.find_device(knobs.device)
+    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
+    pair = train.load_pair(
+        knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory
+    )
+    prompts, test_prompts = (
+        data.render(pair.tokenizer, some, knobs.instruction, knobs.system_prompt) for some in (problems, test)
+    )
+    models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
+    return Setup(pair, prompts, test, test_prompts)
 
 
-def marks(records: list[dict]) -> str:
-    """A digit per problem, 1 where the answer is right: what paired differences need."""
+class ArmRun(run_folder.Run):
+    """One run of an arm: its costs, the history of the adaptive horizon, and the scores along the way."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        knobs: Knobs,
+        arm: str,
+        bar: tqdm,
+        score_point: Callable[[float, dict], None],  # (part of the run, costs so far), at each curve point
+    ):
+        super().__init__(device)
+        self.knobs = knobs
+        self.arm = arm
+        self.bar = bar
+        self.score_point = score_point
+        self.history: History = []
+        self.next_step = 0
+
+    def steps(self, total: int) -> Iterator[int]:
+        """With --minutes increasing numbers by the clock: schedules and learning rate come to their ends."""
+        while self.next_step < total:
+            yield self.next_step
+
+    def costs(self) -> dict[str, float]:
+        found = {"steps_done": len(self.rows)}
+        for name in ("response_tokens", "loss_tokens", "seconds", "rollout_s"):
+            found[name] = sum(row[name] for row in self.rows)
+        return found
+
+    def log(self, rollouts, tokens: dict[str, torch.Tensor], **columns) -> dict:
+        row = super().log(rollouts, tokens, **columns)
+        row["seconds"] = row["rollout_s"] + row["score_s"] + row["update_s"]  # without evaluation
+        row["loss_tokens"] = len(tokens["row"])
+        late = tokens["position"] >= row["horizon"] // 2
+        self.history.append((row["horizon"], tokens["reverse_kl"][late].mean().item()))
+        costs = self.costs()
+        total, points = self.knobs.steps, self.knobs.curve_points
+        self.next_step = row["step"] + 1
+        if self.knobs.minutes:
+            by_clock = int(costs["seconds"] / (60 * self.knobs.minutes) * total)
+            self.next_step = max(self.next_step, by_clock)
+        self.bar.set_postfix({"arm": self.arm, "seed": self.knobs.seed, "step": f"{self.next_step}/{total}"})
+        point = self.next_step * points // total
+        if row["step"] * points // total < point < points:  # a curve point lies between the two steps
+            self.score_point(point / points, costs)
+        return row
+
+    def stop_non_finite(self, step, loss, grad_norm, rollouts, tokens) -> None:
+        what = f"arm {self.arm}, seed {self.knobs.seed}, step {step} has loss {loss}"
+        raise Stopped(1, f"{what} and gradient norm {grad_norm}: use a lower --lr and another --csv")
+
+
+def train_arm(setup: Setup, name: str, knobs: Knobs, bar: tqdm, score_point: Callable) -> dict[str, float]:
+    """Train the student as the arm `name` says. Returns the costs."""
+    arm = ARMS[name]
+    knobs = replace(knobs, lr=knobs.lr * arm.lr_scale)
+    if arm.mask:  # their final scores are compared, not their curves
+        knobs = replace(knobs, curve_points=1)
+    run = ArmRun(setup.pair.student.device, knobs, name, bar, score_point)
+    train.train(
+        setup.pair,
+        train.adamw(setup.pair, knobs),
+        setup.prompts,
+        arm.horizon(knobs, run.history),
+        knobs,
+        run,
+        loss_mask=arm.loss_mask(setup.pair, knobs),
+    )
+    return run.costs()
+
+
+def correct_digits(records: list[dict]) -> str:
+    """A digit per problem, 1 if the answer is correct: what paired differences need."""
     return "".join("01"[record["correct"]] for record in records)
 
 
-def train_arm(pair: models.Pair, prompts: list, name: str, knobs: Knobs, bar: tqdm, look_in) -> dict:
-    """One run: what it cost. `look_in(part, cost)` is called along the way, `curve_points` - 1 times."""
-    arm, size, device = ARMS[name], max(1, round(SHARE * knobs.max_new_tokens)), pair.student.device
-    optimizer = torch.optim.AdamW(pair.masters.values(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
-    rng, chance = (torch.Generator(device).manual_seed(s) for s in (knobs.seed, knobs.seed + 1_000_003))
-    knobs, sampler = replace(knobs, lr=knobs.lr * arm.rate), fast.sampler(knobs.sampler, pair.student)
-    cost = {"steps_done": 0, "response_tokens": 0, "loss_tokens": 0, "seconds": 0.0, "rollout_s": 0.0}
-    place, part, seen = 0, 0, []
-    while place < knobs.steps:
-        started, horizon = time.perf_counter(), arm.horizon(place, knobs, seen)
-        ids = data.batch(len(prompts), knobs.batch_size, cost["steps_done"], knobs.seed)
-        asked = [prompts[i] for i in ids for _ in range(knobs.rollouts_per_prompt)]
-        ro = sampler(pair.student, asked, horizon, pair.ends, knobs.temperature, pair.vocab_size, rng)
-        cost["rollout_s"] += pair.seconds_since(started)
-        mask = arm.mask and arm.mask(ro, size, chance, partial(token_values, pair, ro, knobs))
-        row, stats = train.update(pair, optimizer, ro, knobs, place, mask)
-        cost["seconds"] += pair.seconds_since(started)
-        if not math.isfinite(row["loss"] + row["grad_norm"]):
-            where = f"arm {name}, seed {knobs.seed}, step {cost['steps_done']}"
-            raise Stopped(1, f"{where} has loss {row['loss']}: use a lower --lr and another --csv")
-        cost["steps_done"] += 1
-        cost["response_tokens"] += int(ro.response_mask.sum())
-        cost["loss_tokens"] += len(stats["row"])
-        seen.append((horizon, stats["reverse_kl"][stats["position"] >= horizon // 2].mean().item()))
-        place = cost["steps_done"]
-        if knobs.minutes:  # learning rate and horizons follow the clock, so that each arm comes to its end
-            place = int(cost["seconds"] / 60 / knobs.minutes * knobs.steps)
-        bar.set_postfix({"arm": name, "seed": knobs.seed, "step": f"{place}/{knobs.steps}"})
-        before, part = part, place * knobs.curve_points // knobs.steps
-        if before < part < knobs.curve_points:
-            look_in(part / knobs.curve_points, cost)
-    return cost
+def run_once(setup: Setup, name: str, knobs: Knobs, bar: tqdm) -> tuple[dict, list[dict]]:
+    """Train an arm, or only score the student or the teacher: a row for the CSV, and those of the curve."""
+    model = setup.pair.teacher if name == "teacher" else setup.pair.student
+    run = {"arm": name, "seed": knobs.seed}
+    curve = []
 
+    def score_point(part: float, costs: dict) -> None:
+        records = setup.answers(model, knobs.eval_temperature, knobs)
+        row = run | {"part": part}
+        row |= {key: costs[key] for key in ("steps_done", "response_tokens", "seconds")}
+        row |= {"accuracy": score_answers(records)["accuracy"], "correct": correct_digits(records)}
+        curve.append(row)
 
-def run_once(pair: models.Pair, prompts: list, ask, name: str, knobs: Knobs, bar: tqdm) -> tuple[dict, list]:
-    """A row for the CSV, and the rows of its curve. Arms that mask have none: their ends are compared."""
-    model, cost, curve = pair.teacher if name == "teacher" else pair.student, {}, []
-
-    def look_in(part: float, cost: dict) -> None:
-        records = ask(model, knobs.eval_temperature, knobs.seed)
-        accuracy = {"accuracy": score(records)["accuracy"], "correct": marks(records)}
-        spent = {key: cost[key] for key in ("steps_done", "response_tokens", "seconds")}
-        curve.append({"arm": name, "seed": knobs.seed, "part": part} | spent | accuracy)
-
+    costs = dict.fromkeys(claims.COSTS, 0)
     if name in ARMS:
-        points = 1 if ARMS[name].mask else knobs.curve_points
-        cost = train_arm(pair, prompts, name, replace(knobs, curve_points=points), bar, look_in)
-    sampled, greedy = (ask(model, temperature, knobs.seed) for temperature in (knobs.eval_temperature, 0.0))
-    found = {key: score(sampled)[key] for key in ("accuracy", "last_box", "truncated", "mean_length")}
-    found |= {"greedy": score(greedy)["accuracy"], "n": len(sampled)}
-    found |= {"correct": marks(sampled), "correct_greedy": marks(greedy)}
-    return {"arm": name, "seed": knobs.seed} | {key: cost.get(key, 0) for key in claims.COSTS} | found, curve
+        costs = train_arm(setup, name, knobs, bar, score_point)
+    sampled = setup.answers(model, knobs.eval_temperature, knobs)
+    greedy = setup.answers(model, 0.0, knobs)
+    scores = score_answers(sampled)
+    row = run | costs
+    row |= {key: scores[key] for key in ("accuracy", "last_box", "truncated", "mean_length")}
+    row |= {"greedy": score_answers(greedy)["accuracy"], "n": len(sampled)}
+    row |= {"correct": correct_digits(sampled), "correct_greedy": correct_digits(greedy)}
+    return row, curve
 
 
 def compare(knobs: Knobs, path: Path) -> None:
-    """Make the runs that are missing, seed by seed, so that a part of them is a comparison too."""
-    shared, curves = settings_of(knobs), claims.curves_of(path)
+    """Make the missing runs, seed by seed, so that an unfinished comparison is one too. Raises BadInput."""
+    shared = settings_of(knobs)
+    curves = claims.curves_path(path)
     if curves.exists() and not path.exists():
-        raise BadInput(f"{curves} belongs to a {path} that is gone: remove it too, or name another --csv")
+        raise BadInput(f"{curves} belongs to {path}, which does not exist: remove it, or name another --csv")
     results = claims.read(path) if path.exists() else {}
     claims.check_settings(path, results, shared)
     names = (*claims.ENDS, *knobs.arms)
-    wanted = [(n, s) for s in range(knobs.seeds) for n in names if s not in results.get(n, {})]
+    wanted = [(name, s) for s in range(knobs.seeds) for name in names if s not in results.get(name, {})]
     for name in knobs.arms:
-        ARMS[name].horizon(0, knobs, [])  # raises BadInput where the settings make no schedule
+        ARMS[name].horizon(knobs, [])  # raises BadInput if the settings make no schedule
     if not wanted:
-        print(f"all of it is in {path} already")
+        print(f"all runs are in {path} already")
         return
-    make_folder(path.parent, "csv")
-    make_folder(Path(knobs.keep), "keep")
-    pair, prompts, _ = prepare.load(knobs, Path())
-    ask, start = examiner(pair, knobs), {n: p.detach().clone() for n, p in pair.masters.items()}
+    make_folder(path.parent, "--csv")
+    make_folder(Path(knobs.keep), "--keep")
+    setup = load(knobs)
+    start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
     with tqdm(total=len(wanted), unit="run", mininterval=0.5) as bar:
         for name, seed in wanted:
-            with torch.no_grad():
-                for weight, values in pair.masters.items():
-                    values.copy_(start[weight])
-            pair.publish()
-            row, curve = run_once(pair, prompts, ask, name, replace(knobs, seed=seed), bar)
-            if curve:  # first: a stop in between leaves a curve without a run, and that one is ignored
-                report.append_csv(curves, curve)
-            report.append_csv(path, [row | shared])
+            for key, weight in setup.pair.masters.items():
+                weight.data.copy_(start[key])
+            setup.pair.copy_masters_to_weights()
+            row, curve = run_once(setup, name, replace(knobs, seed=seed), bar)
+            if curve:  # first: a curve without its run, which a stop in between leaves, is ignored
+                run_folder.append_csv(curves, curve)
+            run_folder.append_csv(path, [row | shared])
             if knobs.keep and name in ARMS:
-                keep(pair, Path(knobs.keep, f"{name}-{seed}"))
-            told = f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s"
-            bar.write(told, file=sys.stdout)
+                keep(setup.pair, Path(knobs.keep, f"{name}-{seed}"))
+            line = f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s"
+            bar.write(line, file=sys.stdout)
             bar.update()
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Before the first run, not after it. Raises BadInput."""
+    """Create a folder before the first run needs it. Raises BadInput."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"cannot make the folder {path} ({error}): name another one with --{flag}") from error
+        raise BadInput(f"cannot create folder {path} ({error}): name another one with {flag}") from error
 
 
-def keep(pair: models.Pair, folder: Path) -> None:
-    """After the run's row is written: that one is not lost with the student. Raises Stopped."""
+def keep(pair: train.Pair, folder: Path) -> None:
+    """Save the student, after the row of its run has been written. Raises Stopped."""
     try:
-        pair.save_student(folder)
+        train.save_student(pair, folder)
     except (OSError, SafetensorError) as error:
-        what = f"cannot keep the student in {folder} ({error}), the run's row is written"
-        raise Stopped(1, f"{what}: make room, or name another --keep") from error
+        what = f"cannot save the student in {folder} ({error}), the run's row is written"
+        raise Stopped(1, f"{what}: free some space, or name another --keep") from error
 
 
 def main() -> None:
-    knobs, path = choose(parse(Knobs, __doc__, None))
+    knobs, path = choose(parse(Knobs, __doc__))
     if not knobs.report:
         compare(knobs, path)
-    results, curves = claims.read(path), claims.read_curves(path)
+    results = claims.read(path)
+    curves = claims.read_curves(path)
     closing = knobs.preset == "toy" and knobs.world == "closing"
-    print(claims.tell(results, curves, knobs.arms, knobs.seeds, closing))
+    print(claims.format_results(results, curves, knobs.arms, knobs.seeds, closing))
     for figure in figures.draw(path, results, curves, knobs.arms, knobs.seeds):
         print(f"figure: {figure}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

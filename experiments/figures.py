@@ -1,91 +1,113 @@
-"""The figures of a comparison, from its CSV files alone: python experiments/figures.py results/compare.csv
+"""The figures of compare.py and probe.py, from their CSV files alone, and the probes' readings.
 
-compare.png            accuracy against tokens sampled and against seconds of training
-compare_selection.png  accuracy with the same number of tokens, chosen in other ways
-What is missing is said in the figure.
+results/compare.png            accuracy against tokens sampled and against seconds of training
+results/compare_selection.png  accuracy with the same number of tokens, chosen in different ways
+results/probe_NAME.png         the curves of a probe, and its reading: the result in one sentence
+
+A figure names the rows that its file lacks.
 """
 
-import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from typing import NamedTuple
 
 import claims
-from arms import ARMS, SELECTION
-from claims import Results
+import matplotlib
+from arms import SELECTION
+from claims import Curves, Results
 
-import report
-from cli import BadInput, run
+from support.cli import BadInput
+from support.run_folder import atomic_rename, read_csv
 
-# Colours that colour-blind readers tell apart (Okabe and Ito); markers and lines differ too.
-LINES = {
-    "full": ("#000000", "o", "-"),
-    "popd": ("#0072b2", "s", "--"),
-    "topd-0.25": ("#56b4e9", "v", "-."),
-    "topd-0.1": ("#d55e00", "^", "-"),
-    "esr": ("#e69f00", "D", "--"),
-    "adaptive": ("#009e73", "P", "-."),
-    "topd-0.1-weight": ("#cc79a7", "X", ":"),
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+
+# The colours of Okabe and Ito, which colour-blind readers can distinguish; markers and lines differ too.
+BLACK, BLUE, LIGHT_BLUE, VERMILION = "#000000", "#0072b2", "#56b4e9", "#d55e00"
+ORANGE, GREEN, PURPLE, YELLOW, GREY = "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#666666"
+
+
+def save(figure, path: Path) -> Path:
+    part = path.with_suffix(".part")
+    figure.savefig(part, dpi=110, format="png")
+    plt.close(figure)
+    atomic_rename(part, path)
+    return path
+
+
+# The comparison.
+
+ARM_STYLES = {  # colour, marker, line
+    "full": (BLACK, "o", "-"),
+    "popd": (BLUE, "s", "--"),
+    "topd-0.25": (LIGHT_BLUE, "v", "-."),
+    "topd-0.1": (VERMILION, "^", "-"),
+    "esr": (ORANGE, "D", "--"),
+    "adaptive": (GREEN, "P", "-."),
+    "topd-0.1-weight": (PURPLE, "X", ":"),
+    "first": ("#999999", "<", "none"),  # masks on full rollouts have no curves
+    "window": ("#999999", "*", "none"),
+    "last": ("#999999", ">", "none"),
 }
-POINTS = {"first": "<", "window": "*", "last": ">"}  # controls on full rollouts: their ends alone
-DOTTED = {"student": ("student before", "#999999"), "teacher": ("teacher", "#555555")}
+END_STYLES = {"student": ("student before", "#999999", 1), "teacher": ("teacher", "#555555", 2)}
 
 
-def line_of(results: Results, curves: Results, arm: str, column: str) -> tuple[list[float], list[float]]:
-    """Means over the seeds of `column` and accuracy along the run, where every seed has been scored."""
-    rows, of_arm = results[arm], curves.get(arm, {})
-    parts = sorted({part for _, part in of_arm if all((seed, part) in of_arm for seed in rows)})
-    points = [[of_arm[seed, part] for seed in rows] for part in parts] + [list(rows.values())]
-    return tuple([sum(float(row[c]) for row in p) / len(p) for p in points] for c in (column, "accuracy"))
+def accuracy_and_se(results: Results, arm: str) -> tuple[float, float]:
+    return claims.mean_and_se(claims.correct(list(results[arm].values())))
 
 
-def end_lines(axis, results: Results, vertical: bool = False) -> None:
-    for name, (label, colour) in DOTTED.items():
+def curve_of_arm(results: Results, curves: Curves, arm: str, column: str) -> tuple[list[float], list[float]]:
+    """Means over the seeds of `column` and of the accuracy, at each curve point that all seeds have."""
+    points = claims.points_of(results, curves, arm, list(results[arm])).values()
+    return tuple([claims.mean_of(rows, name) for rows in points] for name in (column, "accuracy"))
+
+
+def draw_ends(draw_line: Callable, results: Results) -> None:
+    """The student before training and the teacher as lines, by `axhline` or `axvline`."""
+    for name, (label, colour, width) in END_STYLES.items():
         if name in results:
-            level = claims.two_way(claims.right(list(results[name].values())))[0]
-            draw_line = axis.axvline if vertical else axis.axhline
-            draw_line(
-                level, color=colour, linestyle=":", label=label, linewidth=2 if name == "teacher" else 1
-            )
+            accuracy, _ = accuracy_and_se(results, name)
+            draw_line(accuracy, color=colour, linestyle=":", label=label, linewidth=width)
 
 
-def draw_compare(axes, results: Results, curves: Results) -> None:
-    top = max(float(row["accuracy"]) for rows in results.values() for row in rows.values())
-    labels = (("response_tokens", "tokens sampled in training"), ("seconds", "seconds of training"))
-    for axis, (column, label) in zip(axes, labels):
-        end_lines(axis, results)
-        names = [name for name in (*LINES, *POINTS) if name in results]
-        lines = {name: line_of(results, curves, name, column) for name in names}
-        for name, (x, y) in lines.items():
-            colour, marker, style = LINES.get(name, ("#999999", POINTS.get(name), "none"))
-            axis.plot(x, y, color=colour, marker=marker, linestyle=style, markersize=4, linewidth=1.3)
-            se = claims.two_way(claims.right(list(results[name].values())))[1]
-            axis.errorbar(x[-1], y[-1], yerr=se, color=colour, marker=marker, markersize=8, capsize=3)
-            what = f"{name} (mask on full rollouts)" if name in POINTS else name
-            axis.plot([], [], color=colour, marker=marker, linestyle=style, label=what)
-        every = [x for line in lines.values() for x in line[0]]
-        if max(every) > 10 * min(every):
-            axis.set_xscale("log")
-        else:
-            axis.set_xlim(0, 1.05 * max(every))
-        axis.set(xlabel=label, ylim=(0, 1.03 if top > 0.6 else 1.3 * top))
-        axis.xaxis.set_major_formatter("{x:,.9g}")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy, sampled")
+def draw_curves(axis, results: Results, curves: Curves, column: str, label: str) -> None:
+    """Accuracy against a cost."""
+    draw_ends(axis.axhline, results)
+    costs = []
+    for name in ARM_STYLES:
+        if name not in results:
+            continue
+        x, y = curve_of_arm(results, curves, name, column)
+        colour, marker, style = ARM_STYLES[name]
+        look = {"color": colour, "marker": marker, "linestyle": style}
+        axis.plot(x, y, **look, markersize=4, linewidth=1.3)
+        _, se = accuracy_and_se(results, name)
+        axis.errorbar(x[-1], y[-1], yerr=se, color=colour, marker=marker, markersize=8, capsize=3)
+        axis.plot([], [], **look, label=f"{name} (mask on full rollouts)" if style == "none" else name)
+        costs += x
+    if max(costs) > 10 * min(costs):
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter("")
+    else:
+        axis.set_xlim(0, 1.05 * max(costs))
+    top = max(float(row["accuracy"]) for of_arm in results.values() for row in of_arm.values())
+    axis.set(xlabel=label, ylim=(0, 1.03 if top > 0.6 else 1.3 * top))
+    axis.xaxis.set_major_formatter("{x:,.9g}")
+    axis.grid(alpha=0.3)
 
 
 def draw_selection(axis, results: Results) -> None:
+    """The accuracy of each way to choose the tokens with a loss."""
     names = [name for name in ("full", *SELECTION) if name in results]
     for place, name in enumerate(names):
-        mean, se = claims.two_way(claims.right(list(results[name].values())))
-        colour, marker = ("#000000", "o") if name == "full" else ("#0072b2", "s")
-        axis.errorbar(mean, place, xerr=se, color=colour, marker=marker, markersize=8, capsize=4)
+        accuracy, se = accuracy_and_se(results, name)
+        colour, marker = (BLACK, "o") if name == "full" else (BLUE, "s")
+        axis.errorbar(accuracy, place, xerr=se, color=colour, marker=marker, markersize=8, capsize=4)
         where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of the dotted lines
-        axis.annotate(f"{mean:.0%}", (mean, place), bbox=clear, **where)
-    end_lines(axis, results, vertical=True)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # covers the dotted lines
+        axis.annotate(f"{accuracy:.0%}", (accuracy, place), bbox=box, **where)
+    draw_ends(axis.axvline, results)
     axis.set_yticks(range(len(names)), ["all tokens" if name == "full" else name for name in names])
     axis.set(xlim=(0, 1.03), xlabel="held-out accuracy, sampled; a tenth of the tokens has a loss")
     axis.invert_yaxis()
@@ -93,54 +115,277 @@ def draw_selection(axis, results: Results) -> None:
     axis.grid(alpha=0.3)
 
 
-def finish(figure, handles: tuple, columns: int, lacking: list[str], path: Path) -> Path:
+def finish(figure, axis, columns: int, lacking: list[str], path: Path) -> Path:
+    """Add the legend and what is missing, and save."""
+    handles = axis.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
     if lacking:
         text = textwrap.fill(f"missing: {'; '.join(lacking)}", 110)
-        figure.suptitle(text, fontsize=8, color="#d55e00")
-    part = path.with_suffix(".part")
-    figure.savefig(part, dpi=110, format="png")
-    report.settle(part, path)
-    return path
+        figure.suptitle(text, fontsize=8, color=VERMILION)
+    return save(figure, path)
 
 
-def draw(path: Path, results: Results, curves: Results, arms: tuple[str, ...], seeds: int) -> list[Path]:
-    """The figures that the rows allow, beside the CSV file. Raises BadInput if they allow none."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    import matplotlib.pyplot as plt
-
+def draw(path: Path, results: Results, curves: Curves, arms: tuple[str, ...], seeds: int) -> list[Path]:
+    """The figures that the rows allow, next to the CSV file. Raises BadInput if they allow none."""
     drawn = []
-    if any(name in results for name in (*LINES, *POINTS)):
+    if any(name in results for name in ARM_STYLES):
         figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
-        draw_compare(axes, results, curves)
-        lacking = claims.missing(results, [arm for arm in arms if arm in (*LINES, *POINTS)], seeds)
-        handles = axes[0].get_legend_handles_labels()
-        drawn.append(finish(figure, handles, 4, lacking, path.with_suffix(".png")))
+        draw_curves(axes[0], results, curves, "response_tokens", "tokens sampled in training")
+        draw_curves(axes[1], results, curves, "seconds", "seconds of training")
+        axes[0].set_ylabel("held-out accuracy, sampled")
+        lacking = claims.missing(results, tuple(arm for arm in arms if arm in ARM_STYLES), seeds)
+        drawn.append(finish(figure, axes[0], 4, lacking, path.with_suffix(".png")))
     if sum(name in results for name in SELECTION) > 1:
         figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
         draw_selection(axis, results)
         lacking = claims.missing(results, ("full", *SELECTION), seeds)
-        handles = axis.get_legend_handles_labels()
-        drawn.append(finish(figure, handles, 2, lacking, path.with_name(f"{path.stem}_selection.png")))
-    plt.close("all")
+        drawn.append(finish(figure, axis, 2, lacking, path.with_name(f"{path.stem}_selection.png")))
     if not drawn:
         raise BadInput(f"{path} holds no run of an arm that is drawn: run the comparison first")
     return drawn
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        raise BadInput(f"{len(sys.argv) - 1} arguments where one is needed: python figures.py CSV")
-    path = Path(sys.argv[1])
-    results = claims.read(path)
-    seeds = 1 + max(seed for rows in results.values() for seed in rows)
-    for figure in draw(
-        path, results, claims.read_curves(path), tuple(a for a in ARMS if a in results), seeds
-    ):
-        print(figure)
+# The probes. A row has a curve, its place `at` on the x axis, a value with its interval, and n.
+
+VALUES = ("value", "low", "high", "n")
+SIGNED = ("difference", "at N", "fixed, change", "own, change")
+FORMATS = dict.fromkeys(SIGNED, "+.1%") | {"horizon": ".0f", "mean": ".4f"}  # in readings; others: ".1%"
+CURVE_STYLES = {  # colour, marker, line
+    "own prefix": (BLUE, "s", "--"),
+    "student's prefix": (VERMILION, "o", "-"),
+    "trained, then base": (BLUE, "o", "-"),
+    "base, then trained": (VERMILION, "s", "--"),
+    "trained alone": (GREEN, "", ":"),
+    "base alone": (GREY, "", "-."),
+    "before": (VERMILION, "", "--"),
+    "after": (BLUE, "", "-"),
+    "cumulative": (BLUE, "", "-"),
+    "by position": (BLUE, "", "-"),
+}
+RANKS = {  # colour, hatch, label
+    "1": (BLUE, "", "first choice"),
+    "2-5": (VERMILION, "//", "ranks 2-5"),
+    "outside": (GREY, "..", "lower"),
+}
 
 
-if __name__ == "__main__":
-    run(main)
+def read_probe(path: Path) -> list[dict]:
+    """The rows of a probe, values as numbers. Raises BadInput if they do not all have the same settings."""
+    problem = ""
+    try:
+        rows = [row | {name: float(row[name]) for name in VALUES} for row in read_csv(path)]
+        names = sorted(rows[0].keys() - {"curve", "at", *VALUES})
+        settings = {tuple(row[name] for name in names) for row in rows}
+        if rows[0]["probe"] not in PROBE_FIGURES:
+            problem = f"of an unknown probe {rows[0]['probe']!r}"
+        elif len(settings) > 1:
+            problem = f"of {len(settings)} different settings"
+    except FileNotFoundError:
+        raise BadInput(f"there is no {path}: name a CSV file that probe.py wrote")
+    except (IndexError, KeyError, TypeError, ValueError):
+        problem = "that are not results of a probe"
+    if problem:
+        raise BadInput(f"{path} has rows {problem}: name a CSV file that one run of probe.py wrote")
+    return rows
+
+
+def curve_of(rows: list[dict], curve: str) -> list[dict]:
+    return [row for row in rows if row["curve"] == curve]
+
+
+def missing_points(rows: list[dict]) -> list[str]:
+    """What a finished probe would have written and this one has not."""
+    probe = rows[0]["probe"]
+    expected = [*RANKS, "nats"] if probe == "submode" else rows[0].get("prefixes", "").split()
+    found = []
+    for curve in PROBE_FIGURES[probe].curves:
+        present = {row["at"] for row in curve_of(rows, curve)}
+        lacking = [at for at in expected if at not in present]
+        if not present:
+            found.append(curve)
+        elif lacking and not curve.endswith(("alone", "at N")):  # those have one point
+            found.append(f"{curve} at {', '.join(lacking)}")
+    return found
+
+
+def reading(rows: list[dict]) -> str:
+    """What the probe found, in a sentence, 95 % intervals in brackets."""
+    about = PROBE_FIGURES[rows[0]["probe"]]
+    of_point = curve_of(rows, about.point)
+    shown = {"at": of_point[-1]["at"] if of_point else ""}
+    if about.point == "horizon" and of_point:
+        shown["at"] = f"{float(shown['at']):.0%}"
+    for row in rows:  # of several points of a curve, the one at the same place
+        curve = row["curve"]
+        if curve not in shown or row["at"] == shown["at"]:
+            value, low, high = (format(row[name], FORMATS.get(curve, ".1%")) for name in VALUES[:3])
+            shown[curve] = f"{value} [{low} to {high}]"
+    try:
+        return about.reading.format_map(shown)
+    except KeyError as error:
+        return f"no reading without {error}"
+
+
+def draw_line(axis, rows: list[dict], label: str, style: str) -> None:
+    """A curve with its band, if it has rows."""
+    if not rows:
+        return
+    colour, marker, dashes = CURVE_STYLES[style]
+    at = [float(row["at"]) for row in rows]
+    axis.plot(at, [row["value"] for row in rows], dashes, color=colour, marker=marker, label=label)
+    low, high = ([row[end] for row in rows] for end in ("low", "high"))
+    axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def draw_prefixes(axes, rows: list[dict]) -> None:
+    """decay and swap: accuracy by the length of the prefix."""
+    last = max((float(row["at"]) for row in rows if "alone" not in row["curve"]), default=1.0)
+    for curve in CURVE_STYLES:
+        found = curve_of(rows, curve)
+        if curve.endswith("alone"):  # as wide as the figure
+            found = [row | {"at": at} for row in found for at in (0, last)]
+        draw_line(axes[0], found, curve, curve)
+    axes[0].set(xlabel="k, tokens in the prefix", ylabel="accuracy of the whole answers", ylim=(-0.02, 1.02))
+
+
+def pooled(rows: list[dict], points: int = 128) -> list[dict]:
+    """Neighbouring positions in groups, so that there are at most `points`: means over the tokens of each.
+
+    The error of a group is the mean of its positions' errors, which is exact if the tokens of an answer vary
+    together.
+    """
+    size = max(1, -(-len(rows) // points))
+    groups = []
+    for start in range(0, len(rows), size):
+        group = rows[start : start + size]
+        n = sum(row["n"] for row in group)
+        means = {name: sum(row[name] * row["n"] for row in group) / n for name in ("value", "low", "high")}
+        groups.append(group[0] | means | {"at": sum(float(row["at"]) for row in group) / len(group)})
+    return groups
+
+
+def draw_positions(axis, rows: list[dict], label: str, style: str) -> None:
+    """Reverse KL by position, +- one standard error, as far as a tenth of the answers is that long."""
+    found = pooled([row for row in rows if row["n"] >= 0.1 * rows[0]["n"]])
+    draw_line(axis, [row | {"low": max(row["low"], 1e-6)} for row in found], label, style)
+    axis.set(xlabel="position in the answer", yscale="log")
+
+
+def draw_cascade(axes, rows: list[dict]) -> None:
+    for axis, kind in zip(axes, ("fixed", "own")):
+        for who in ("before", "after"):
+            draw_positions(axis, curve_of(rows, f"{kind}, {who}"), f"{who} training", who)
+        for row in curve_of(rows, f"{kind}, change"):
+            look = {"color": YELLOW, "alpha": 0.3, "linewidth": 0}
+            axis.axvspan(0, float(row["at"]), label="trained positions", **look)
+        axis.set(title=f"{kind} rollouts")
+    axes[0].set_ylabel("reverse KL, nats")
+
+
+def draw_heldout(axes, rows: list[dict]) -> None:
+    draw_positions(axes[0], curve_of(rows, "by position"), "by position", "by position")
+    for row in curve_of(rows, "mean"):
+        axes[0].axhspan(row["low"], row["high"], color=VERMILION, alpha=0.3, linewidth=0)
+        axes[0].axhline(row["value"], color=VERMILION, linestyle="--", label="mean of the prompts")
+    axes[0].set_ylabel("reverse KL, nats")
+
+
+def draw_submode(axes, rows: list[dict]) -> None:
+    """The fractions of the ranks, a bar each, for both students and both sets of tokens."""
+    curves = list(dict.fromkeys(row["curve"] for row in rows))
+    for shift, (rank, (colour, hatch, label)) in zip((-0.25, 0, 0.25), RANKS.items()):
+        found = [(i, row) for i, c in enumerate(curves) for row in curve_of(rows, c) if row["at"] == rank]
+        places = [i + shift for i, _ in found]
+        heights = [row["value"] for _, row in found]
+        errors = [[abs(row["value"] - row[end]) for _, row in found] for end in ("low", "high")]
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "capsize": 3}
+        axes[0].bar(places, heights, 0.25, yerr=errors, label=label, **look)
+    nats = {row["curve"]: f"\n{row['value']:.2g} nats" for row in rows if row["at"] == "nats"}
+    axes[0].set_xticks(range(len(curves)), [c.replace(", ", "\n") + nats.get(c, "") for c in curves])
+    axes[0].set(ylabel="fraction of the student's choices", ylim=(0, 1.2))
+    axes[0].legend(title="the teacher's rank of the choice", fontsize=9, ncols=3, loc="upper center")
+
+
+def draw_profile(axes, rows: list[dict]) -> None:
+    """The cumulative fraction of the reverse KL, and where it reaches --share."""
+    draw_line(axes[0], curve_of(rows, "cumulative"), "cumulative", "cumulative")
+    for row in curve_of(rows, "horizon"):
+        axes[0].axhline(float(row["at"]), color=GREY, linestyle=":")
+        axes[0].axvspan(row["low"], row["high"], color=VERMILION, alpha=0.3, linewidth=0)
+        label = f"{float(row['at']):.0%} of the reverse KL"
+        axes[0].axvline(row["value"], color=VERMILION, linestyle="--", label=label)
+    axes[0].set(xlabel="tokens from the start", xscale="log")
+    axes[0].set(ylabel="fraction of the reverse KL", ylim=(0, 1.02))
+
+
+class ProbeFigure(NamedTuple):
+    draw: Callable  # (axes, rows)
+    curves: tuple[str, ...]  # those that a finished probe has written
+    point: str  # the curve whose last row, at {at}, the reading is about
+    reading: str  # {curve}: its value and interval
+
+
+PROBE_FIGURES = {
+    "decay": ProbeFigure(
+        draw_prefixes,
+        ("student's prefix", "own prefix", "difference"),
+        point="difference",
+        reading="the teacher's accuracy is {student's prefix} when it continues {at} tokens by the student, "
+        "and {own prefix} when it continues as many of its own: difference {difference}",
+    ),
+    "cascade": ProbeFigure(
+        draw_cascade,
+        ("fixed, before", "fixed, after", "fixed, change", "own, before", "own, after", "own, change"),
+        point="fixed, change",
+        reading="beyond the {at} trained tokens the reverse KL per token changes by {fixed, change} on the "
+        "same fixed rollouts, and by {own, change} on each student's own rollouts",
+    ),
+    "swap": ProbeFigure(
+        draw_prefixes,
+        ("trained, then base", "base, then trained", "trained alone", "base alone", "difference", "at N"),
+        point="at N",
+        reading="accuracy is {trained, then base} if the trained student writes the first {at} tokens and "
+        "the base student the rest, and {base, then trained} the other way round: difference {at N}; the "
+        "trained student alone {trained alone}, the base student alone {base alone}",
+    ),
+    "submode": ProbeFigure(
+        draw_submode,
+        ("before, highest tenth", "before, all tokens", "after, highest tenth", "after, all tokens"),
+        point="after, highest tenth",
+        reading="on the tenth of the tokens with the highest reverse KL, the student's most likely token is "
+        "the teacher's too in {after, highest tenth} of cases after training and {before, highest tenth} "
+        "before; on all tokens in {after, all tokens} and {before, all tokens}",
+    ),
+    "profile": ProbeFigure(
+        draw_profile,
+        ("horizon", "cumulative"),
+        point="horizon",
+        reading="before training, the first {horizon} tokens hold {at} of the reverse KL",
+    ),
+    "heldout": ProbeFigure(
+        draw_heldout,
+        ("by position", "mean"),
+        point="mean",
+        reading="the student's reverse KL on the first {at} tokens of its answers to held-out prompts is "
+        "{mean} nats per token",
+    ),
+}
+
+
+def draw_probe(path: Path) -> str:
+    """Draw the figure next to the CSV file `path`; returns the reading. Raises BadInput."""
+    rows = read_probe(path)
+    name = rows[0]["probe"]
+    about = PROBE_FIGURES[name]
+    lacking = missing_points(rows)
+    text = f"{name}: {reading(rows)}" + (f" (missing: {'; '.join(lacking)})" if lacking else "")
+    shape = {"figsize": (8, 4.4), "layout": "constrained", "squeeze": False, "sharey": True}
+    figure, axes = plt.subplots(1, 2 if name == "cascade" else 1, **shape)
+    about.draw(axes[0], rows)
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+        if axis.get_legend() is None and axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=9)
+    figure.suptitle(textwrap.fill(text, 100), fontsize=10)
+    save(figure, path.with_suffix(".png"))
+    return text

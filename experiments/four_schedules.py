@@ -1,46 +1,61 @@
-"""The four schedules on the toy world, one run each: python experiments/four_schedules.py
+"""The four schedules on the toy world, one run of train.py each.
 
-Writes results/toy.csv, a row a run, and TOPD's curve, results/toy_topd.png. One seed, so no claim about which
-is best: it shows that all four work, and what they cost.
+    python experiments/four_schedules.py
+
+Writes results/toy.csv, one row per run, and TOPD's curve, results/toy_topd.png, when all runs have finished.
+One seed says nothing about which schedule is best: this shows that all four work, and what they cost.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import report
+from support.cli import knob, parse, run_main
+from support.run_folder import append_csv, atomic_rename, read_csv
 
-PHASES = ("rollout_s", "score_s", "update_s")
-RUNS = ["--schedule full", "--schedule popd", "--schedule topd --horizon 0.1", "--schedule esr --horizon 20"]
-RUNS += ["--schedule full --world closing", "--schedule topd --world closing"]  # the counter-example
+TOPD = "--schedule topd --horizon 0.1"
+RUNS = ["--schedule full", "--schedule popd", TOPD, "--schedule esr --horizon 20"]
+RUNS += ["--schedule full --world closing", "--schedule topd --world closing"]  # where truncation fails
+
+
+@dataclass(frozen=True)
+class Knobs:
+    out: str = knob(str(ROOT / "results"), "folder for toy.csv and toy_topd.png")
+
+
+def train_row(flags: str, out: Path) -> dict:
+    """Train with these flags in the run folder `out`: the row of the table."""
+    command = [sys.executable, ROOT / "train.py", "--preset", "toy", *flags.split(), "--out", out]
+    subprocess.run(command, check=True)
+    summary = json.loads((out / "summary.json").read_text())
+    row = {"flags": flags}
+    for name in ("before", "after", "teacher"):
+        row |= {name: summary[name]["accuracy"], f"{name}_se": summary[name]["se"]}
+    row |= {"n": summary["after"]["n"], "response_tokens": summary["response_tokens"]}
+    metrics = read_csv(out / "metrics.csv")
+    seconds = sum(float(step[name]) for step in metrics for name in ("rollout_s", "score_s", "update_s"))
+    config = json.loads((out / "config.json").read_text())
+    return row | {"seconds": seconds, "hardware": config["environment"]["hardware"]}
 
 
 def main() -> None:
-    table = ROOT / "results" / "toy.csv"
-    table.parent.mkdir(exist_ok=True)
-    table.unlink(missing_ok=True)
-    for flags in RUNS:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
-            command = [sys.executable, ROOT / "train.py", "--preset", "toy", *flags.split(), "--out", out]
-            subprocess.run(command, check=True)
-            summary = json.loads((out / "summary.json").read_text())
-            row = {"flags": flags}
-            for name in ("before", "after", "teacher"):
-                row |= {name: summary[name]["accuracy"], f"{name}_se": summary[name]["se"]}
-            row |= {"n": summary["after"]["n"], "response_tokens": summary["response_tokens"]}
-            row |= {"seconds": sum(float(r[c]) for r in report.read_csv(out / "metrics.csv") for c in PHASES)}
-            row["hardware"] = json.loads((out / "config.json").read_text())["environment"]["hardware"]
-            report.append_csv(table, [row])
-            if flags == "--schedule topd --horizon 0.1":
-                shutil.copy(out / "curve.png", table.with_name("toy_topd.png"))
+    knobs = Knobs(**parse(Knobs, __doc__))
+    results = Path(knobs.out)
+    results.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=results) as folder:
+        table = Path(folder, "toy.csv")
+        for number, flags in enumerate(RUNS):
+            append_csv(table, [train_row(flags, Path(folder, str(number)))])
+        curve = Path(folder, str(RUNS.index(TOPD)), "curve.png")
+        atomic_rename(table, results / "toy.csv")
+        atomic_rename(curve, results / "toy_topd.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -56,8 +56,7 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
     else:
         named = given.keys() & {"student", "teacher", "data", "eval_data"}
         preset = given.get("preset") or ("qwen" if named or torch.cuda.is_available() else "toy")
-        other = "toy" if preset == "qwen" else "qwen"
-        print(f"preset {preset}; for the other one: --preset {other}", flush=True)
+        print(f"preset {preset}", flush=True)
         of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
         low_memory = LOW_MEMORY if given.get("low_memory") else {}
         knobs = knobs_class(**(low_memory | of_preset | given | {"preset": preset}))

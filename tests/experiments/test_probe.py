@@ -1,35 +1,33 @@
-"""The probes, on models whose text, law and gap are known beforehand."""
+"""The probes, on models whose text, distribution and reverse KL are known."""
 
 import sys
 from pathlib import Path
 
+import figures
 import probe
-import probe_figures
 import probe_setup
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import END, V, pair_of, tiny
 
-import cli
-import data
-import report
 import train
-from grading import Grader
-from profile_horizon import horizon_of_profile, in_batches, measure
+from eval_math import extract, has_box
+from extras.profile_horizon import in_batches
+from support import data
+from support.cli import BadInput, run_main
+from support.grading import Grader
+from support.run_folder import append_csv, read_csv
 
 ROOT = Path(train.__file__).parent
-START, RIGHT, WRONG = (
-    5,
-    [10, 11, 12, 13, 14],
-    [20, 21, 22, 23, 24],
-)  # two ways to answer, five words and an end
+START = 5
+RIGHT, WRONG = [10, 11, 12, 13, 14], [20, 21, 22, 23, 24]  # two ways to answer, of five words and an end
 WORDS = {RIGHT[-1]: r"\boxed{7}", WRONG[-1]: r"\boxed{8}"}
 PROMPTS = [[8, 9, START], [9, START], [START]]
 
 
 class Words:
-    """A tokenizer as far as grading needs one."""
+    """A tokenizer with what grading needs."""
 
     chat_template = "any"
 
@@ -64,7 +62,7 @@ def wrong_student_right_teacher():
     pairs = [pair_of(chain(way[0]), chain(RIGHT[0])) for way in (WRONG, RIGHT)]
     for pair in pairs:
         object.__setattr__(pair, "tokenizer", Words())
-    with Grader(1) as grader:
+    with Grader(extract, has_box, workers=1) as grader:
         problems = [data.Problem(f"q{i}", "7") for i in range(3)]
         yield probe.Setup(*pairs, problems, PROMPTS, grader)
 
@@ -118,12 +116,12 @@ def test_scored_is_the_trainers_kl_and_ranks_by_sorting(tiny_setup):
     tokens, done = probe.scored(pair, found, knobs), 0
     for ro in found:
         with torch.no_grad():
-            stats = train.score(pair, ro, train.Knobs(temperature=0.7, micro_batch=40))[1]
-        ours = {
+            stats = train.score(pair, ro, temperature=0.7, micro_batch=40)[1]
+        expected = {
             (r, p): kl for r, p, kl in zip(*(tokens[n].tolist() for n in ("row", "position", "reverse_kl")))
         }
         for row, position, kl in zip(*(stats[n].tolist() for n in ("row", "position", "reverse_kl"))):
-            assert ours[row + done, position] == pytest.approx(kl, abs=1e-5)
+            assert expected[row + done, position] == pytest.approx(kl, abs=1e-5)
         done += len(ro.prompts)
     assert len(tokens["row"]) == sum(int(ro.response_mask.sum()) for ro in found)
     ro = found[0]
@@ -154,11 +152,11 @@ def test_cascade_means_are_those_of_the_tokens(tiny_setup):
         for ro in own["before" if kind == "fixed" else who]:
             for prompt, tokens, mask in zip(ro.prompts, ro.tokens, ro.response_mask):
                 text = torch.tensor([prompt + tokens[mask].tolist()])
-                laws = [
+                logp = [
                     m(input_ids=text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
                     for m in (pairs[who].student, pairs[who].teacher)
                 ]
-                kl = F.kl_div(laws[1], laws[0], log_target=True, reduction="none").sum(-1).tolist()
+                kl = F.kl_div(logp[1], logp[0], log_target=True, reduction="none").sum(-1).tolist()
                 for position, nats in enumerate(kl):
                     at.setdefault(position, []).append(nats)
                     beyond += [nats] if position >= 3 else []
@@ -175,6 +173,31 @@ def test_cascade_means_are_those_of_the_tokens(tiny_setup):
     assert change["low"] <= change["value"] <= change["high"]
 
 
+def test_heldout_is_the_mean_over_the_prompts_of_their_means(tiny_setup):
+    """Each problem counts once, however long its answers are."""
+    knobs = knobs_of(probe.HeldoutKnobs, samples=2)
+    rows = list(probe.heldout(tiny_setup, knobs))
+    pair = tiny_setup.before
+    texts = [prompt for prompt in tiny_setup.prompts for _ in range(2)]
+    rollouts = probe.sampled(tiny_setup, pair.student, texts, 9, knobs, "heldout")
+    tokens = probe.scored(pair, rollouts, knobs)
+    means = [tokens["reverse_kl"][tokens["row"] // 2 == i].mean() for i in range(3)]
+    assert rows[-1]["curve"] == "mean" and rows[-1]["n"] == 3
+    assert rows[-1]["value"] == pytest.approx(sum(means).item() / 3, rel=1e-4)
+    assert rows[-1]["low"] <= rows[-1]["value"] <= rows[-1]["high"]
+
+
+def test_heldout_measures_the_trained_student_if_there_is_one(world):
+    names = {"student": str(world / "student"), "teacher": str(world / "teacher"), "data": str(world)}
+    given = names | {"trained": str(world / "teacher"), "problems": 2, "dtype": "float32"}
+    knobs = probe_setup.complete(probe.HeldoutKnobs, given)
+    assert (knobs.world, knobs.max_new_tokens) == ("", 50)
+    setup = probe_setup.load(knobs, None)
+    assert setup.before.student.num_parameters() == setup.before.teacher.num_parameters()
+    rows = list(probe.heldout(setup, knobs))
+    assert all(abs(row["value"]) < 1e-5 for row in rows)  # teacher = student
+
+
 def test_teacher_equal_to_student_has_no_gap():
     """Reverse KL 0 at each position, every choice the teacher's first; and no horizon in such a profile."""
     pair = pair_of(tiny(), tiny())
@@ -183,41 +206,13 @@ def test_teacher_equal_to_student_has_no_gap():
     assert all(abs(row["value"]) < 1e-5 for row in rows if "change" not in row["curve"])
     found = values(probe.submode(setup, knobs_of(probe.TrainedKnobs, horizon=3)))
     assert found["after, all tokens", "1"] == 1 and found["after, highest tenth", "outside"] == 0
-    with pytest.raises(cli.BadInput, match="none is beyond"):
+    with pytest.raises(BadInput, match="none is beyond"):
         list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, schedule="full")))
-    with pytest.raises(cli.BadInput, match="another teacher"):
+    with pytest.raises(BadInput, match="another teacher"):
         list(probe.profile(setup, knobs_of(probe.ProfileKnobs)))
 
 
-@pytest.mark.parametrize(
-    "kl, position, share, horizon",
-    [
-        ([0, 0, 0, 5, 0, 0], [0, 1, 2, 3, 4, 5], 0.45, 4),  # all of it at position 3
-        ([1] * 100, list(range(100)), 0.45, 45),  # uniform
-        ([1] * 100, list(range(99, -1, -1)), 0.45, 45),  # tokens come in no order
-        ([1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 2], 0.45, 1),  # three rows end at once, one goes on: a sum
-        ([1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 2], 0.8, 2),
-        ([1, 2, 3], [0, 1, 2], 1.0, 3),
-    ],
-)
-def test_horizon_of_profile(kl, position, share, horizon):
-    assert horizon_of_profile(torch.tensor(kl).float(), torch.tensor(position), share) == horizon
-
-
-@pytest.mark.parametrize("kl", [[0.0, 1e-9], [float("nan"), 1.0], [-1e-9, 0.0]])
-def test_no_horizon_where_there_is_no_gap(kl):
-    with pytest.raises(cli.BadInput, match="no place of a gap"):
-        horizon_of_profile(torch.tensor(kl), torch.arange(2))
-
-
-def test_measure_covers_every_rollout_once(tiny_setup):
-    pair = tiny_setup.before
-    knobs = train.Knobs(max_new_tokens=6, seed=3, micro_batch=40)
-    stats = measure(train.score, pair, tiny_setup.prompts, knobs, rollouts=10, batch=4)
-    places = set(zip(stats["row"].tolist(), stats["position"].tolist()))
-    assert len(places) == len(stats["row"]) and {row for row, _ in places} == set(range(10))
-    again = measure(train.score, pair, tiny_setup.prompts, knobs, rollouts=10, batch=4)
-    assert torch.equal(stats["reverse_kl"], again["reverse_kl"])
+def test_profile_reaches_its_share_at_the_horizon(tiny_setup):
     rows = list(probe.profile(tiny_setup, knobs_of(probe.ProfileKnobs, samples=20)))
     shares = [row["value"] for row in rows if row["curve"] == "cumulative"]
     assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
@@ -244,7 +239,7 @@ def test_loops_are_left_out_of_the_gap(tiny_setup):
 def test_the_bootstrap_finds_the_error_of_a_mean():
     """Of 400 numbers of variance 1: the interval's half width is 1.96 / 20, within a tenth."""
     numbers = torch.randn(400, generator=torch.Generator().manual_seed(1))
-    low, high = probe.resampled(lambda drawn: numbers[drawn].mean(), 400)
+    low, high = probe.bootstrap(lambda drawn: numbers[drawn].mean(), 400)
     assert (high - low).item() / 2 == pytest.approx(1.96 * numbers.std().item() / 20, rel=0.1)
     assert low < numbers.mean() < high
 
@@ -253,7 +248,7 @@ def call(monkeypatch, capsys, *argv):
     """Exit code, stdout and stderr of `python experiments/probe.py ARGV`."""
     monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        cli.run(probe.main)
+        run_main(probe.main)
     return stop.value.code or 0, *capsys.readouterr()
 
 
@@ -270,7 +265,7 @@ def test_a_probe_on_the_toy(name, world, tmp_path, monkeypatch, capsys):
     assert said.startswith(f"{name}: ") and "missing" not in said and "no reading" not in said and "[" in said
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert str(world.parent) not in out.read_text() and "toy/opening-" in out.read_text()
-    assert {row["curve"] for row in report.read_csv(out)} == set(probe_figures.FIGURES[name].curves)
+    assert {row["curve"] for row in read_csv(out)} == set(figures.PROBE_FIGURES[name].curves)
 
 
 def test_results_of_other_settings_are_not_touched(world, tmp_path, monkeypatch, capsys):
@@ -285,24 +280,24 @@ def test_results_of_other_settings_are_not_touched(world, tmp_path, monkeypatch,
     assert out.read_bytes() == first
     assert call(monkeypatch, capsys, "decay", *flags, "--out", out)[0] == 0
     assert out.read_bytes() == first
-    report.append_csv(out, [report.read_csv(out)[0] | {"seed": "1"}])
+    append_csv(out, [read_csv(out)[0] | {"seed": "1"}])
     code, _, error = call(monkeypatch, capsys, "draw", out)
-    assert code == 2 and "2 settings" in error
+    assert code == 2 and "2 different settings" in error
 
 
 def test_a_figure_of_a_part_says_what_is_missing(wrong_student_right_teacher, tmp_path):
     out, knobs = tmp_path / "decay.csv", knobs_of(probe.PrefixKnobs, prefixes="0 1 3")
     rows = [row | knobs.settings("decay") for row in probe.decay(wrong_student_right_teacher, knobs)]
-    report.append_csv(out, rows)
-    whole = probe_figures.draw(out)
+    append_csv(out, rows)
+    whole = figures.draw_probe(out)
     assert "missing" not in whole
-    assert "after 3 tokens" in whole and "difference -100.0% [-100.0% to -100.0%]" in whole
+    assert "continues 3 tokens by the student" in whole and "difference -100.0% [-100.0% to -100.0%]" in whole
     out.unlink()
-    report.append_csv(out, rows[:4])  # stopped after one curve of k = 1
-    assert "missing: student's prefix at 3; own prefix at 1, 3; difference at 1, 3" in probe_figures.draw(out)
+    append_csv(out, rows[:4])  # stopped after one curve of k = 1
+    assert "missing: student's prefix at 3; own prefix at 1, 3; difference at 1, 3" in figures.draw_probe(out)
     out.unlink()
-    report.append_csv(out, rows[:1])
-    said = probe_figures.draw(out)
+    append_csv(out, rows[:1])
+    said = figures.draw_probe(out)
     assert "no reading" in said and "own prefix; difference" in said
 
 
@@ -316,15 +311,15 @@ def test_any_first_part_of_a_file_can_be_drawn(name, wrong_student_right_teacher
     rows = [row | knobs.settings(name) for row in function(setup, knobs)]
     for end in (1, len(rows) // 2, len(rows)):
         out.unlink(missing_ok=True)
-        report.append_csv(out, rows[:end])
-        assert ("missing" in probe_figures.draw(out)) == (end < len(rows))
+        append_csv(out, rows[:end])
+        assert ("missing" in figures.draw_probe(out)) == (end < len(rows))
 
 
 BAD = [  # argv, what the line names
-    ("guess", "decay, cascade, swap, submode, profile"),
+    ("guess", "decay, cascade, swap, submode, profile, heldout"),
     ("draw", "a CSV file"),
     ("draw {here}/none.csv", "none.csv"),
-    ("draw {root}/results/toy.csv", "no results of a probe"),
+    ("draw {root}/results/toy.csv", "not results of a probe"),
     ("decay --steps 3", "--steps"),  # no knob of that probe
     ("decay --student {world}/student", "give all three"),
     ("decay --world closing --student a --teacher b --data c", "give all three"),
@@ -332,7 +327,7 @@ BAD = [  # argv, what the line names
     ("cascade --trained {world}/teacher", "--horizon"),
     ("cascade --trained {world}/teacher --horizon 20 --steps 3", "drop them"),
     ("cascade --horizon 500", "horizon 500"),
-    ("swap --schedule full", "and --horizon make lengths"),
+    ("swap --schedule full", "and --horizon give the lengths"),
     ("submode --schedule popd --popd-growth 3", "--popd-growth"),
     ("swap --trained {here}/none --horizon 20 --out {here}/x.csv", "does not exist"),
     ("decay --prefixes some", "'some'"),
@@ -340,7 +335,7 @@ BAD = [  # argv, what the line names
     ("decay --prefixes 128", "below --max-new-tokens 128"),
     ("decay --prefixes 0", "above 0"),
     ("decay --temperature 0", "--temperature 0"),
-    ("decay --out {here}/x.txt", "no .csv file"),
+    ("decay --out {here}/x.txt", "not a .csv file"),
     ("decay --out {root}/results/toy.csv", "other settings"),
     ("decay --max-new-tokens 1000 --out {here}/x.csv", "exceed the context"),
 ]
@@ -358,7 +353,7 @@ def test_the_knobs_of_real_models_are_not_the_toys(world):
     """A trained student is loaded, not trained; nothing of the toy's stands in the settings."""
     names = {"student": str(world / "student"), "teacher": str(world / "teacher"), "data": str(world)}
     given = names | {"trained": str(world / "teacher"), "horizon": 12.0, "problems": 2, "dtype": "float32"}
-    knobs = probe_setup.settle(probe.SwapKnobs, given | {"max_new_tokens": 120, "prefixes": "0 0.5"})
+    knobs = probe_setup.complete(probe.SwapKnobs, given | {"max_new_tokens": 120, "prefixes": "0 0.5"})
     assert (knobs.world, knobs.schedule, knobs.steps) == ("", "", 0) and knobs.prefixes == "0 12 60"
     assert knobs.instruction and knobs.window() == 12
     setup = probe_setup.load(knobs, None)
@@ -373,8 +368,8 @@ def test_many_positions_are_drawn_in_groups():
         for i in range(7)
     ]
     rows = [row | {"low": row["value"] - 1, "high": row["value"] + 1} for row in rows]
-    found = probe_figures.pooled(rows, points=4)
+    found = figures.pooled(rows, points=4)
     assert [row["at"] for row in found] == [0.5, 2.5, 4.5, 6]
     assert [row["value"] for row in found] == [0.75, 0.75, 0.75, 0]
     assert [row["high"] - row["value"] for row in found] == [1, 1, 1, 1]
-    assert [row["value"] for row in probe_figures.pooled(rows, points=7)] == [row["value"] for row in rows]
+    assert [row["value"] for row in figures.pooled(rows, points=7)] == [row["value"] for row in rows]

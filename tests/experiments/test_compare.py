@@ -1,8 +1,12 @@
-"""The comparison: masks and causality, resume, and what its rows say, on rows with known answers."""
+"""The comparison: masks and causality, resume, and the table and claims for rows with known answers."""
 
 import sys
-from pathlib import Path
+from dataclasses import replace
 
+import arms
+import claims
+import compare
+import figures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,147 +14,177 @@ from conftest import END, pair_of, tiny
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import report
 import train
-from cli import BadInput, Stopped
-from rollout import Rollout, rollout
-
-ROOT = Path(train.__file__).parent
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import arms  # noqa: E402
-import claims  # noqa: E402
-import compare  # noqa: E402
-import figures  # noqa: E402
+from rollout import Rollout, rollout, sampling_noise
+from support.cli import BadInput, Stopped
+from support.run_folder import append_csv, read_csv
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]] * 2
 
 
-def of_lengths(*lengths) -> Rollout:
-    longest = max(lengths)
-    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+def rollouts_of(*lengths: int) -> Rollout:
+    """Responses of these lengths."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return Rollout([[1]] * len(lengths), mask.long(), mask, mask.float(), mask[:, 0])
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def pair_and_rollout(horizon):
+def pair_and_rollouts(horizon: int):
     pair = pair_of(tiny(), tiny(seed=1), ends=(END, *range(20, 30)))
-    return pair, rollout(pair.student, PROMPTS, horizon, pair.ends, generator=seeded())
+    noise = sampling_noise(range(len(PROMPTS)), horizon)
+    return pair, rollout(pair.student, PROMPTS, horizon, pair.eos_ids, noise)
 
 
-RO = of_lengths(6, 3, 1)  # with N = 2 every mask has 2 + 2 + 1 tokens
+RAGGED = rollouts_of(6, 3, 1)  # with N = 2 every mask has 2 + 2 + 1 tokens
+KNOBS = compare.Knobs(max_new_tokens=20)  # N = 2
 
 
 def test_first_and_last():
-    assert arms.first(RO, 2, None, None).int().tolist() == [
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1] + [0] * 5,
-    ]
-    assert arms.last(RO, 2, None, None).int().tolist() == [
-        [0, 0, 0, 0, 1, 1],
-        [0, 1, 1, 0, 0, 0],
-        [1] + [0] * 5,
-    ]
+    first = [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    last = [[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert arms.first(RAGGED, 2, None).int().tolist() == first
+    assert arms.last(RAGGED, 2, None).int().tolist() == last
 
 
 def test_windows_are_whole_and_start_anywhere():
-    generator, starts = seeded(), [set(), set(), set()]
-    for _ in range(200):
-        for row, mask in enumerate(arms.window(RO, 2, generator, None)):
+    mask_of = arms.ARMS["window"].loss_mask(None, KNOBS)
+    starts = [set(), set(), set()]
+    for step in range(200):
+        for row, mask in enumerate(mask_of(step, RAGGED)):
             where = mask.nonzero().flatten().tolist()
             assert where == list(range(where[0], where[0] + (1 if row == 2 else 2)))
-            assert RO.response_mask[row][where].all()
+            assert RAGGED.response_mask[row][where].all()
             starts[row].add(where[0])
     assert starts == [{0, 1, 2, 3, 4}, {0, 1}, {0}]
 
 
 def test_tokens_by_value_are_the_highest_of_the_step_and_never_padding():
     values = torch.tensor([[9.0, 0, 8, 0, 7, 0], [6, 5, 0, 99, 99, 99], [-1, 99, 99, 99, 99, 99]])
-    chosen = arms.by_statistic("reverse_kl")(RO, 2, None, lambda name: values)
+    chosen = arms.highest(RAGGED, 2, values)
     assert chosen.nonzero().tolist() == [[0, 0], [0, 2], [0, 4], [1, 0], [1, 1]]
-    below_zero = arms.highest(-values.abs() - 1, RO, 99)  # as many as there are
-    assert torch.equal(below_zero, RO.response_mask)
+    negative = arms.highest(RAGGED, 99, -values.abs() - 1)  # as many as there are
+    assert torch.equal(negative, RAGGED.response_mask)
 
 
-def test_scattered_tokens_are_within_the_rows_and_equally_likely():
-    generator = seeded()
-    masks = torch.stack([arms.scattered(RO, 2, generator, None) for _ in range(400)])
-    assert (masks.sum((1, 2)) == 5).all() and not masks[:, ~RO.response_mask].any()
-    assert (masks.float().mean(0)[RO.response_mask] - 0.5).abs().max() < 0.1  # 5 of 10
+def test_random_tokens_are_within_the_rows_and_equally_likely():
+    mask_of = arms.ARMS["random"].loss_mask(None, KNOBS)
+    masks = torch.stack([mask_of(step, RAGGED) for step in range(400)])
+    assert (masks.sum((1, 2)) == 5).all()
+    assert not masks[:, ~RAGGED.response_mask].any()
+    assert (masks.float().mean(0)[RAGGED.response_mask] - 0.5).abs().max() < 0.1  # 5 of 10
+
+
+@pytest.mark.parametrize("name", ["random", "window"])
+def test_random_masks_depend_on_seed_and_step_alone(name):
+    long = rollouts_of(60, 60, 60, 60)
+    mask_of = arms.ARMS[name].loss_mask(None, KNOBS)
+    again = arms.ARMS[name].loss_mask(None, KNOBS)
+    other_seed = arms.ARMS[name].loss_mask(None, replace(KNOBS, seed=1))
+    for step in (0, 7):
+        assert torch.equal(mask_of(step, long), again(step, long))
+        assert not torch.equal(mask_of(step, long), other_seed(step, long))
+    assert not torch.equal(mask_of(0, long), mask_of(1, long))
 
 
 def test_token_values_are_each_tokens_own():
-    """Micro-batches come longest row first: values must find their way back to row and position."""
-    pair, ro = pair_and_rollout(9)
-    found = arms.token_values(pair, ro, train.Knobs(micro_batch=28), "reverse_kl")
-    for row, (prompt, tokens, mask) in enumerate(zip(ro.prompts, ro.tokens, ro.response_mask)):
+    """Micro-batches come longest row first: values must be stored at their row and position."""
+    pair, rollouts = pair_and_rollouts(9)
+    found = arms.token_values(pair, rollouts, train.Knobs(micro_batch=28), "reverse_kl")
+    assert all(master.grad is None for master in pair.masters.values())
+    for row, (prompt, tokens, mask) in enumerate(
+        zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask)
+    ):
         ids = torch.tensor([prompt + tokens[mask].tolist()])
-        laws = [
+        logp = [
             model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             for model in (pair.student, pair.teacher)
         ]
-        kl = F.kl_div(laws[1], laws[0], log_target=True, reduction="none").sum(-1)
-        assert torch.allclose(found[row][mask], kl, atol=1e-4) and (found[row][~mask] == 0).all()
+        kl = F.kl_div(logp[1], logp[0], log_target=True, reduction="none").sum(-1)
+        assert torch.allclose(found[row][mask], kl, atol=1e-4)
+        assert (found[row][~mask] == 0).all()
 
 
-def test_first_tokens_of_full_rollouts_teach_what_rollouts_cut_there_teach():
-    """Causality: of the same random numbers, both gradients are one: generation beyond N adds cost alone."""
+def test_first_tokens_of_full_rollouts_have_the_gradient_of_rollouts_cut_there():
+    """Causality: with the same random numbers both gradients are equal, so generation beyond N is cost."""
     gradients = []
     for horizon in (12, 4):
-        pair, ro = pair_and_rollout(horizon)
-        mask = arms.first(ro, 4, None, None)
-        train.score(pair, ro, train.Knobs(micro_batch=40), mask)
+        pair, rollouts = pair_and_rollouts(horizon)
+        mask = arms.first(rollouts, 4, None)
+        train.score(pair, rollouts, mask, micro_batch=40)
         gradients.append(torch.cat([master.grad.flatten() for master in pair.masters.values()]))
-    assert ro.tokens.shape[1] == 4 and mask.sum() < 4 * len(mask)  # some rows end within it
+    assert rollouts.tokens.shape[1] == 4
+    assert mask.sum() < 4 * len(mask)  # some rows end before
     assert gradients[0].abs().max() > 0.01
     assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
 
 
-def test_adaptive_doubles_when_its_boundary_is_learned():
-    knobs = compare.Knobs(max_new_tokens=100)
-    assert arms.adaptive(0, knobs, []) == 10
-    assert arms.adaptive(4, knobs, [(10, 4.0), (10, 3.0), (10, 2.0), (10, 1.0)]) == 10  # still falling
-    assert arms.adaptive(3, knobs, [(10, 1.0)] * 3) == 10  # too early to tell
-    assert arms.adaptive(4, knobs, [(10, 1.0)] * 4) == 20
-    assert arms.adaptive(8, knobs, [(10, 1.0)] * 4 + [(20, 1.0)] * 2) == 20  # each horizon anew
-    assert arms.adaptive(8, knobs, [(60, 0.0), (60, 0.1)] * 2) == 100
+@pytest.mark.parametrize(
+    "history, horizon",
+    [
+        ([], 10),
+        ([(10, 4.0), (10, 3.0), (10, 2.0), (10, 1.0)], 10),  # still falling
+        ([(10, 1.0)] * 3, 10),  # too early to decide
+        ([(10, 1.0)] * 4, 20),
+        ([(10, 1.0)] * 4 + [(20, 1.0)] * 2, 20),  # counted from the start of each horizon
+        ([(60, 0.0), (60, 0.1)] * 2, 100),
+    ],
+)
+def test_adaptive_doubles_when_the_kl_at_its_end_has_stopped_falling(history, horizon):
+    assert arms.adaptive(compare.Knobs(max_new_tokens=100), history)(len(history)) == horizon
 
 
-def run_tiny(name, **changes):
-    pair = pair_of(tiny(), tiny(seed=1))
-    sizes = {
-        "max_new_tokens": 30,
-        "steps": 4,
-        "batch_size": 6,
-        "esr_tokens": 5,
-        "curve_points": 4,
-        "lr": 1e-9,
-    }
-    knobs, parts = compare.Knobs(**(sizes | changes)), []
+def run_tiny(name: str, **changes) -> tuple[dict, list[float]]:
+    """The costs of a run with tiny models, and the parts of the run at which it was scored."""
+    settings = {"max_new_tokens": 30, "steps": 4, "batch_size": 6, "esr_tokens": 5, "curve_points": 4}
+    knobs = compare.Knobs(**(settings | {"lr": 1e-9} | changes))
+    setup = compare.Setup(pair_of(tiny(), tiny(seed=1)), PROMPTS, [], [])
+    parts = []
     with tqdm(disable=True) as bar:
-        cost = compare.train_arm(pair, PROMPTS, name, knobs, bar, lambda part, cost: parts.append(part))
-    return cost, parts
+        costs = compare.train_arm(setup, name, knobs, bar, lambda part, costs: parts.append(part))
+    return costs, parts
 
 
-def test_every_arm_runs_and_all_masks_leave_one_number_of_tokens():
-    costs = {name: run_tiny(name)[0] for name in arms.ARMS}
+def test_every_arm_runs_and_all_masks_leave_the_same_number_of_tokens():
+    costs = {name: run_tiny(name, steps=2)[0] for name in arms.ARMS}
     masked = {name for name, arm in arms.ARMS.items() if arm.mask}
     assert {*arms.SELECTION, "window"} == masked
     assert len({costs[name]["loss_tokens"] for name in masked}) == 1
     assert len({costs[name]["response_tokens"] for name in (*masked, "full")}) == 1
-    assert all(costs[n]["loss_tokens"] == costs[n]["response_tokens"] for n in arms.ARMS.keys() - masked)
+    for name in arms.ARMS.keys() - masked:
+        assert costs[name]["loss_tokens"] == costs[name]["response_tokens"]
     assert costs["topd-0.1"]["response_tokens"] < costs["esr"]["response_tokens"]
 
 
-def test_a_run_by_the_clock_ends_on_time_with_its_schedules_done():
-    cost, parts = run_tiny("popd", minutes=0.5 / 60, steps=8)
-    assert 0.5 <= cost["seconds"] < 5 and cost["steps_done"] > 0
-    assert parts == sorted(set(parts)) and set(parts) <= {0.25, 0.5, 0.75}
+def test_a_run_has_its_curve_points_and_masks_have_none():
     assert run_tiny("popd")[1] == [0.25, 0.5, 0.75]
+    assert run_tiny("first")[1] == []
+
+
+def test_a_run_by_the_clock_takes_increasing_steps_and_ends_on_time(monkeypatch):
+    """A step that takes a third of the time leads to a third of the steps; a fast one to the next step."""
+    steps = []
+    log = compare.ArmRun.log
+
+    def log_with_times(run, rollouts, tokens, **columns):
+        steps.append((columns["step"], columns["lr"], columns["horizon"]))
+        run.timings = {"rollout_s": 15.0 if len(steps) == 3 else 0.001, "score_s": 5.0, "update_s": 0.0}
+        return log(run, rollouts, tokens, **columns)
+
+    monkeypatch.setattr(compare.ArmRun, "log", log_with_times)
+    costs, parts = run_tiny("popd", minutes=1.0, steps=24, lr=1.0, warmup=0.0)
+    assert [step for step, _, _ in steps] == [0, 2, 4, 12, 14, 16, 18, 20, 22]
+    assert costs["steps_done"] == len(steps)
+    assert parts == [0.5, 0.75]  # the first quarter was jumped over
+    assert steps[-1][1] < 0.05  # the learning rate has come down
+    assert steps[-1][2] == 30  # and the horizon up
+    monkeypatch.undo()
+    fast, _ = run_tiny("topd-0.1", minutes=1000.0)
+    assert fast["steps_done"] == 4  # at most --steps
+
+
+def test_a_non_finite_loss_names_the_run():
+    run = compare.ArmRun(torch.device("cpu"), replace(KNOBS, seed=3), "esr", None, None)
+    with pytest.raises(Stopped, match="arm esr, seed 3, step 5 has loss nan"):
+        run.stop_non_finite(5, float("nan"), 1.0, None, {})
 
 
 def row(arm, seed, marks, seconds=10.0, tokens=1000, **changes):
@@ -166,20 +200,23 @@ def marks_of(right, total=40, shift=0):
 
 
 def write(path, rows):
-    report.append_csv(path, rows)
+    append_csv(path, rows)
     return claims.read(path)
 
 
 def test_standard_error_over_seeds_and_problems():
     """Oracles: a spread over seeds alone, over problems alone, and a simulation of both with noise."""
     seeds, problems = torch.tensor([0.1, 0.4, 0.7, 0.4]).double(), torch.linspace(0, 1, 11).double()
-    assert claims.two_way(seeds[:, None].expand(4, 11))[1] == pytest.approx(seeds.std().item() / 2)
-    assert claims.two_way(problems.expand(4, 11))[1] == pytest.approx(problems.std().item() / 11**0.5)
-    assert claims.two_way(problems[None])[1] == claims.two_way(problems.expand(4, 11))[1]  # problems alone
-    generator, variances, means = seeded(), [], []
+    assert claims.mean_and_se(seeds[:, None].expand(4, 11))[1] == pytest.approx(seeds.std().item() / 2)
+    assert claims.mean_and_se(problems.expand(4, 11))[1] == pytest.approx(problems.std().item() / 11**0.5)
+    assert (
+        claims.mean_and_se(problems[None])[1] == claims.mean_and_se(problems.expand(4, 11))[1]
+    )  # problems alone
+    generator = torch.Generator().manual_seed(0)
+    variances, means = [], []
     for _ in range(2000):
         of_seed, of_problem = (torch.randn(n, 1, generator=generator) for n in (8, 20))
-        mean, se = claims.two_way(of_seed + of_problem.T + 2 * torch.randn(8, 20, generator=generator))
+        mean, se = claims.mean_and_se(of_seed + of_problem.T + 2 * torch.randn(8, 20, generator=generator))
         variances.append(se**2)
         means.append(mean)
     assert torch.tensor(variances).mean() == pytest.approx(torch.tensor(means).var().item(), rel=0.15)
@@ -200,14 +237,16 @@ def test_claims_on_rows_with_known_answers(tmp_path):
         for seed in range(4)
         for part, right, seconds in ((0.25, 36, 1.0), (0.5, 10, 2.0), (0.75, 36, 3.0))
     }
-    text = claims.tell(results, {"popd": of_popd}, tuple(arms.ARMS), 4, closing=False).splitlines()
-    told = {line.partition(": ")[2].split(" (")[0]: line.partition(": ")[0] for line in text}
-    assert told["TOPD 0.1 reaches full's accuracy with a tenth of the tokens, in 1/5 of the time"] == "holds"
-    assert told["POPD reaches full's final accuracy in at most 1/3 of its time"] == "holds"
-    assert told["ESR is at least as good as full"] == "does not hold"
-    assert told["full rollouts masked to the first tenth end where TOPD 0.1 does"] == "holds"
-    assert told["of equally many tokens, the first teach more than any others"] == "holds"
-    assert told["TOPD 0.1 at weight 1/T still reaches full's accuracy"] == claims.OPEN
+    text = claims.format_results(results, {"popd": of_popd}, tuple(arms.ARMS), 4, closing=False).splitlines()
+    verdicts = {line.partition(": ")[2].split(" (")[0]: line.partition(": ")[0] for line in text}
+    assert (
+        verdicts["TOPD 0.1 reaches full's accuracy with a tenth of the tokens, in 1/5 of the time"] == "holds"
+    )
+    assert verdicts["POPD reaches full's final accuracy in at most 1/3 of its time"] == "holds"
+    assert verdicts["ESR is at least as good as full"] == "does not hold"
+    assert verdicts["full rollouts with a loss on the first tenth alone equal TOPD 0.1"] == "holds"
+    assert verdicts["of all ways to choose a tenth of the tokens, the first are the best"] == "holds"
+    assert verdicts["TOPD 0.1 at weight 1/T still reaches full's accuracy"] == claims.OPEN
     # The lucky quarter does not count: half way it was not there. 3 of full's 10 seconds.
     assert any("after 75% of its steps and 30% of full's time" in line for line in text)
     assert "missing: adaptive (all of it)" in text
@@ -216,16 +255,16 @@ def test_claims_on_rows_with_known_answers(tmp_path):
     assert table.split() == ["topd-0.1", *by_hand.split()]
 
 
-def test_claims_that_fail_or_cannot_be_told(tmp_path):
+def test_claims_that_do_not_hold_or_cannot_be_decided(tmp_path):
     rows = [row("full", s, marks_of(36), tokens=1000) for s in range(3)]
     rows += [row("topd-0.1", s, marks_of(36), seconds=2.5, tokens=100) for s in range(3)]
     rows += [row("esr", s, marks_of(right)) for s, right in enumerate((24, 36, 40))]
     results = write(tmp_path / "c.csv", rows)
-    assert claims.cheap(results, {})[0] == "does not hold"  # a quarter of the time
+    assert claims.topd_is_cheap(results, {})[0] == "does not hold"  # a quarter of the time
     assert claims.not_worse("esr")(results, {})[0] == claims.OPEN  # -7 +- 12 points: it may be either
     assert claims.time_to(results, {}, "esr", "full") is None
     two = {arm: {s: r for s, r in of_arm.items() if s < 2} for arm, of_arm in results.items()}
-    text = claims.tell(two, {}, ("full", "topd-0.1"), 3, closing=False)
+    text = claims.format_results(two, {}, ("full", "topd-0.1"), 3, closing=False)
     assert "holds" not in text and "needs 3 seeds of full, topd-0.1" in text
     assert "missing: topd-0.1 (seed 2)" in text
 
@@ -241,23 +280,26 @@ def test_arms_at_the_same_time_and_with_the_same_tokens(tmp_path):
     results = write(tmp_path / "c.csv", rows)
     points = ((0.25, 8, 300, 600), (0.5, 16, 600, 1150), (0.75, 22, 700, 1300))
     curve = {(0, part): row("topd-0.1", 0, marks_of(n), s, tokens) for part, n, s, tokens in points}
-    text = claims.tell(results, {"topd-0.1": curve}, ("full", "topd-0.1", "esr"), 1, closing=False)
+    text = claims.format_results(results, {"topd-0.1": curve}, ("full", "topd-0.1", "esr"), 1, closing=False)
     lines = {line.partition("  ")[0]: line.partition("  ")[2].split() for line in text.splitlines()}
     assert lines["topd-0.1, same time"] == ["+10.0%", "4.8%", "2,000", "1,100", "15.0", "15.0"]
     assert lines["topd-0.1, no more tokens"] == ["-10.0%", "4.8%", "1,150", "1,100", "10.0", "15.0"]
     assert lines["esr, same time"][0] == "-2.5%"
-    assert lines["esr, no more tokens"] == ["no", "score", "so", "early"]
-    assert "a single seed is over the problems alone" in text and "papers' claims are of equal steps" in text
+    assert lines["esr, no more tokens"] == ["no", "curve", "point", "that", "early"]
+    assert (
+        "a single seed is over the problems alone" in text
+        and "papers' claims are about equal numbers of steps" in text
+    )
     untimed = {arm: {0: of_arm[0] | {"minutes": "0.0"}} for arm, of_arm in results.items()}
-    assert "same time" not in claims.tell(untimed, {}, ("full", "esr"), 1, closing=False)
+    assert "same time" not in claims.format_results(untimed, {}, ("full", "esr"), 1, closing=False)
 
 
-@pytest.mark.parametrize("cut, told", [(8, "holds"), (36, "does not hold")])
-def test_closing(tmp_path, cut, told):
-    accuracy = {"student": 8, "full": 38, "popd": 32, "topd-0.1": cut}
+@pytest.mark.parametrize("truncated, expected", [(8, "holds"), (36, "does not hold")])
+def test_truncation_fails(tmp_path, truncated, expected):
+    accuracy = {"student": 8, "full": 38, "popd": 32, "topd-0.1": truncated}
     rows = [row(arm, s, marks_of(right, shift=s)) for arm, right in accuracy.items() for s in range(4)]
-    found, numbers = claims.closes(write(tmp_path / "c.csv", rows), {})
-    assert found == told and "popd has 80% of full's gain" in numbers
+    found, numbers = claims.truncation_fails(write(tmp_path / "c.csv", rows), {})
+    assert found == expected and "popd has 80% of full's gain" in numbers
 
 
 @pytest.mark.parametrize(
@@ -265,7 +307,7 @@ def test_closing(tmp_path, cut, told):
     [
         ([row("full", 0, "01"), row("full", 1, "01") | {"lr": "0.1"}], "would mix lr '0.001' and '0.1'"),
         ([row("full", 0, "01"), row("full", 0, "01")], "arm full with seed 0 twice"),
-        ([{"arm": "full", "seed": 0}], "line 2 is not a whole row"),
+        ([{"arm": "full", "seed": 0}], "line 2 is not a complete row"),
     ],
 )
 def test_files_that_are_not_one_comparison(tmp_path, rows, why):
@@ -277,7 +319,7 @@ def test_a_row_that_was_cut(tmp_path):
     path = tmp_path / "c.csv"
     write(path, [row("full", s, "01") for s in range(2)])
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(BadInput, match="line 3 is not a whole row"):
+    with pytest.raises(BadInput, match="line 3 is not a complete row"):
         claims.read(path)
 
 
@@ -309,7 +351,7 @@ def main(monkeypatch, *flags):
     compare.main()
 
 
-def test_a_stopped_comparison_goes_on_and_refuses_other_settings(world, tmp_path, monkeypatch, capsys):
+def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_path, monkeypatch, capsys):
     path = tmp_path / "c.csv"
     flags = ["--arms", "topd-0.1", "--arms", "esr", "--steps", 6, "--eval-limit", 6, "--csv", path]
     flags += ["--seeds", 1, "--curve-points", 2, "--keep", tmp_path / "kept"]
@@ -318,42 +360,42 @@ def test_a_stopped_comparison_goes_on_and_refuses_other_settings(world, tmp_path
     before, after = (load_file(f / "model.safetensors") for f in (world / "student", tmp_path / "kept/esr-0"))
     assert before.keys() == after.keys() and any((before[k] != after[k]).any() for k in before)
     whole = path.read_text()
-    rows = report.read_csv(path)
+    rows = read_csv(path)
     assert [r["arm"] for r in rows] == ["student", "teacher", "topd-0.1", "esr"]
     assert [r["loss_tokens"] for r in rows] == ["0", "0", str(6 * 32 * 13), str(6 * 32 * 20)]
     assert len(claims.read_curves(path)["esr"]) == 1
 
     main(monkeypatch, *flags)
     assert path.read_text() == whole and "already" in capsys.readouterr().out
-    monkeypatch.setattr(compare.prepare, "load", None)  # not even loaded
+    monkeypatch.setattr(compare, "load", None)  # not even loaded
     main(monkeypatch, *flags, "--report")
     monkeypatch.undo()
 
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:4]))  # without the last run, of esr
     main(monkeypatch, *flags)
-    again = {r["arm"]: r for r in report.read_csv(path)}
-    for r in rows:  # alone, it is the run that it was after others: the weights start anew
+    again = {r["arm"]: r for r in read_csv(path)}
+    for r in rows:  # the same as after other runs: the weights are restored before each
         assert {k: again[r["arm"]][k] for k in r if k[-2:] != "_s" and k != "seconds"} == {
             k: r[k] for k in r if k[-2:] != "_s" and k != "seconds"
         }
     with pytest.raises(BadInput, match=r"would mix lr '0.001' and '0.002'"):
         main(monkeypatch, *flags, "--lr", 0.002)
     path.unlink()
-    with pytest.raises(BadInput, match="remove it too"):
+    with pytest.raises(BadInput, match="remove it, or name another --csv"):
         main(monkeypatch, *flags)
 
 
-def test_a_student_that_cannot_be_kept_costs_no_row(tmp_path):
+def test_a_student_that_cannot_be_saved_costs_no_row(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Stopped, match="row is written: make room, or name another --keep"):
+    with pytest.raises(Stopped, match="row is written: free some space, or name another --keep"):
         compare.keep(pair_of(tiny(), tiny(seed=1)), tmp_path / "file" / "full-0")
 
 
 @pytest.mark.parametrize(
     "flags, why",
     [
-        ("--schedule topd", "--schedule says nothing here"),
+        ("--schedule topd", "--schedule does not apply here"),
         ("--arms best", "invalid choice: 'best'"),
         ("--report --csv /nowhere/c.csv", "there is no /nowhere/c.csv"),
         ("--steps 1 --arms popd --csv /nowhere/c.csv", "never grows"),
