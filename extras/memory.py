@@ -67,14 +67,14 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
         "gradients": trained * 4,
         "cache and sampling": student.cache_bytes(rows * length) + student.sampling_bytes(rows),
         "activations": activation_bytes(student, tokens, knobs.checkpointing),
-        # the head's gradient and its fp32 sum; of a chunk's logits, eight tensors
-        "loss": (item + 4) * head + 8 * 4 * chunk,
+        # a chunk's gradient of the head, and eight fp32 tensors like its logits
+        "loss": item * head + 8 * 4 * chunk,
     }
     held = sum(found[k] for k in ("student weights", "fp32 masters", "AdamW", "teacher weights"))
     earlier = found["gradients"] if micro_batches > 1 else 0  # of the micro-batches before
     # One layer's activations recomputed, and its gradients.
     working = layer_bytes(student, tokens) * (3 if knobs.checkpointing else 1) // 2
-    loss = earlier + found["activations"] + found["loss"]
+    loss = max(earlier, 4 * head) + found["activations"] + found["loss"]
     backward = max(earlier + found["activations"], found["gradients"]) + working + 2 * item * head
     sampling = found["cache and sampling"] + student.forward_bytes(rows * prompt)
     return found | {"peak": held + max(loss, backward, sampling)}
