@@ -5,7 +5,8 @@ r"""Evaluation: full-length answers to mathematical problems, graded, with stand
     python eval_math.py --resume FOLDER                        continue a stopped evaluation
     python eval_math.py --regrade FILE.jsonl                   grade saved answers again, without a model
 
-`is_correct(response, answer)` is the whole grader. Answers, verdicts and scores go to the run folder.
+`extract` finds the answer of a response, and support/grading.py compares it with the gold answer;
+`is_correct(response, answer)` is both together. Answers, verdicts and scores go to the run folder.
 """
 
 import json
@@ -21,12 +22,13 @@ from rollout import Rollout, rollout, sampling_noise
 from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob, parse, run_main
-from support.grading import LONGEST, Grader, compare
+from support.grading import LONGEST_ANSWER, Grader, compare
 
 # The text after each problem.
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 INTEGER = "\nPlease reason step by step. The answer is an integer; put it within \\boxed{}."
-# The text before each problem for a base model, which has no chat template, and where such a model runs on.
+# For a base model, which has no chat template: the text before each problem, and the text with which such a
+# model continues after its answer.
 FEW_SHOT = r"""Question: A box holds 12 pencils. Mia buys 3 boxes and gives away 7. How many has she left?
 Answer: Mia buys 3 * 12 = 36 pencils. She has 36 - 7 = 29 left. The final answer is \boxed{29}.
 
@@ -50,14 +52,14 @@ def boxed(text: str) -> list[str]:
     r"""The contents of each \boxed{...}, braces balanced, in the order in which they close; none if empty."""
     found = []
     opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):
-        if match[0] == "}" and opened:
+    for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<escaped>\\[{}])|(?P<brace>[{}])", text):
+        if match["box"] or match["brace"] == "{":
+            opened.append((bool(match["box"]), match.end()))
+        elif match["brace"] == "}" and opened:
             is_box, start = opened.pop()
             content = text[start : match.start()].strip()
-            if is_box and 0 < len(content) <= LONGEST:
+            if is_box and 0 < len(content) <= LONGEST_ANSWER:
                 found.append(content)
-        elif match[0][-1] == "{" and match[0] != r"\{":
-            opened.append((match[0] != "{", match.end()))
     return found
 
 
@@ -75,11 +77,12 @@ def after_phrase(text: str) -> list[str]:
 
 
 def last_number(text: str) -> list[str]:
+    """The last of "42", "-$1,042.50", "3/4"."""
     return re.findall(r"(?<![\d.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)[-1:]
 
 
 def extract(response: str, last_box: bool = False) -> str | None:
-    r"""The final answer of a response: the first match of the first rule that has one, or None.
+    r"""The final answer of a response, by the first rule that finds one; None if there is none.
 
     The rules: \boxed{x}, "#### x", "the answer is x", the last number. The first box counts, not the last: a
     student that has not learned to stop continues after its answer and repeats boxes; `last_box` shows the
@@ -87,8 +90,10 @@ def extract(response: str, last_box: bool = False) -> str | None:
     """
     for rule in (boxed, after_hashes, after_phrase, last_number):
         found = rule(response)
+        if found and rule is boxed and last_box:
+            return found[-1]
         if found:
-            return found[-1 if last_box and rule is boxed else 0]
+            return found[0]
     return None
 
 
@@ -136,13 +141,13 @@ def evaluate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(seed, i, k) for i in order for k in range(samples)]
     records = run_folder.whole_batches(path, len(keys))
-    size = records[0]["batch_size"] if records else batch_size
+    size = records[0]["batch_size"] if records else batch_size  # other batches would round differently
     bar = tqdm(total=len(keys), initial=len(records), desc=path.stem, unit="answer", leave=False)
     with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, has_box) as grader, bar:
         for start in range(len(records), len(keys), size):
             batch = keys[start : start + size]
             began = time.perf_counter()
-            noise = sampling_noise(batch, max_new_tokens)
+            noise = sampling_noise([("evaluation", *key) for key in batch], max_new_tokens)
             questions = [prompts[i] for _, i, _ in batch]
             rollouts = rollout(
                 model, questions, max_new_tokens, eos_ids, noise, temperature=temperature, top_p=top_p
@@ -166,18 +171,20 @@ class Knobs:
     model: tuple[str, ...] = knob((), "hub name or folder; two are compared", group="models and problems")
     benchmark: tuple[str, ...] = knob((), "may be repeated", choices=BENCHMARKS)
     data: tuple[str, ...] = knob((), "file, folder or hub data set instead; its test split")
-    limit: int = knob(0, "problems, a random subset drawn by the seed; 0: all", 0)
+    limit: int = knob(0, "problems, a random subset drawn by the seed; 0: all", least=0)
     instruction: str | None = knob(None, "text after each problem; default: the benchmark's own")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
     thinking: bool = knob(False, "let a model think first, if its chat template has the switch")
-    max_new_tokens: int = knob(1024, "longest answer", 1, group="sampling")
-    samples: int = knob(1, "answers to each problem: avg@K, pass@k, maj@K", 1)
-    temperature: float = knob(0.0, "0 is greedy", 0)
-    top_p: float = knob(1.0, "sample from the most likely tokens that hold this probability", 0.01, most=1)
-    batch_size: int | str = knob(
-        "auto", "answers sampled together; auto: what fits, up to 64", 1, word="auto"
+    max_new_tokens: int = knob(1024, "longest answer", least=1, group="sampling")
+    samples: int = knob(1, "answers to each problem: avg@K, pass@k, maj@K", least=1)
+    temperature: float = knob(0.0, "0 is greedy", least=0)
+    top_p: float = knob(
+        1.0, "sample from the most likely tokens that hold this probability", least=0.01, most=1
     )
-    seed: int = knob(0, "of the subset and the sampling", 0, most=2**32)
+    batch_size: int | str = knob(
+        "auto", "answers sampled together; auto: what fits, up to 64", least=1, word="auto"
+    )
+    seed: int = knob(0, "of the subset and the sampling", least=0, most=2**32)
     dtype: str = knob("", "default: the faster one here", choices=("bfloat16", "float32"), group="run")
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
     out: str = knob("", "run folder; default: the first free runs/eval-N")
@@ -192,7 +199,10 @@ def problems_by_name(knobs: Knobs) -> dict[str, list[data.Problem]]:
     names = [name for name, _, _ in sources]
     if len(set(names)) < len(names):
         raise BadInput(f"{', '.join(names)}: two have the same name; rename a file, or give each once")
-    return {n: data.subset(data.read_problems(s, split), knobs.limit, knobs.seed) for n, s, split in sources}
+    problems = {}
+    for name, source, split in sources:
+        problems[name] = data.subset(data.read_problems(source, split), knobs.limit, knobs.seed)
+    return problems
 
 
 def evaluate_model(
@@ -251,7 +261,8 @@ def main() -> None:
         return
     knobs, folder = settings(given)
     problems = problems_by_name(knobs)
-    labels = {f"{chr(ord('A') + i)}-{Path(name).name}": name for i, name in enumerate(knobs.model)}
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    labels = {f"{letter}-{Path(name).name}": name for letter, name in zip(letters, knobs.model)}
     with run_folder.exclusive(folder, fresh=not knobs.resume):
         records = {
             label: evaluate_model(name, label, problems, knobs, folder) for label, name in labels.items()

@@ -1,7 +1,8 @@
 """The objective of on-policy distillation: a divergence between student and teacher at every response token.
 
-Shapes: N response tokens of a micro-batch, C tokens of one chunk, V vocabulary, D hidden size (the two models
-may differ in it). All values are in nats.
+p and q are the next-token distributions of student and teacher, y is the sampled token. All values are in
+nats. Shapes: N response tokens of a micro-batch, C tokens of one chunk, V vocabulary, D hidden size (the two
+models may differ in it).
 
 At V = 151,936 the fp32 logits of one token take 0.6 MB, so those of a whole batch do not fit into memory.
 `opd_backward` therefore takes hidden states and computes logits for one chunk of tokens at a time.
@@ -21,9 +22,9 @@ Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student_logp, teache
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
     """KL(student || teacher) = sum_v p (log p - log q), exact: (C, V), (C, V), (C,) -> (C,).
 
-    ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary. They make
-    the gradient exactly zero where p = q; without them AdamW would turn rounding errors into full-size
-    updates.
+    ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary. With them
+    the derivative by log p is p (log p - log q), exactly zero where p = q. Without them rounding errors
+    remain, which AdamW would turn into full-size updates.
     """
     p, q = student_logp.exp(), teacher_logp.exp()
     return (p * (student_logp - teacher_logp) - p + q).sum(-1)
@@ -50,11 +51,11 @@ def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float 
 
 
 def sampled_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
-    """Score-function estimator -A log p(y) with A = log q(y) - log p(y): POPD's and TOPD's loss (2605.31490).
+    """Score-function estimator -A log p(y) with A = log q(y) - log p(y) of this token alone, detached.
 
-    Its expected *gradient* is that of `reverse_kl`; its value has no meaning. A is detached, because the
-    gradient of log p(y) - log q(y) itself has expectation zero. A is the log-ratio of this token alone, not a
-    sum over later tokens.
+    POPD's and TOPD's loss (Zhang et al., arXiv 2605.31490). Its expected *gradient* is that of `reverse_kl`;
+    its value has no meaning. Differentiating log p(y) - log q(y) itself would teach nothing: the expected
+    gradient of log p(y) is zero.
     """
     student_token_logp = token_logp(student_logp, tokens)
     advantage = (token_logp(teacher_logp, tokens) - student_token_logp).detach()
@@ -62,7 +63,7 @@ def sampled_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tenso
 
 
 def nll(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy -log p(y) of the given tokens, for controls with a teacher's answers."""
+    """Cross-entropy -log p(y) of the given tokens, for supervised baselines."""
     return -token_logp(student_logp, tokens)
 
 
@@ -83,9 +84,9 @@ def token_logp(logp: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_statistics(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Statistics of each token whatever the loss, (C,) each, in nats; agreement (of the argmaxes) is 0 or 1.
+    """Per-token statistics, (C,) each, in nats; `agreement` is 1 where both argmaxes are equal, else 0.
 
-    The mean of each over the tokens of a step becomes a column of metrics.csv.
+    They are logged with every loss: the mean of each over the tokens of a step is a column of metrics.csv.
     """
     return {
         "reverse_kl": reverse_kl(student_logp, teacher_logp, tokens),
@@ -98,10 +99,10 @@ def token_statistics(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor)
 
 
 class LinearFP32(torch.autograd.Function):
-    """hidden @ weight.T for bf16 tensors on a CUDA device, with the fp32 sums not rounded to bf16.
+    """hidden @ weight.T of bf16 tensors on a CUDA device, with fp32 results.
 
-    Logits rounded to bf16 cost 5 % of the reverse KL's gradient at a KL of 0.44 nats and 44 % at 0.004.
-    `torch.mm` with `out_dtype` has no derivative of its own.
+    Rounding logits to bf16 changes the gradient, by the more the closer student and teacher are (RESULTS.md
+    has figures). `torch.mm` with `out_dtype` has no derivative of its own.
     """
 
     @staticmethod
@@ -124,7 +125,7 @@ class OutputHead:
 
     weight: Tensor  # (V or more, D)
     bias: Tensor | None
-    scale: float  # Cohere and Granite multiply their logits by a constant
+    scale: float  # a constant factor of the logits
     softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
     vocab_size: int  # V, the ids that student and teacher share
 
@@ -133,10 +134,12 @@ class OutputHead:
         """The head of a Hugging Face causal LM."""
         linear = model.get_output_embeddings()
         config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale = scale / getattr(config, "logits_scaling", 1.0)  # Granite divides
         return cls(
             weight=linear.weight,
             bias=getattr(linear, "bias", None),
-            scale=getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0),
+            scale=scale,
             softcap=getattr(config, "final_logit_softcapping", None),
             vocab_size=vocab_size,
         )
@@ -148,7 +151,7 @@ class OutputHead:
         else:
             logits = F.linear(hidden, self.weight)
         logits = logits[:, : self.vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
-        if self.bias is not None:  # a bias of -inf forbids an id; -1e4 does too, without 0 * inf = NaN
+        if self.bias is not None:  # some models forbid ids with -inf, for which p log p would be NaN
             logits = logits + self.bias[: self.vocab_size].clamp_min(-1e4)
         if self.scale != 1:
             logits = logits * self.scale
@@ -177,23 +180,29 @@ def opd_backward(
     """Loss = sum of the tokens' divergence / normalizer, backpropagated into the student.
 
     Returns the loss, a scalar, and `token_statistics`, (N,) each. The text before each token is given: no
-    gradient flows through the sampling. The graph is cut at the student's hidden states. Each chunk's
-    backward ends there and in the head's weight, and frees the chunk's logits; the rest of the student
-    follows once, at the end. Under `torch.no_grad()` nothing is backpropagated.
+    gradient flows through the sampling. Under `torch.no_grad()` nothing is backpropagated. Raises ValueError
+    if the lengths differ.
     """
+    if not len(student_hidden) == len(teacher_hidden) == len(tokens):
+        lengths = f"{len(student_hidden)}, {len(teacher_hidden)} and {len(tokens)}"
+        raise ValueError(
+            f"student states, teacher states and tokens have lengths {lengths}: give one per token"
+        )
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    # The graph is cut here: the chunks' gradients are collected in cut.grad.
     cut = student_hidden.detach().requires_grad_(student_hidden.requires_grad)
+    chunks = zip(cut.split(chunk), teacher_hidden.split(chunk), tokens.split(chunk))
     loss = torch.zeros((), device=tokens.device)
     statistics = []
-    for hidden, h_teacher, y in zip(cut.split(chunk), teacher_hidden.split(chunk), tokens.split(chunk)):
-        student_logp = log_probs(student_head(hidden), temperature)  # (C, V)
+    for student_chunk, teacher_chunk, token_chunk in chunks:
+        student_logp = log_probs(student_head(student_chunk), temperature)  # (C, V)
         with torch.no_grad():
-            teacher_logp = log_probs(teacher_head(h_teacher), teacher_temperature)  # (C, V)
-        chunk_loss = divergence(student_logp, teacher_logp, y).sum() / max(normalizer, 1)
+            teacher_logp = log_probs(teacher_head(teacher_chunk), teacher_temperature)  # (C, V)
+        chunk_loss = divergence(student_logp, teacher_logp, token_chunk).sum() / max(normalizer, 1)
         if chunk_loss.requires_grad:
-            chunk_loss.backward()
+            chunk_loss.backward()  # into cut.grad and the head's weight; frees the chunk's graph
         loss += chunk_loss.detach()
-        statistics.append(token_statistics(student_logp.detach(), teacher_logp, y))
+        statistics.append(token_statistics(student_logp.detach(), teacher_logp, token_chunk))
     if cut.grad is not None:
-        student_hidden.backward(cut.grad)
+        student_hidden.backward(cut.grad)  # through the rest of the student, once
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}

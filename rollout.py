@@ -1,11 +1,11 @@
 """Rollouts: the student samples its own responses token by token, with a KV cache.
 
-Shapes: B rows, b of them unfinished, P longest prompt, R longest response, H horizon, V vocabulary, L longest
-sequence of a micro-batch.
+Shapes: B rows, b of them unfinished, P longest prompt, R longest response, H horizon, V vocabulary; M rows of
+a micro-batch, L longest input of a micro-batch.
 """
 
 import random
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 @dataclass
 class Rollout:
-    """B sampled responses. The sampler records the mask: ids do not tell padding from tokens."""
+    """B sampled responses. The sampler records the mask, because the id used for padding is also a token."""
 
     prompts: list[list[int]]
     tokens: Tensor  # (B, R) int64, 0 after the end
@@ -24,15 +24,15 @@ class Rollout:
     finished: Tensor  # (B,) bool, True if the row ended with an eos token, False if the horizon cut it
 
 
-def sampling_noise(keys: Iterable[Hashable], horizon: int) -> Tensor:
+def sampling_noise(keys: Iterable[object], horizon: int) -> Tensor:
     """One uniform number in [0, 1) per row and token, (B, H). Each row has a generator seeded by its own key.
 
     Training uses the key (seed, step, row): a row's sample depends neither on the other rows of the batch nor
-    on the horizon, and no generator state has to be saved.
+    on the horizon, and no generator state has to be saved. A key is read as text, by its `repr`.
     """
     rows = []
     for key in keys:
-        generator = torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
+        generator = torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
         rows.append(torch.rand(horizon, generator=generator))
     return torch.stack(rows)
 
@@ -52,14 +52,21 @@ def sample(
     if temperature == 0:
         token = logp.argmax(-1, keepdim=True)
         return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
-    if top_p < 1:  # keep the most likely tokens that hold this probability, the last of them included
-        ordered, ids = logp.sort(-1, descending=True)
-        kept = ordered.exp().cumsum(-1) - ordered.exp() < top_p
-        logp = logp.masked_fill(~kept.gather(-1, ids.argsort(-1)), -torch.inf).log_softmax(-1)
+    if top_p < 1:
+        logp = keep_top_p(logp, top_p)
     cumulative = logp.exp().cumsum_(-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp_max(logp.shape[-1] - 1)
+    threshold = uniform[:, None] * cumulative[:, -1:]  # the last sum is 1 up to rounding
+    token = torch.searchsorted(cumulative, threshold, right=True)
+    token = token.clamp_max(logp.shape[-1] - 1)  # NaN logits exceed no threshold
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
+
+
+def keep_top_p(logp: Tensor, top_p: float) -> Tensor:
+    """The renormalised most likely tokens that hold the probability `top_p`: (b, V) -> (b, V)."""
+    ordered, ids = logp.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all more likely tokens
+    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+    return torch.empty_like(logp).scatter(-1, ids, ordered).log_softmax(-1)
 
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -79,7 +86,7 @@ def rollout(
     noise: Tensor | None = None,  # (B, H) from `sampling_noise`; default: torch's global generator
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    top_p: float = 1.0,  # for evaluation: the loss differentiates the whole distribution
+    top_p: float = 1.0,  # for evaluation only: the loss in training is that of the whole distribution
 ) -> Rollout:
     """Sample at most `horizon` tokens after each prompt; every id of `eos_ids` ends a row.
 
@@ -121,19 +128,19 @@ def rollout(
             token = token[keep]
             mask = mask[keep]
             positions = positions[keep]
-            cache.reorder_cache(keep)  # selects rows; here fewer than there were
+            cache.reorder_cache(keep)  # made for beam search: it selects any rows
         ids = token[:, None]
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    length = t + 1
+    length = int(response_mask.any(0).sum())  # R
     return Rollout(prompts, tokens[:, :length], response_mask[:, :length], logp[:, :length], finished)
 
 
 def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
-    """Row numbers in groups of at most `max_tokens` tokens, padding included, or of one row that has more.
+    """Row numbers in groups of at most `max_tokens` tokens, padding included; a longer row is alone.
 
-    Longest first, so that a micro-batch that does not fit into memory fails at once. Rows of similar length
-    share a group, so there is little padding.
+    Longest first, so that if a micro-batch does not fit into memory, the first one fails. Rows of similar
+    length share a group, so there is little padding.
     """
     response_lengths = rollouts.response_mask.sum(1).tolist()
     lengths = [len(prompt) + n for prompt, n in zip(rollouts.prompts, response_lengths)]
@@ -146,15 +153,16 @@ def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
 
 
 def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Input ids (b, L) of `rows`, and predicts (b, L) bool: which hidden states predict a token with a loss.
+    """Input ids (M, L) of `rows`, and predicts (M, L) bool: which hidden states predict a token with a loss.
 
     The hidden state at place i predicts the token at place i + 1: the state of the last prompt token predicts
     the first response token. `hidden[predicts]` has the order of `rollouts.tokens[rows][loss_mask[rows]]`.
     Padding is on the right, where causal attention never looks, so no attention mask is needed.
     """
-    texts = [
-        rollouts.prompts[row] + rollouts.tokens[row][rollouts.response_mask[row]].tolist() for row in rows
-    ]
+    texts = []
+    for row in rows:
+        response = rollouts.tokens[row][rollouts.response_mask[row]]
+        texts.append(rollouts.prompts[row] + response.tolist())
     ids = rollouts.tokens.new_zeros(len(rows), max(map(len, texts)) - 1)  # the last token predicts nothing
     predicts = torch.zeros_like(ids, dtype=torch.bool)
     for i, (row, text) in enumerate(zip(rows, texts)):

@@ -1,4 +1,4 @@
-"""The horizon at each step: the only thing in which OPD, POPD, TOPD and ESR differ.
+"""The horizon at each step: where OPD, POPD, TOPD and ESR differ (the papers' losses differ too, see opd.py).
 
     H = min(T, H0 + growth * floor(step / interval))
 
@@ -26,7 +26,7 @@ def linear(step: int, steps: int, budget: int, start: int, growth: int, interval
 
 class Schedule(NamedTuple):
     horizon: float  # default of --horizon: up to 1 a fraction of the budget, above 1 a number of tokens
-    grows: bool = False  # whether `growth` is above 0
+    grows: bool = False  # whether --popd-growth and --popd-interval apply; growth is 0 otherwise
     formula: Callable[..., int] = linear
 
 
@@ -43,33 +43,42 @@ def make_schedule(
     name: str,
     budget: int,
     steps: int,
-    horizon: float | str | None = None,  # None, and "auto" until it has been measured: the schedule's default
-    growth: int
-    | None = None,  # tokens; by default the budget is reached at 2/3 of the run (not published; ours)
-    interval: int | None = None,  # steps; by default 1/30 of the run (not published; ours)
+    horizon: float | str | None = None,
+    growth: int | None = None,
+    interval: int | None = None,
 ) -> Callable[[int], int]:
-    """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule."""
+    """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule.
+
+    Defaults: the schedule's horizon (also for "auto", until it has been measured); a growth with which the
+    budget is reached at 2/3 of the run, every 1/30 of the run. The last two are our choice; the paper's are
+    not known.
+    """
     schedule = SCHEDULES[name]
     if name == "full" and horizon == "auto":
         raise BadInput("--horizon auto chooses where to stop, and full does not stop: use esr or topd")
-    horizon = schedule.horizon if horizon in (None, "auto") else horizon
-    if not 0 < horizon <= max(budget, 1) or (horizon > 1 and horizon != int(horizon)):
-        what = f"horizon {horizon:g} is neither a fraction (above 0, up to 1) nor a whole number of tokens"
-        raise BadInput(f"{what} within the budget: lower it, or raise --max-new-tokens {budget}")
-    start = int(horizon) if horizon > 1 else max(1, round(horizon * budget))
+    if not schedule.grows and (growth, interval) != (None, None):
+        raise BadInput(f"--popd-growth and --popd-interval do not apply to {name}: drop them, or use popd")
+    start = first_horizon(schedule.horizon if horizon in (None, "auto") else horizon, budget)
     if name == "full" and start < budget:
         raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")
-    if not schedule.grows and (growth, interval) != (None, None):
-        raise BadInput(f"schedule {name} does not grow: drop --popd-growth and --popd-interval, or use popd")
     interval = max(1, steps // 30) if interval is None else interval
-    if growth is None:
-        growth = math.ceil((budget - start) / max(1, steps * 2 // 3 // max(1, interval)))
-    if schedule.grows and (growth < 1 or not 1 <= interval < steps):
+    if growth is None and interval > 0:
+        additions = max(1, steps * 2 // 3 // interval)
+        growth = math.ceil((budget - start) / additions)
+    if schedule.grows and not (growth and growth > 0 and 0 < interval < steps):
         what = f"{name} from {start} to {budget} tokens in {steps} steps, {growth} more every {interval}"
-        raise BadInput(f"{what}, never grows: start lower, grow by more, or more often")
+        raise BadInput(f"{what}, never grows: start lower, grow by more or more often, or raise --steps")
     growth = growth if schedule.grows else 0
     settings = {"steps": steps, "budget": budget, "start": start, "growth": growth, "interval": interval}
     return partial(schedule.formula, **settings)
+
+
+def first_horizon(horizon: float, budget: int) -> int:
+    """H0 in tokens, at least 1, from a fraction up to 1 or a number of tokens above 1. Raises BadInput."""
+    if not 0 < horizon <= max(budget, 1) or (horizon > 1 and horizon != int(horizon)):
+        what = f"horizon {horizon:g} is neither a fraction (above 0, up to 1) nor a whole number of tokens"
+        raise BadInput(f"{what} within the budget: lower it, or raise --max-new-tokens {budget}")
+    return int(horizon) if horizon > 1 else max(1, round(horizon * budget))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from support.cli import knob, parse, run_main
 from support.scores import score_answers
 
 
+# knob(default, help text, limits). `word` is a text that a number's flag also accepts; `group` starts a section
+# of --help. The defaults are the preset qwen; support/toy.PRESET replaces some, and flags replace both.
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")
@@ -34,10 +36,13 @@ class Knobs:
     )
     popd_growth: int | None = knob(None, "tokens that POPD adds; default: full length at 2/3 of the run")
     popd_interval: int | None = knob(None, "steps between two additions; default: 1/30 of the run")
-    max_new_tokens: int = knob(1024, "T, the full response length: of evaluation, and of horizon 1", 1)
+    max_new_tokens: int = knob(1024, "T, the longest response: in evaluation, and with horizon 1", least=1)
 
     preset: str = knob(
-        "", "default: toy without a GPU, a model or data", choices=("toy", "qwen"), group="models and data"
+        "",
+        "default: toy if there is no GPU and no model or data is named, else qwen",
+        choices=("toy", "qwen"),
+        group="models and data",
     )
     world: str = knob("opening", "the toy preset's world", choices=toy.WORLDS)
     student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
@@ -48,33 +53,41 @@ class Knobs:
     system_prompt: str = knob("", "system message; the chat template's own if empty")
 
     divergence: str = knob("reverse_kl", "the loss", choices=DIVERGENCES, group="optimisation")
-    steps: int = knob(200, "optimizer steps", 1)
-    batch_size: int = knob(16, "prompts in a step", 1)
-    rollouts_per_prompt: int = knob(1, "answers to each prompt", 1)
-    temperature: float = knob(1.0, "of the sampling, and of both models in the loss", 0.01)
-    lr: float = knob(5e-6, "peak learning rate", 0)
-    warmup: float = knob(0.1, "fraction of the steps in which the learning rate rises", 0, most=1)
+    steps: int = knob(200, "optimizer steps", least=1)
+    batch_size: int = knob(16, "prompts in a step", least=1)
+    rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1)
+    temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
+    lr: float = knob(5e-6, "peak learning rate", least=0)
+    warmup: float = knob(
+        0.1, "fraction of the steps, the first ones, in which the learning rate rises", least=0, most=1
+    )
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
-    beta2: float = knob(0.95, "AdamW's decay of squared gradients: short, because runs are", 0, most=0.9999)
-    clip: float = knob(1.0, "largest gradient norm", 0)
-    micro_batch: int = knob(2048, "tokens in one forward and backward: changes memory, not the result", 1)
-    low_memory: bool = knob(False, "train LoRA adapters instead of all weights; qwen: lr 5e-5 then")
+    beta2: float = knob(
+        0.95, "AdamW's decay rate of squared gradients; low, because runs are short", least=0, most=0.9999
+    )
+    clip: float = knob(1.0, "largest gradient norm", least=1e-6)
+    micro_batch: int = knob(
+        2048, "tokens in one forward and backward: changes memory, not the result", least=1
+    )
+    low_memory: bool = knob(False, "train LoRA adapters instead of all weights; lr 5e-5 with preset qwen")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
 
     eval_every: int = knob(
-        0, "steps between evaluations, besides before and after; 0: none", 0, group="evaluation"
+        0, "steps between evaluations, besides before and after; 0: none", least=0, group="evaluation"
     )
-    eval_limit: int = knob(64, "held-out problems; 0: no evaluation", 0)
+    eval_limit: int = knob(64, "held-out problems; 0: no evaluation", least=0)
     eval_batch: int | str = knob(
-        "auto", "answers sampled together; auto: what fits, up to 64", 1, word="auto"
+        "auto", "answers sampled together; auto: what fits, up to 64", least=1, word="auto"
     )
-    eval_temperature: float = knob(0.0, "0 is greedy", 0)
+    eval_temperature: float = knob(0.0, "0 is greedy", least=0)
 
     out: str = knob("", "default: the first free runs/<preset>-<schedule>-N", group="the run folder")
     resume: str = knob("", "run folder to continue; its settings are used, --steps may grow")
-    save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", 0)
-    show_every: int = knob(10, "steps between rollouts shown with the teacher's gap per token; 0: none", 0)
-    seed: int = knob(0, "of data order and sampling", 0, most=2**32)
+    save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", least=0)
+    show_every: int = knob(
+        10, "steps between rollouts shown with the teacher's gap per token; 0: none", least=0
+    )
+    seed: int = knob(0, "of data order and sampling", least=0, most=2**32)
     dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
     dry_run: bool = knob(False, "estimate the memory, say whether it fits, and stop")
@@ -84,9 +97,9 @@ class Knobs:
 class Pair:
     """Student and teacher in the dtype of the matmuls, and the fp32 masters that the optimizer updates.
 
-    A bf16 weight has 8 bits of precision: an update of 1e-6 would be rounded away. The masters hold the
-    weights, and accumulate the gradients, in fp32; the student computes with bf16 copies. In fp32 both are
-    the same tensors.
+    A bf16 weight has 8 bits of precision: an update of 1e-6 would be rounded away. So the optimizer updates
+    the masters, fp32 tensors in which the gradients accumulate too, and the student computes with bf16 copies
+    of them. If the student computes in fp32, its weights are the masters.
     """
 
     student: torch.nn.Module
@@ -106,28 +119,32 @@ class Pair:
 
 
 def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
-    """A pair of loaded models; casts the student to `dtype`. Raises BadInput if a head is not supported."""
+    """A pair of loaded models; casts the student in place. Raises BadInput if a head is not supported."""
     masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     for name, weight in student.named_parameters():
         if name in masters and dtype != torch.float32:
             masters[name] = torch.nn.Parameter(weight.detach().float())
+            # Called in backward, each time that autograd has added to the weight's gradient.
             weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
         weight.data = weight.data.to(dtype)  # buffers stay in fp32: the rotary frequencies need it
-    heads = [OutputHead.of(model, vocab_size) for model in (student, teacher)]
-    for model, head in zip((student, teacher), heads):
-        models.check_head(model, hidden_states, head)
-    return Pair(student, teacher, masters, *heads, tokenizer, vocab_size, eos_ids)
+    student_head = OutputHead.of(student, vocab_size)
+    teacher_head = OutputHead.of(teacher, vocab_size)
+    models.check_head(student, hidden_states, student_head)
+    models.check_head(teacher, hidden_states, teacher_head)
+    return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
 
 
 def move_gradient(master: Tensor, weight: Tensor) -> None:
     """Move a bf16 gradient to the fp32 master: those of chunks and micro-batches are summed in fp32."""
-    gradient = weight.grad.to(master.dtype)
-    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    if master.grad is None:
+        master.grad = weight.grad.to(master.dtype)
+    else:
+        master.grad.add_(weight.grad)
     weight.grad = None
 
 
 def hidden_states(model, ids: Tensor) -> Tensor:
-    """The last hidden states, which the output head turns into logits: (b, L) -> (b, L, D)."""
+    """The last hidden states, which the output head turns into logits: (M, L) -> (M, L, D)."""
     return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 
 
@@ -151,27 +168,26 @@ def score(
     teacher_temperature: float | None = None,
     micro_batch: int = 2048,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Score rollouts with both models; adds the gradient to the masters, unless under `torch.no_grad()`.
+    """Score rollouts with both models, and backpropagate into the masters, unless under `torch.no_grad()`.
 
-    Returns the loss, the mean of the divergence over all tokens with a loss, and `token_statistics` with each
-    token's row and position, (N,) each.
+    Returns the loss, which is the mean of the divergence over all tokens with a loss, and `token_statistics`
+    with each token's row and position, (N,) each.
     """
-    loss_mask = rollouts.response_mask if loss_mask is None else loss_mask
-    normalizer = int(
-        loss_mask.sum()
-    )  # of the whole step; means per micro-batch would weight tokens unequally
+    loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
+    # Of the whole step: a mean per micro-batch would weight tokens unequally.
+    normalizer = int(loss_mask.sum())
     loss = 0.0
     statistics = []
     for rows in micro_batches(rollouts, micro_batch):
-        ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (b, L) each
-        row, position = loss_mask[rows].nonzero().T  # (N,) each
+        ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (M, L) each
+        row, position = loss_mask[rows].nonzero().T  # (N,) each, row within the micro-batch
         with torch.no_grad():
             teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D)
         part_loss, part = opd_backward(
-            pair.student_head,
-            hidden_states(pair.student, ids)[predicts],
-            pair.teacher_head,
-            teacher_hidden,
+            student_head=pair.student_head,
+            student_hidden=hidden_states(pair.student, ids)[predicts],
+            teacher_head=pair.teacher_head,
+            teacher_hidden=teacher_hidden,
             tokens=rollouts.tokens[rows][loss_mask[rows]],
             normalizer=normalizer,
             divergence=divergence,
@@ -200,9 +216,9 @@ def train(
     divergence: Divergence | None = None,  # default: knobs.divergence
     teacher_temperature: float | None = None,
 ) -> None:
-    """The training loop. `run` resumes, saves, keeps the time and the rows."""
+    """The training loop; `run` is what surrounds it. The last four arguments are for experiments."""
     divergence = DIVERGENCES[knobs.divergence] if divergence is None else divergence
-    for step in run.steps(knobs.steps):
+    for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
 
         # 1. The student answers this step's prompts with at most `horizon` tokens each.
@@ -222,7 +238,7 @@ def train(
 
         # 2. The teacher scores every token; gradients accumulate in the student's fp32 masters.
         with run.timed("score_s"):
-            loss, tokens = score(
+            loss, statistics = score(
                 pair,
                 rollouts,
                 loss_mask=loss_mask(step, rollouts) if loss_mask else None,
@@ -232,11 +248,11 @@ def train(
                 micro_batch=knobs.micro_batch,
             )
 
-        # 3. One AdamW step, unless the gradient is non-finite.
+        # 3. One AdamW step. A non-finite loss or gradient ends the run before the weights move.
         with run.timed("update_s"):
             grad_norm = torch.nn.utils.clip_grad_norm_(pair.masters.values(), knobs.clip).item()
             if not math.isfinite(loss + grad_norm):
-                run.stop_non_finite(step, loss, grad_norm, rollouts, tokens)
+                run.stop_non_finite(step, loss, grad_norm, rollouts, statistics)  # raises
             lr = learning_rate(step, knobs.steps, knobs.lr, knobs.warmup, knobs.decay)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -244,13 +260,14 @@ def train(
             pair.copy_masters_to_weights()
 
         # 4. Log; now and then evaluate, and look at an answer.
-        accuracy = ""
-        if grade and knobs.eval_every and (step + 1) % knobs.eval_every == 0 and step + 1 < knobs.steps:
-            accuracy = grade(pair.student, f"step_{step + 1}")["accuracy"]
+        done = step + 1
+        accuracy = ""  # an empty cell; after the last step, main evaluates
+        if grade and knobs.eval_every and done % knobs.eval_every == 0 and done < knobs.steps:
+            accuracy = grade(pair.student, f"step_{done}")["accuracy"]
         row = {"step": step, "horizon": horizon, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-        run.log(rollouts, tokens, **row, accuracy=accuracy)
+        run.log(rollouts, statistics, **row, accuracy=accuracy)
         if knobs.show_every and step % knobs.show_every == 0:
-            run.show(step, rollouts, tokens)
+            run.show(step, rollouts, statistics)
 
 
 def load_pair(
@@ -297,10 +314,16 @@ def save_student(pair: Pair, folder: Path) -> None:
 
 
 def main() -> None:
-    """Check all that can be checked before the first step, then train."""
-    knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))
-    schedule = partial(make_schedule, knobs.schedule, knobs.max_new_tokens, knobs.steps)
-    schedule = partial(schedule, growth=knobs.popd_growth, interval=knobs.popd_interval)
+    """Check everything that can be checked before the first step, then train."""
+    knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
+    schedule = partial(
+        make_schedule,
+        name=knobs.schedule,
+        budget=knobs.max_new_tokens,
+        steps=knobs.steps,
+        growth=knobs.popd_growth,
+        interval=knobs.popd_interval,
+    )
     horizon_at = schedule(horizon=knobs.horizon)
     if knobs.preset == "toy":
         toy.build(knobs.world)

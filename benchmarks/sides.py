@@ -1,37 +1,58 @@
-"""What the benchmarks share: each side in a process of its own, and the memory that a process has held."""
+"""What the benchmarks share: sides in processes of their own, peak memory, and Hugging Face's `generate`.
+
+A side is one way to do the work that is measured: this project's, a naive one, or another library's.
+"""
 
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cli import BadInput
+from rollout import pad_left
+from support import run_folder
+from support.cli import BadInput, flag_of
 
 
-def flags_of(given: dict) -> list[str]:
-    """The flags of the knobs that were given, for a side's own process, without `sides` and `out`."""
-    flags = []
+def compare_sides(
+    script: str, sides: Iterable[str], given: dict[str, Any], about: dict[str, Any], out: Path
+) -> None:
+    """Measure each side, print its row, which begins with `about`, and add it to the CSV file `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for side in sides:
+        row = about | {"side": side} | measure_apart(script, side, given)
+        print(row, flush=True)
+        run_folder.append_csv(out, [row])
+
+
+def measure_apart(script: str, side: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What the script prints as JSON, called with the given flags and --side. Raises BadInput if it fails."""
+    command = [sys.executable, script, f"--side={side}"]
     for name, value in given.items():
-        flag = name.replace("_", "-")
-        if name not in ("sides", "out"):
-            switch = f"--{flag}" if value else f"--no-{flag}"
-            flags.append(switch if isinstance(value, bool) else f"--{flag}={value}")
-    return flags
-
-
-def measure_apart(script: str, side: str, flags: list[str]) -> dict:
-    """What `script --side SIDE` prints as JSON. Raises BadInput if it fails."""
-    done = subprocess.run([sys.executable, script, *flags, f"--side={side}"], capture_output=True, text=True)
+        if isinstance(value, bool):
+            command.append(flag_of(name if value else f"no_{name}"))
+        elif name != "sides":
+            command.append(f"{flag_of(name)}={value}")
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        why = done.stderr.strip().splitlines()[-1]
-        raise BadInput(f"side {side} failed ({why}): install what it needs, or name the others with --sides")
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        what = f"side {side} failed ({reason})"
+        raise BadInput(f"{what}: install what it needs, or select others with --sides")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the kernels that a GPU has not finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -42,15 +63,47 @@ def peak_memory(device: torch.device) -> int:
     return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
 
 
-def peak_reserved(device: torch.device) -> float | str:
-    """GB that torch has taken of a GPU at its peak; nothing on a CPU."""
-    return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else ""
+def peak_columns(device: torch.device) -> dict[str, Any]:
+    """Peak memory in GB; on a GPU also what PyTorch's allocator has reserved."""
+    reserved = torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else ""
+    return {"peak_gb": peak_memory(device) / 1e9, "reserved_gb": reserved}
+
+
+def hardware(device: torch.device) -> dict[str, str]:
+    return {"hardware": run_folder.environment(device)["hardware"]}
 
 
 def reset_peak(device: torch.device) -> int:
-    """Bytes in use now, from which on the peak counts."""
+    """Start a new measurement of the peak; returns the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory(device)
+
+
+def generate(
+    model, prompts: list[list[int]], horizon: int, eos_ids: set[int], greedy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Sample with `model.generate` from the softmax of all logits, whatever the generation config says.
+
+    Returns sequences and their attention mask, (B, P + R) each, prompts padded on the left; the mask is 0 on
+    padding and after the eos token.
+    """
+    ids, mask = pad_left(prompts, model.device)
+    eos = sorted(eos_ids)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if greedy:
+        sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    sequences = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=horizon,
+        eos_token_id=eos,
+        pad_token_id=0,
+        repetition_penalty=1.0,
+        **sampling,
+    )
+    ended = torch.isin(sequences[:, ids.shape[1] :], torch.tensor(eos, device=model.device)).long()
+    in_response = ended.cumsum(1) - ended == 0  # up to the first eos token, which is included
+    return sequences, torch.cat([mask, in_response.long()], dim=1)

@@ -1,46 +1,44 @@
-"""One whole step, sampling, scoring and update: this project, the naive loop, and TRL's DistillationTrainer.
+"""One whole training step: this project, a naive loop, and TRL's DistillationTrainer.
 
-    pip install trl==1.16.0        # that side alone needs it
-    python benchmarks/steps.py --student PATH --teacher PATH --data FILE --tokens 128
+    pip install trl==1.16.0        # for the side `trl`
+    python benchmarks/steps.py --student PATH --teacher PATH --data FILE
+    python benchmarks/steps.py --student PATH --teacher PATH --data FILE --prompts 1 --steps 1 --growth 4096
 
-Each side is a process of its own with the same prompts; a first step warms up, the others' median counts.
-Memory is the peak of the whole process: resident on a CPU, allocated on a GPU. For results/bench_steps.csv.
+Each side is a process of its own with the same prompts. A first step warms up, the median of the others
+counts. Memory is the peak of the whole process: resident on a CPU (Linux), allocated on a GPU. Rows are
+added to results/bench_steps.csv. With --growth, the side `ours-checkpointing` alone is measured, at answers
+of --tokens tokens, twice as many, and so on: results/bench_growth.csv and results/bench_growth.png.
 """
 
 import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import sides  # also puts the project on the path
 import torch
-from sides import (
-    ROOT,
-    flags_of,
-    measure_apart,
-    peak_memory,
-    peak_reserved,
-    reset_peak,
-)  # puts the project on the path
 from transformers import AutoConfig
 
-import data
-import fast
-import memory
-import models
-import opd
-import report
 import train
-from cli import BadInput, knob, parse, run
 from eval_math import INSTRUCTION
+from extras import memory
+from support import data, models, run_folder
+from support.cli import BadInput, knob, parse, run_main
 
-OURS = {  # what differs from train.py's defaults
-    "ours": {"checkpointing": False, "micro_batch": 8192},
-    "ours-checkpointing": {"micro_batch": 8192},
-    "ours-low-memory": {"low_memory": True, "micro_batch": 8192},
+OURS = {
+    "ours": {"checkpointing": False},
+    "ours-checkpointing": {"checkpointing": True},
+    "ours-low-memory": {"checkpointing": True, "low_memory": True},
 }
 SIDES = (*OURS, "naive", "trl")
+LR = 1e-6
+# score_s: both models' forward passes and backward; update_s: AdamW; baseline_gb: before loading the models.
+COLUMNS = ("seconds", "rollout_s", "score_s", "update_s", "response_tokens", "loss", "grad_norm", "lr")
+COLUMNS += ("baseline_gb", "estimate_gb")
 
 
 @dataclass(frozen=True)
@@ -48,110 +46,104 @@ class Knobs:
     student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "hub name or folder")
     data: str = knob("openai/gsm8k:main", "problems; its train split")
-    sides: tuple[str, ...] = knob((), "may be given several times; default: all", choices=SIDES)
-    sampler: str = knob("", "of our sides, as train.py's", choices=("plain", "fast"))
+    sides: tuple[str, ...] = knob((), "may be repeated; default: all", choices=SIDES)
     dtype: str = knob("bfloat16", "of matmuls", choices=("float32", "bfloat16"))
-    prompts: int = knob(8, "a step", 1)
-    tokens: int = knob(128, "the horizon", 1)
-    steps: int = knob(3, "timed, after one that is not", 1)
-    endless: bool = knob(False, "nothing ends an answer before the horizon")
+    prompts: int = knob(8, "in a step", least=1)
+    tokens: int = knob(128, "the horizon", least=1)
+    steps: int = knob(3, "timed steps, after one that is not", least=1)
+    endless: bool = knob(False, "no eos token: all answers reach the horizon")
+    growth: int = knob(0, "measure growing answers, up to so many tokens; 0: compare the sides", least=0)
     device: str = knob("cpu", "cpu or cuda")
     side: str = knob("", "measure this side in this process and print it as JSON", choices=SIDES)
-    out: str = knob(str(ROOT / "results" / "bench_steps.csv"), "CSV file to which rows are added")
+    out: str = knob("", "CSV file; default: results/bench_steps.csv or results/bench_growth.csv")
 
 
-def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict]:
+def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Steps of `train.train`."""
     device = models.find_device(knobs.device)
-    how = train.Knobs(
+    settings = train.Knobs(
         **OURS[knobs.side],
-        lr=1e-6,
-        sampler=knobs.sampler,
+        micro_batch=8192,
+        steps=knobs.steps + 1,
         batch_size=knobs.prompts,
+        lr=LR,
+        warmup=0,
+        decay="constant",
+        show_every=0,
         dtype=knobs.dtype,
         device=device.type,
     )
-    configs = [AutoConfig.from_pretrained(name) for name in (knobs.student, knobs.teacher)]
-    estimate = memory.estimate(how, *configs, max(map(len, prompts)), knobs.tokens)["peak"]
-    memory_of = {"baseline_gb": reset_peak(device) / 1e9, "estimate_gb": estimate / 1e9}
-    how_loaded = {"checkpointing": how.checkpointing, "low_memory": how.low_memory}
-    pair = models.load_pair(knobs.student, knobs.teacher, knobs.dtype, device, **how_loaded)
-    ends = {pair.vocab_size} if knobs.endless else pair.ends
-    optimizer = torch.optim.AdamW(pair.masters.values(), lr=1e-6, weight_decay=0, fused=True)
-    rng, rows, rollout = torch.Generator(device).manual_seed(0), [], fast.sampler(how.sampler, pair.student)
-    reset_peak(device)  # loading has a peak of its own
-    for _ in range(knobs.steps + 1):
-        started = time.perf_counter()
-        ro = rollout(pair.student, prompts, knobs.tokens, ends, 1.0, pair.vocab_size, rng)
-        row = {"rollout_s": pair.seconds_since(started), "response_tokens": int(ro.response_mask.sum())}
-        row |= train.update(pair, optimizer, ro, how, 0)[0] | memory_of
-        rows.append(row | {"seconds": pair.seconds_since(started)})
-    return rows
+    configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
+    estimate = memory.estimate(settings, *configs, max(map(len, prompts)), knobs.tokens)
+    facts = {"baseline_gb": sides.reset_peak(device) / 1e9, "estimate_gb": estimate["peak"] / 1e9}
+    pair = train.load_pair(
+        knobs.student, knobs.teacher, knobs.dtype, device, settings.checkpointing, settings.low_memory
+    )
+    if knobs.endless:
+        pair = replace(pair, eos_ids={pair.vocab_size})  # an id that is never sampled
+    run = run_folder.Run(device)
+    sides.reset_peak(device)  # loading has a peak of its own
+    train.train(pair, train.adamw(pair, settings), prompts, lambda step: knobs.tokens, settings, run)
+    return [row | facts | {"seconds": row["seconds"] - last["seconds"]} for last, row in pairwise(run.rows)]
 
 
-def naive(knobs: Knobs, prompts: list[list[int]]) -> list[dict]:
-    """What one writes first: `generate`, full logits of both models, weights in the dtype of the matmuls."""
-    dtype, device = getattr(torch, knobs.dtype), models.find_device(knobs.device)
+def naive(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """A first implementation: `generate`, the full logits of both models, weights in the matmuls' dtype."""
+    device = models.find_device(knobs.device)
+    dtype = getattr(torch, knobs.dtype)
     student = models.load_model(knobs.student, dtype, device)
     teacher = models.load_model(knobs.teacher, dtype, device).requires_grad_(False)
-    ends = sorted(models.end_ids(models.load_tokenizer(knobs.student), student, teacher))
+    eos_ids = models.eos_ids(models.load_tokenizer(knobs.student), student, teacher)
     if knobs.endless:
-        ends = [student.config.get_text_config().vocab_size]
-    optimizer, width = torch.optim.AdamW(student.parameters(), lr=1e-6), max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    law = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    law |= {"eos_token_id": ends, "pad_token_id": 0, "max_new_tokens": knobs.tokens}
+        eos_ids = {student.config.get_text_config().vocab_size}
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LR)
+    first = max(map(len, prompts))  # where the responses begin
     rows = []
     for _ in range(knobs.steps + 1):
-        began = time.perf_counter()
-        texts = student.generate(ids, attention_mask=mask, **law)
-        sampled = time.perf_counter() - began
-        tokens = texts[:, width:]
-        ended = torch.isin(tokens, torch.tensor(ends, device=device)).long()
-        keep = (ended.cumsum(1) - ended) == 0
-        whole = torch.cat([mask, keep.long()], dim=1)
-        student_logp = student(texts, attention_mask=whole).logits[:, width - 1 : -1].float().log_softmax(-1)
+        started = time.perf_counter()
+        sequences, mask = sides.generate(student, prompts, knobs.tokens, eos_ids)
+        row = {"rollout_s": time.perf_counter() - started, "response_tokens": int(mask[:, first:].sum())}
+        student_logits = student(sequences, attention_mask=mask).logits[:, first - 1 : -1]
+        student_logp = student_logits.float().log_softmax(-1)
         with torch.no_grad():
-            teacher_logp = (
-                teacher(texts, attention_mask=whole).logits[:, width - 1 : -1].float().log_softmax(-1)
-            )
-        loss = (opd.reverse_kl(student_logp, teacher_logp, tokens) * keep).sum() / keep.sum()
+            teacher_logits = teacher(sequences, attention_mask=mask).logits[:, first - 1 : -1]
+            teacher_logp = teacher_logits.float().log_softmax(-1)
+        divergence = (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
+        loss = (divergence * mask[:, first:]).sum() / row["response_tokens"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        row = {"rollout_s": sampled, "response_tokens": int(keep.sum())}
-        rows.append(row | {"seconds": time.perf_counter() - began})
-    return rows
+        sides.synchronize(device)
+        rows.append(row | {"loss": loss.item(), "seconds": time.perf_counter() - started})
+    return rows[1:]
 
 
-def trl(knobs: Knobs, problems: list) -> list[dict]:
+def trl(knobs: Knobs, problems: list[data.Problem]) -> list[dict[str, Any]]:
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    ends, rows = [], []
+    starts = []
+    rows = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            ends.append(time.perf_counter())
+            starts.append(time.perf_counter())
 
         def on_step_end(self, *args, **kwargs):
-            rows.append({"seconds": time.perf_counter() - ends[-1]})
+            rows.append({"seconds": time.perf_counter() - starts[-1]})
 
-    asked = [[{"role": "user", "content": p.question + INSTRUCTION}] for p in problems]
+    chats = [[{"role": "user", "content": problem.question + INSTRUCTION}] for problem in problems]
     with tempfile.TemporaryDirectory() as folder:
-        bf16 = knobs.dtype == "bfloat16"
         config = DistillationConfig(
             output_dir=folder,
             use_cpu=knobs.device == "cpu",
-            bf16=bf16,
-            per_device_train_batch_size=len(asked),
+            bf16=knobs.dtype == "bfloat16",
+            per_device_train_batch_size=len(chats),
             max_steps=knobs.steps + 1,
             max_completion_length=knobs.tokens,
-            learning_rate=1e-6,
+            learning_rate=LR,
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
@@ -161,14 +153,15 @@ def trl(knobs: Knobs, problems: list) -> list[dict]:
             model=knobs.student,
             teacher_model=knobs.teacher,
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": asked}),
+            train_dataset=Dataset.from_dict({"prompt": chats}),
             callbacks=[Clock()],
         )
         trainer.train()
-    return rows
+    return rows[1:]
 
 
-def measure(knobs: Knobs) -> dict:
+def measure(knobs: Knobs) -> dict[str, Any]:
+    """The medians of one side's timed steps and its peak memory, measured in this process."""
     problems = data.subset(data.read_problems(knobs.data, "train"), knobs.prompts, 0)
     prompts = data.render(models.load_tokenizer(knobs.student), problems, INSTRUCTION)
     if knobs.side == "trl":
@@ -177,34 +170,80 @@ def measure(knobs: Knobs) -> dict:
         rows = naive(knobs, prompts)
     else:
         rows = ours(knobs, prompts)
-    found = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
+    found = {}
+    for name in COLUMNS:
+        found[name] = statistics.median(row[name] for row in rows) if name in rows[0] else ""
     device = models.find_device(knobs.device)
-    return found | {"peak_gb": peak_memory(device) / 1e9, "reserved_gb": peak_reserved(device)}
+    return found | sides.peak_columns(device) | sides.hardware(device)
+
+
+def measure_growth(knobs: Knobs, given: dict[str, Any], table: Path) -> None:
+    """Measure answers of --tokens tokens, twice as many, ... up to --growth, then replace the table."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    part = table.with_suffix(".part")
+    rows = []
+    tokens = knobs.tokens
+    while tokens <= knobs.growth:
+        row = {"model": Path(knobs.student).name, "prompts": knobs.prompts, "tokens": tokens}
+        flags = given | {"tokens": tokens, "endless": True}
+        row |= sides.measure_apart(__file__, "ours-checkpointing", flags)
+        print(row, flush=True)
+        rows.append(row)
+        run_folder.write_csv(part, list(row), rows)  # an interrupted run leaves its rows here
+        tokens *= 2
+    run_folder.atomic_rename(part, table)
+    print(draw_growth(table))
+
+
+def draw_growth(table: Path) -> Path:
+    """Seconds of a step by phase, and peak memory, by response tokens; dotted: linear growth."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    rows = run_folder.read_csv(table)
+    tokens = [int(row["tokens"]) for row in rows]
+    phases = {"sampling": "rollout_s", "scoring and backward": "score_s", "AdamW": "update_s"}
+    seconds = [[float(row[column]) for row in rows] for column in phases.values()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    left.stackplot(tokens, seconds, labels=list(phases), colors=("#0072b2", "#e69f00", "#009e73"), alpha=0.8)
+    left.plot([0, tokens[-1]], [0, sum(s[-1] for s in seconds)], ":", color="black", label="linear")
+    left.set(title="seconds per step", xlabel="response tokens", xlim=(0, None), ylim=(0, None))
+    left.legend(loc="upper left")
+    estimated = [float(row["estimate_gb"]) + float(row["baseline_gb"]) for row in rows]
+    right.plot(tokens, [float(row["peak_gb"]) for row in rows], "o-", color="#d55e00", label="measured")
+    right.plot(tokens, estimated, "x--", color="#56b4e9", label="estimated by --dry-run, plus the libraries")
+    right.set(title="peak memory, GB", xlabel="response tokens", xlim=(0, None), ylim=(0, None))
+    right.legend(loc="lower right")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(table.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+    return table.with_suffix(".png")
 
 
 def main() -> None:
-    given = parse(Knobs, __doc__, None)
+    given = parse(Knobs, __doc__)
     knobs = Knobs(**given)
+    selected = knobs.sides or SIDES
+    name = "bench_growth.csv" if knobs.growth else "bench_steps.csv"
+    out = Path(knobs.out or sides.ROOT / "results" / name)
+    if knobs.growth and knobs.sides:
+        raise BadInput("--growth measures the side ours-checkpointing alone: drop --sides")
+    if knobs.growth and knobs.growth < knobs.tokens:
+        raise BadInput(f"--growth {knobs.growth} is below --tokens {knobs.tokens}: raise it")
     if knobs.side:
         print(json.dumps(measure(knobs)))
-        return
-    if knobs.endless and "trl" in (knobs.sides or SIDES):
-        raise BadInput("--endless: side trl knows no such thing; name the others with --sides")
-    columns = ("seconds", "rollout_s", "score_s", "update_s", "response_tokens", "peak_gb")
-    columns += ("baseline_gb", "estimate_gb", "reserved_gb")
-    flags = flags_of(given)
-    for side in knobs.sides or SIDES:
-        row = measure_apart(__file__, side, flags)
-        print(side, row, flush=True)
-        what = {
-            "student": Path(knobs.student).name,
-            "teacher": Path(knobs.teacher).name,
-            "dtype": knobs.dtype,
-        }
-        what |= {"prompts": knobs.prompts, "tokens": knobs.tokens, "side": side}
-        hardware = {"hardware": report.environment(torch.device(knobs.device))["hardware"]}
-        report.append_csv(Path(knobs.out), [what | {c: row.get(c, "") for c in columns} | hardware])
+    elif knobs.growth:
+        measure_growth(knobs, given, out)
+    elif knobs.endless and "trl" in selected:
+        raise BadInput("--endless is not available for the side trl: select the others with --sides")
+    else:
+        about = {name: Path(getattr(knobs, name)).name for name in ("student", "teacher")}
+        about |= {name: getattr(knobs, name) for name in ("dtype", "prompts", "tokens")}
+        sides.compare_sides(__file__, selected, given, about, out)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -43,22 +43,22 @@ WITHOUT += ("resume", "out", "seed", "dry_run")
 
 @dataclass(frozen=True)
 class Knobs(train.Knobs):
-    eval_limit: int = knob(64, "held-out problems, the same for all runs", 2)
-    eval_temperature: float = knob(1.0, "of the sampled score; there is a greedy one too", 0.01)
+    eval_limit: int = knob(64, "held-out problems, the same for all runs", least=2)
+    eval_temperature: float = knob(1.0, "of the sampled score; there is a greedy one too", least=0.01)
 
     arms: tuple[str, ...] = knob(
         (), "may be repeated; default: those of --group", choices=ARMS, group="the comparison"
     )
     group: str = knob("", "default: closing in that world, otherwise all", choices=GROUPS)
-    seeds: int = knob(5, "runs of each arm, with seeds 0, 1, ...", 1)
+    seeds: int = knob(5, "runs of each arm, with seeds 0, 1, ...", least=1)
     minutes: float = knob(
         0.0,
         "of training per run, over which schedules and learning rate are spread: after each step the step "
         "number moves on by the clock, by at least 1, so a run takes at most --steps steps; 0: all --steps",
-        0,
+        least=0,
     )
-    esr_tokens: int = knob(100, "ESR's horizon; toy: 20, as its answers have 120 tokens", 1)
-    curve_points: int = knob(8, "scores along a run, the last included; 1: the last alone", 1)
+    esr_tokens: int = knob(100, "ESR's horizon; toy: 20, as its answers have 120 tokens", least=1)
+    curve_points: int = knob(8, "scores along a run, the last included; 1: the last alone", least=1)
     keep: str = knob("", "folder for the student of each run, ARM-SEED, as probe.py --trained takes it")
     csv: str = knob("", "default: results/compare.csv, compare_closing.csv, compare_STUDENT.csv")
     report: bool = knob(False, "train nothing: table, claims and figures of the rows in the CSV")
@@ -76,8 +76,7 @@ def choose(given: dict) -> tuple[Knobs, Path]:
     unused = [flag_of(name) for name in WITHOUT if name in given]
     if unused:
         raise BadInput(f"{', '.join(unused)} does not apply here, --arms and --seeds decide: drop it")
-    named = given.keys() & {"student", "teacher", "data"}
-    preset = given.get("preset") or ("qwen" if named else "toy")
+    preset = run_folder.preset_of(given, default="toy")
     defaults = {"esr_tokens": 20} if preset == "toy" else {}
     knobs, _ = run_folder.settings(Knobs, defaults | given | {"preset": preset})
     name = Path(knobs.student).name

@@ -23,15 +23,15 @@ class Knobs:
     teacher: str = knob("", "hub name or folder; same tokenizer as the student's")
     data: str = knob("", "hub name[:config], folder or file: its test split, for profile its train split")
     world: str = knob("opening", "the toy's world", choices=toy.WORLDS)
-    problems: int = knob(100, "a random subset drawn by the seed", 2)
-    samples: int = knob(4, "answers to each problem", 1)
+    problems: int = knob(100, "a random subset drawn by the seed", least=2)
+    samples: int = knob(4, "answers to each problem", least=1)
     instruction: str = knob(INSTRUCTION, "text after each problem; the toy: none")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
-    max_new_tokens: int = knob(1024, "T, the full response length; the toy: 128", 2)
-    temperature: float = knob(1.0, "of the sampling, and of both models' distributions", 0.01)
-    sample_batch: int = knob(100, "answers sampled together", 1)
-    micro_batch: int = knob(8192, "tokens scored together", 1)
-    seed: int = knob(0, "of problems, sampling and the toy's training", 0, most=2**32)
+    max_new_tokens: int = knob(1024, "T, the full response length; the toy: 128", least=2)
+    temperature: float = knob(1.0, "of the sampling, and of both models' distributions", least=0.01)
+    sample_batch: int = knob(100, "answers sampled together", least=1)
+    micro_batch: int = knob(8192, "tokens scored together", least=1)
+    seed: int = knob(0, "of problems, sampling and the toy's training", least=0, most=2**32)
     dtype: str = knob("", "default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
     out: str = knob("", "CSV file, its figure is written next to it; default: results/probe_NAME.csv")
@@ -47,8 +47,10 @@ class Knobs:
 
 @dataclass(frozen=True)
 class ProfileKnobs(Knobs):
-    problems: int = knob(250, "a random subset drawn by the seed; times samples: the rollouts", 2)
-    share: float = knob(0.45, "fraction of the reverse KL that the suggested horizon holds", 0.01, most=1)
+    problems: int = knob(250, "a random subset drawn by the seed; times samples: the rollouts", least=2)
+    share: float = knob(
+        0.45, "fraction of the reverse KL that the suggested horizon holds", least=0.01, most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,21 @@ class PrefixKnobs(Knobs):
 
 @dataclass(frozen=True)
 class HeldoutKnobs(Knobs):
-    problems: int = knob(24, "a random subset drawn by the seed", 2)
-    samples: int = knob(1, "answers to each problem", 1)
-    max_new_tokens: int = knob(50, "tokens sampled after each prompt; the toy: 128", 2)
+    problems: int = knob(24, "a random subset drawn by the seed", least=2)
+    samples: int = knob(1, "answers to each problem", least=1)
+    max_new_tokens: int = knob(50, "tokens sampled after each prompt; the toy: 128", least=2)
     trained: str = knob("", "hub name or folder of the student to measure; default: --student")
 
 
 @dataclass(frozen=True)
 class TrainedKnobs(Knobs):
-    samples: int = knob(16, "answers to each problem: a few degenerate ones hold most of the reverse KL", 1)
+    samples: int = knob(
+        16, "answers to each problem: a few degenerate ones hold most of the reverse KL", least=1
+    )
     trained: str = knob("", "the student after training, RUN/student; default: the toy's, trained first")
     horizon: float | None = knob(None, "N of that training, as train.py's --horizon; the toy: 20")
     schedule: str = knob("esr", "of the toy's training", choices=SCHEDULES)
-    steps: int = knob(40, "of the toy's training", 1)
+    steps: int = knob(40, "of the toy's training", least=1)
 
     def horizon_at(self, step: int) -> int:
         name = self.schedule or "esr"
@@ -83,7 +87,7 @@ class TrainedKnobs(Knobs):
 
 @dataclass(frozen=True)
 class SwapKnobs(PrefixKnobs, TrainedKnobs):
-    samples: int = knob(4, "answers to each problem", 1)
+    samples: int = knob(4, "answers to each problem", least=1)
 
 
 class Setup(NamedTuple):

@@ -99,23 +99,23 @@ class CheckpointedRun(run_folder.Run):
     def remedy(self) -> str:
         return f"continue with python train.py --resume {self.folder}"
 
-    def log(self, rollouts, tokens: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
-        row = super().log(rollouts, tokens, **columns)
+    def log(self, rollouts, statistics: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
+        row = super().log(rollouts, statistics, **columns)
         self.rows.clear()  # the file keeps them
         run_folder.append_csv(self.folder / "metrics.csv", [row])
         self.bar.set_postfix(report.in_short(row), refresh=False)
         return row
 
-    def show(self, step: int, rollouts, tokens: dict[str, Tensor]) -> None:
-        report.show_rollout(self.folder, self.bar, step, self.pair.tokenizer, rollouts, tokens)
+    def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
+        report.show_rollout(self.folder, self.bar, step, self.pair.tokenizer, rollouts, statistics)
 
     def stop_non_finite(
-        self, step: int, loss: float, grad_norm: float, rollouts, tokens: dict[str, Tensor]
+        self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
     ) -> None:
         """Write the offending rows to non_finite.json. Raises Stopped."""
         path = self.folder / "non_finite.json"
         facts = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
-        run_folder.write_json(path, facts | report.offending_rows(self.pair.tokenizer, rollouts, tokens))
+        run_folder.write_json(path, facts | report.offending_rows(self.pair.tokenizer, rollouts, statistics))
         what = f"step {step} has loss {loss} and gradient norm {grad_norm}"
         raise Stopped(1, f"{what}: start a new run with a lower --lr, or look for odd data in {path}")
 

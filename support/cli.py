@@ -94,7 +94,9 @@ def check_limits(field: dataclasses.Field, value: Any) -> None:
     least, most = field.metadata["least"], field.metadata["most"]
     if least is None or value is None or value == field.metadata["word"]:
         return
-    if not value >= least:  # `not >=` also catches NaN
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{flag_of(field.name)} {value} is not a finite number: give one")
+    if value < least:
         raise BadInput(f"{flag_of(field.name)} {value} is below {least}: raise it")
     if value > most:
         raise BadInput(f"{flag_of(field.name)} {value} is above {most}: lower it")
@@ -112,7 +114,7 @@ def number_or(word: str, kind: type) -> Callable[[str], Any]:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Call `main` and exit: code 2 and one line for wrong input, 130 after Ctrl-C. Bugs keep tracebacks."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller
         stream.reconfigure(errors="replace")  # a terminal without a character shows "?" instead of failing
     try:
         sys.exit(main())

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
-LONGEST = 500  # characters of an answer; longer text is not compared
+LONGEST_ANSWER = 500  # characters of an answer; longer text is not compared
 UNICODE = {"−": "-", "–": "-", "²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34"}
 UNICODE |= {"×": r"\times ", "·": r"\cdot ", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "°": ""}
 UNICODE |= {"≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt "}
@@ -44,7 +44,7 @@ def compare(found: str, gold: str) -> str:
 
 def compare_quickly(found: str, gold: str) -> str | None:
     """By text and by number, which decides most answers in microseconds; None where math-verify is needed."""
-    if len(found) > LONGEST:
+    if len(found) > LONGEST_ANSWER:
         return "wrong"
     if without_spaces(found) == without_spaces(gold):
         return "right"

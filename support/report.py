@@ -29,17 +29,21 @@ def in_short(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show_rollout(folder: Path, bar: tqdm, step: int, tokenizer, rollouts, tokens: dict[str, Tensor]) -> None:
+def show_rollout(
+    folder: Path, bar: tqdm, step: int, tokenizer, rollouts, statistics: dict[str, Tensor]
+) -> None:
     """Print the step's first answer with the teacher's gap on each token, and append to positions.csv."""
-    of_first = tokens["row"] == 0
-    place = tokens["position"][of_first]
-    gap = (tokens["teacher_logp"] - tokens["student_logp"])[of_first]
+    of_first = statistics["row"] == 0
+    place = statistics["position"][of_first]
+    gap = (statistics["teacher_logp"] - statistics["student_logp"])[of_first]
     colour = sys.stdout.isatty()
     text = gap_text(tokenizer, rollouts.tokens[0][place], gap, colour)
     bar.write(f"step {step}, log p_teacher - log p_student {'in red' if colour else 'in brackets'}: {text}")
     length = rollouts.tokens.shape[1]
     names = ("reverse_kl", "student_entropy", "teacher_entropy", "agreement")
-    means = {name: mean_by_position(tokens[name], tokens["position"], length).tolist() for name in names}
+    means = {}
+    for name in names:
+        means[name] = mean_by_position(statistics[name], statistics["position"], length).tolist()
     counts = rollouts.response_mask.sum(0).tolist()
     rows = []
     for i, count in enumerate(counts):
@@ -48,12 +52,12 @@ def show_rollout(folder: Path, bar: tqdm, step: int, tokenizer, rollouts, tokens
     append_csv(folder / "positions.csv", rows)
 
 
-def offending_rows(tokenizer, rollouts, tokens: dict[str, Tensor]) -> dict[str, Any]:
+def offending_rows(tokenizer, rollouts, statistics: dict[str, Tensor]) -> dict[str, Any]:
     """The texts of a batch with a non-finite loss or gradient, and the numbers and texts of the bad rows."""
     texts = []
     for prompt, ids, mask in zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask):
         texts.append(tokenizer.decode(prompt + ids[mask].tolist()))
-    bad = sorted(set(tokens["row"][~tokens["reverse_kl"].isfinite()].tolist()))
+    bad = sorted(set(statistics["row"][~statistics["reverse_kl"].isfinite()].tolist()))
     return {"bad_rows": bad, "bad": [texts[i] for i in bad], "batch": texts}
 
 

@@ -54,8 +54,7 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
         knobs = knobs_class(**resumed(knobs_class, given, SAFE))
         folder = Path(given["resume"])
     else:
-        named = given.keys() & {"student", "teacher", "data", "eval_data"}
-        preset = given.get("preset") or ("qwen" if named or torch.cuda.is_available() else "toy")
+        preset = preset_of(given, default="qwen" if torch.cuda.is_available() else "toy")
         print(f"preset {preset}", flush=True)
         of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
         low_memory = LOW_MEMORY if given.get("low_memory") else {}
@@ -64,6 +63,15 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
     dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
     eval_every = knobs.eval_every if knobs.eval_limit else 0
     return dataclasses.replace(knobs, dtype=dtype, eval_every=eval_every), folder
+
+
+def preset_of(given: dict[str, Any], default: str) -> str:
+    """--preset, or `default` if no model and no data are named. Raises BadInput for --world without toy."""
+    named = given.keys() & {"student", "teacher", "data", "eval_data"}
+    preset = given.get("preset") or ("qwen" if named else default)
+    if "world" in given and preset != "toy":
+        raise BadInput(f"--world {given['world']} is of the toy only: drop it, or add --preset toy")
+    return preset
 
 
 def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[str, Any]:
@@ -292,10 +300,12 @@ class Run:
             torch.cuda.synchronize(self.device)
         self.timings[column] = self.timings.get(column, 0.0) + time.perf_counter() - started
 
-    def log(self, rollouts, tokens: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
+    def log(self, rollouts, statistics: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
         """Keep the step's row: the given columns, the timings, and the means of the token statistics."""
         sampled = int(rollouts.response_mask.sum())
-        row = columns | {name: x.float().mean().item() for name, x in tokens.items() if name not in PLACES}
+        row = columns | {
+            name: x.float().mean().item() for name, x in statistics.items() if name not in PLACES
+        }
         row |= {"response_tokens": sampled, "response_length": sampled / len(rollouts.prompts)}
         row |= {"truncated": 1 - rollouts.finished.float().mean().item()}
         row |= self.timings | {"seconds": self.seconds()}
@@ -303,11 +313,11 @@ class Run:
         self.rows.append(row)
         return row
 
-    def show(self, step: int, rollouts, tokens: dict[str, Tensor]) -> None:
+    def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
         """Show an answer of this step; not here."""
 
     def stop_non_finite(
-        self, step: int, loss: float, grad_norm: float, rollouts, tokens: dict[str, Tensor]
+        self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
     ) -> None:
         """End the run, whose weights have not moved in this step. Raises Stopped."""
         raise Stopped(1, f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --lr")

@@ -36,7 +36,9 @@ def tiny(seed: int = 0, **changes) -> Qwen2ForCausalLM:
 def pair_of(student, teacher, dtype: torch.dtype = torch.float32, ends=(END,)) -> train.Pair:
     """A pair without a tokenizer, as `train.load_pair` makes it; `ends` are its eos ids."""
     vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
-    teacher = teacher.to(dtype).requires_grad_(False)
+    teacher.requires_grad_(False)
+    for weight in teacher.parameters():  # not buffers: from_pretrained keeps the rotary frequencies in fp32
+        weight.data = weight.data.to(dtype)
     return train.make_pair(student, teacher, None, vocab_size, set(ends), dtype)
 
 

@@ -196,6 +196,12 @@ def test_a_frozen_head_gets_no_gradient_and_no_grad_gets_none_at_all():
     assert loss > 0 and student.weight.grad is None
 
 
+def test_lengths_that_differ_are_refused():
+    """zip stops at the shortest: tokens would lose their gradient silently."""
+    with pytest.raises(ValueError, match="10, 10 and 4"):
+        run(head(), states(), head(seed=1), states(seed=1), torch.arange(4))
+
+
 def test_nothing_is_written_in_place():
     """A normaliser was once corrupted by an in-place write: all inputs are bit-identical afterwards."""
     inputs = [states(), states(seed=1, grad=False), torch.arange(10)]

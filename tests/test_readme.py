@@ -6,6 +6,7 @@ from pathlib import Path
 
 import claims
 import compare
+import figures
 import parts
 import probe
 import pytest
@@ -39,7 +40,7 @@ def test_length():
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_exist(name):
-    classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, *parts.KNOBS.values()]
+    classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs]
     classes += [knobs for _, knobs in probe.PROBES.values()]
     flags = {cli.flag_of(f.name) for knobs in classes for f in dataclasses.fields(knobs)}
     flags |= {"--no-checkpointing", "--help"}
@@ -54,7 +55,9 @@ def test_files_exist(name):
 
 def test_toy_table():
     for row in rows_of("toy"):
-        cells = [f"{float(row[k]):.0%} +- {float(row[k + '_se']):.1%}" for k in ("before", "after", "teacher")]
+        cells = [
+            f"{float(row[k]):.0%} +- {float(row[k + '_se']):.1%}" for k in ("before", "after", "teacher")
+        ]
         cells += [f"{int(row['response_tokens']):,}", f"{float(row['seconds']):.1f}"]
         assert f"| `{row['flags']}` | " + " | ".join(cells) + " |" in README
 
@@ -101,6 +104,13 @@ def test_comparisons_are_what_compare_prints():
     for name, arms, seeds in (*shown, ("compare_coder", pair, 1)):
         path = ROOT / "results" / f"{name}.csv"
         closing = name == "compare_closing"
-        report = claims.format_report(claims.read(path), claims.read_curves(path), arms, seeds, closing)
+        report = claims.format_results(claims.read(path), claims.read_curves(path), arms, seeds, closing)
         for line in report.splitlines():
             assert line.rstrip() in RESULTS, line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("probe_*.csv")), ids=lambda path: path.stem)
+def test_readings_are_what_the_probes_print(path):
+    rows = figures.read_probe(path)
+    assert not figures.missing_points(rows)
+    assert figures.reading(rows) in RESULTS

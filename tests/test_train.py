@@ -51,8 +51,9 @@ def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(divergence
     assert tokens["agreement"].mean() == 1
 
 
-def test_a_teacher_equal_to_the_student_does_not_move_it():
-    pair = pair_of(tiny(), tiny())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_equal_to_the_student_does_not_move_it(dtype):
+    pair = pair_of(tiny(), tiny(), dtype)
     before = {name: p.detach().clone() for name, p in pair.masters.items()}
     run_training(pair)
     assert all(torch.equal(p, before[name]) for name, p in pair.masters.items())

@@ -1,0 +1,135 @@
+"""Each benchmark runs from its flags to its rows, with the toy's models or tiny shapes."""
+
+import importlib.util
+import sys
+from functools import partial
+
+import parts
+import pytest
+import sides
+import steps
+
+from support.cli import BadInput
+from support.run_folder import read_csv, write_csv
+
+NEEDS = {"trl": "trl", "liger": "liger_kernel", "ours-low-memory": "peft"}
+LOSS = ("--part=loss", "--tokens=8", "--vocab=50", "--student-width=8", "--teacher-width=12", "--repeats=1")
+
+
+def every(names):
+    """Parameters of a test, one per side; sides whose library is not installed are skipped."""
+    found = []
+    for name in names:
+        missing = name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None
+        found.append(pytest.param(name, marks=pytest.mark.skipif(missing, reason="not installed")))
+    return pytest.mark.parametrize("side", found)
+
+
+def columns(name: str) -> set[str]:
+    """Those of the committed results, which the README's tables are made of."""
+    return set(read_csv(sides.ROOT / "results" / f"bench_{name}.csv")[0])
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A function (script, flags) -> the rows of its CSV file; its sides are measured in this process."""
+
+    def measure_here(script, path: str, side: str, given: dict) -> dict:
+        return script.measure(script.Knobs(**(given | {"side": side})))
+
+    def call(script, *flags: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sides, "measure_apart", partial(measure_here, script))
+        monkeypatch.setattr(sys, "argv", [script.__file__, *flags, f"--out={tmp_path / 'out.csv'}"])
+        script.main()
+        return read_csv(tmp_path / "out.csv")
+
+    return call
+
+
+@pytest.fixture
+def pair(world) -> list[str]:
+    """Flags of a small step of the toy's models."""
+    models = [f"--{name}={world / name}" for name in ("student", "teacher")]
+    return [*models, f"--data={world}", "--dtype=float32", "--prompts=2", "--tokens=4", "--steps=1"]
+
+
+@every(steps.SIDES)
+def test_steps(run, pair, side):
+    (row,) = run(steps, *pair, f"--sides={side}")
+    assert columns("steps") <= set(row)
+    assert row["side"] == side
+    if side.startswith("ours"):
+        parts_of_step = sum(float(row[name]) for name in ("rollout_s", "score_s", "update_s"))
+        assert 0 < parts_of_step < float(row["seconds"])
+        assert float(row["estimate_gb"]) > 0
+
+
+@every(("ours", "naive"))
+def test_endless_answers_reach_the_horizon(run, pair, side):
+    (row,) = run(steps, *pair, "--endless", f"--sides={side}")
+    assert float(row["response_tokens"]) == 2 * 4
+
+
+def test_growth(run, pair, tmp_path):
+    """The table is replaced once all lengths are measured, and drawn."""
+    write_csv(tmp_path / "out.csv", ["tokens"], [{"tokens": 1}])
+    rows = run(steps, *pair, "--growth=8")
+    assert columns("growth") <= set(rows[0])
+    assert [row["tokens"] for row in rows] == ["4", "8"]
+    assert [float(row["response_tokens"]) for row in rows] == [2 * 4, 2 * 8]
+    assert (tmp_path / "out.png").stat().st_size > 0
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_wrong_flags_change_no_file(run, pair, tmp_path):
+    write_csv(tmp_path / "out.csv", ["tokens"], [{"tokens": 1}])
+    of_growth = (("--growth=8", "--prompts=0"), ("--growth=2",), ("--growth=8", "--sides=naive"))
+    for flags in (*of_growth, ("--endless",), ("--no-such-flag",)):
+        with pytest.raises(BadInput):
+            run(steps, *pair, *flags)
+    for flags in (("--part=loss", "--sides=plain"), ("--part=rollouts",), ("--part=nothing",)):
+        with pytest.raises(BadInput):
+            run(parts, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+    assert read_csv(tmp_path / "out.csv") == [{"tokens": "1"}]
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@every(parts.SIDES["loss"])
+def test_loss(run, side, dtype):
+    """All sides compute the same loss and the same gradient."""
+    rows = run(parts, *LOSS, f"--dtype={dtype}", "--sides=naive", f"--sides={side}")
+    assert columns("loss") <= set(rows[0])
+    tolerance = 1e-4 if dtype == "float32" else 0.25  # Liger takes bf16 log-probabilities
+    for name in ("loss", "grad_norm"):
+        assert float(rows[1][name]) == pytest.approx(float(rows[0][name]), rel=tolerance)
+
+
+@every(parts.SIDES["rollouts"])
+def test_rollouts(run, world, side):
+    flags = (f"--model={world / 'student'}", f"--data={world}", "--horizon=4", "--rows=3", "--repeats=1")
+    (row,) = run(parts, "--part=rollouts", *flags, "--every=0", f"--sides={side}")
+    assert columns("rollouts") <= set(row)
+    assert row["response_tokens"] == "12"
+    assert row["tokens"] == row["shortest"] == row["longest"] == "4"
+
+
+def test_evaluation(run, world):
+    """Half of the graded answers are right, and both samplers give the same greedy answers."""
+    flags = (f"--model={world / 'student'}", f"--data={world}", "--horizon=8", "--rows=2", "--problems=3")
+    grading, sampling = run(parts, "--part=evaluation", *flags, "--answers=20", "--dtype=float32")
+    assert columns("evaluation") <= set(sampling)
+    assert 10 <= int(grading["right"]) <= 20
+    assert sampling["same"] == sampling["n"] == "3"
+
+
+def test_sides_run_in_processes_of_their_own(tmp_path):
+    given = {"tokens": 8, "vocab": 50, "student_width": 8, "teacher_width": 12, "sides": ("ours",)}
+    assert sides.measure_apart(parts.__file__, "ours", given)["loss"] > 0
+
+
+def test_a_side_that_fails_is_one_line(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import no_such_library")
+    with pytest.raises(BadInput, match="side trl failed .*no_such_library.*select others with --sides"):
+        sides.measure_apart(str(script), "trl", {"endless": True})
