@@ -26,8 +26,8 @@ from support.cli import knob, parse, run_main
 from support.scores import score_answers
 
 
-# knob(default, help text, limits). `word` is a text that a number's flag also accepts; `group` starts a section
-# of --help. The defaults are the preset qwen; support/toy.PRESET replaces some, and flags replace both.
+# knob(default, help, limits). A number's flag also takes the text `word`; `group` starts a section of --help.
+# The defaults are the preset qwen; support/toy.PRESET replaces some of them, and flags replace both.
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")

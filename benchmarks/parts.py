@@ -3,12 +3,12 @@
     pip install trl==1.16.0 && pip install --no-deps liger-kernel==0.8.5     # for two sides of the loss
     python benchmarks/parts.py --part loss             forward and backward at the real shapes
     python benchmarks/parts.py --part rollouts --model PATH --data FILE
-    python benchmarks/parts.py --part evaluation --model PATH --data FILE
+    python benchmarks/parts.py --part evaluation --data FILE            grading
     python benchmarks/parts.py --part logits --model STUDENT --teacher TEACHER --data FILE
 
 Rows are added to results/bench_PART.csv. Each side of the loss and of rollouts is a process of its own; its
-memory is measured on Linux. Evaluation is grading alone, and sampling: this project's and that of `generate`.
-Logits is no time but the error of the gradient that rounding logits to bf16 makes.
+memory is measured on Linux. The part `logits` is not a time but an error: that of the gradient if logits are
+rounded to bf16.
 """
 
 import json
@@ -62,7 +62,6 @@ class Knobs:
         64, "rollouts: ids divisible by it end an answer, so that lengths differ; 0: none", least=0
     )
     random: bool = knob(False, "rollouts: random weights in the model's shape")
-    problems: int = knob(32, "evaluation: problems to answer, if there is a --model", least=1)
     answers: int = knob(
         10_000, "evaluation: answers to grade, half of them those of random problems", least=1
     )
@@ -187,49 +186,11 @@ def time_grading(problems: list[data.Problem], n: int, seed: int) -> dict[str, A
     return {"what": "grading", "n": n, "ours_s": seconds, "right": right}
 
 
-def time_sampling(knobs: Knobs, problems: list[data.Problem]) -> dict[str, Any]:
-    """Both samplers in turn, greedy, on the same batches; the answers should be the same."""
-    device = models.find_device(knobs.device)
-    tokenizer = models.load_tokenizer(knobs.model)
-    model = models.load_model(knobs.model, getattr(torch, knobs.dtype), device)
-    eos_ids = models.eos_ids(tokenizer, model)
-    problems = data.subset(problems, knobs.problems, knobs.seed)
-    prompts = sorted(data.render(tokenizer, problems, INSTRUCTION), key=len, reverse=True)
-
-    def by_rollout(batch: list[list[int]]) -> list[list[int]]:
-        rollouts = rollout(model, batch, knobs.horizon, eos_ids, temperature=0)
-        return [ids[mask].tolist() for ids, mask in zip(rollouts.tokens, rollouts.response_mask)]
-
-    def by_generate(batch: list[list[int]]) -> list[list[int]]:
-        sequences, mask = sides.generate(model, batch, knobs.horizon, eos_ids, greedy=True)
-        first = max(map(len, batch))
-        return [ids[m.bool()].tolist() for ids, m in zip(sequences[:, first:], mask[:, first:])]
-
-    samplers = {"ours": by_rollout, "generate": by_generate}
-    seconds = dict.fromkeys(samplers, 0.0)
-    answers: dict[str, list[list[int]]] = {name: [] for name in samplers}
-    for sampler in samplers.values():
-        sampler(prompts[:2])  # warm up
-    for start in range(0, len(prompts), knobs.rows):
-        for name, sampler in samplers.items():
-            started = time.perf_counter()
-            answers[name] += sampler(prompts[start : start + knobs.rows])  # lists: a GPU has finished
-            seconds[name] += time.perf_counter() - started
-    lengths = torch.tensor([len(answer) for answer in answers["ours"]], dtype=torch.float)
-    row = {"what": f"sampling, {Path(knobs.model).name}", "n": len(prompts), "ours_s": seconds["ours"]}
-    row |= {"generate_s": seconds["generate"], "ratio": seconds["ours"] / seconds["generate"]}
-    row |= {"same": sum(a == b for a, b in zip(answers["ours"], answers["generate"]))}
-    return row | {"mean_length": lengths.mean().item(), "length_sd": lengths.std().item()}
-
-
 def run_evaluation(knobs: Knobs, out: Path) -> None:
-    problems = data.read_problems(knobs.data, "test")
-    rows = [time_grading(problems, knobs.answers, knobs.seed)]
-    rows += [time_sampling(knobs, problems)] if knobs.model else []
-    for row in rows:
-        row |= {"data": Path(knobs.data).name} | sides.hardware(models.find_device(knobs.device))
-        print(row)
-        run_folder.append_csv(out, [row])
+    row = time_grading(data.read_problems(knobs.data, "test"), knobs.answers, knobs.seed)
+    row |= {"data": Path(knobs.data).name} | sides.hardware(models.find_device(knobs.device))
+    print(row)
+    run_folder.append_csv(out, [row])
 
 
 @torch.no_grad()

@@ -82,9 +82,7 @@ def reset_peak(device: torch.device) -> int:
     return peak_memory(device)
 
 
-def generate(
-    model, prompts: list[list[int]], horizon: int, eos_ids: set[int], greedy: bool = False
-) -> tuple[Tensor, Tensor]:
+def generate(model, prompts: list[list[int]], horizon: int, eos_ids: set[int]) -> tuple[Tensor, Tensor]:
     """Sample with `model.generate` from the softmax of all logits, whatever the generation config says.
 
     Returns sequences and their attention mask, (B, P + R) each, prompts padded on the left; the mask is 0 on
@@ -92,9 +90,6 @@ def generate(
     """
     ids, mask = pad_left(prompts, model.device)
     eos = sorted(eos_ids)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    if greedy:
-        sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     sequences = model.generate(
         ids,
         attention_mask=mask,
@@ -102,7 +97,10 @@ def generate(
         eos_token_id=eos,
         pad_token_id=0,
         repetition_penalty=1.0,
-        **sampling,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
     )
     ended = torch.isin(sequences[:, ids.shape[1] :], torch.tensor(eos, device=model.device)).long()
     in_response = ended.cumsum(1) - ended == 0  # up to the first eos token, which is included

@@ -1,4 +1,4 @@
-"""A run on disk: checkpoints, resume, and what signals, a full disk and out-of-memory errors leave behind.
+"""A run on disk: checkpoints, resume, signals, a full disk, out-of-memory errors.
 
 RUN/checkpoint-000040.safetensors holds the state after 40 steps: the student's trained weights in fp32 and
 AdamW's state. Data order, sampling noise and schedules follow from the step. A file gets its name only when

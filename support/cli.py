@@ -72,8 +72,8 @@ def flag_of(name: str) -> str:
 def flag_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """The arguments of `add_argument` for a field."""
     limits = field.metadata
-    help_text = f"{limits['help']} ({field.default})".replace("%", "%%")
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text}
+    help_text = limits["help"] if field.default in ("", (), None) else f"{limits['help']} ({field.default})"
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(hint) is tuple:

@@ -44,7 +44,7 @@ def show_rollout(
     means = {}
     for name in names:
         means[name] = mean_by_position(statistics[name], statistics["position"], length).tolist()
-    counts = rollouts.response_mask.sum(0).tolist()
+    counts = torch.bincount(statistics["position"], minlength=length).tolist()
     rows = []
     for i, count in enumerate(counts):
         row = {"step": step, "position": i, "tokens": count}

@@ -85,10 +85,10 @@ def test_evaluation_tables():
 
 
 def test_benchmark_tables():
-    for row in rows_of("bench_loss"):
+    for row in rows_of("bench_loss") + rows_of("bench_loss_earlier"):
         cells = [f"{float(row['seconds']):.1f}", f"{float(row['peak_gb']):.1f}", f"{float(row['loss']):.6f}"]
         assert f"| {row['dtype']} | {row['side']} | " + " | ".join(cells) + " |" in RESULTS
-    for row in rows_of("bench_steps"):
+    for row in rows_of("bench_steps") + rows_of("bench_steps_earlier"):
         sampling = f"{float(row['rollout_s']):.1f}" if row["rollout_s"] else "-"
         cells = [f"{row['student']}, {row['dtype']}", row["side"], f"{float(row['seconds']):.1f}", sampling]
         assert "| " + " | ".join([*cells, f"{float(row['peak_gb']):.1f}"]) + " |" in RESULTS

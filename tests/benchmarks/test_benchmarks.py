@@ -115,12 +115,9 @@ def test_rollouts(run, world, side):
 
 
 def test_evaluation(run, world):
-    """Half of the graded answers are right, and both samplers give the same greedy answers."""
-    flags = (f"--model={world / 'student'}", f"--data={world}", "--horizon=8", "--rows=2", "--problems=3")
-    grading, sampling = run(parts, "--part=evaluation", *flags, "--answers=20", "--dtype=float32")
-    assert columns("evaluation") <= set(sampling)
-    assert 10 <= int(grading["right"]) <= 20
-    assert sampling["same"] == sampling["n"] == "3"
+    """Half of the graded answers are right, and those that equal the gold answer by chance."""
+    (grading,) = run(parts, "--part=evaluation", f"--data={world}", "--answers=20")
+    assert 10 <= int(grading["right"]) <= 20 and float(grading["ours_s"]) > 0
 
 
 def test_sides_run_in_processes_of_their_own(tmp_path):

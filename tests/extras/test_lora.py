@@ -47,8 +47,9 @@ def test_the_adapters_alone_move_and_are_merged_when_saved(dtype, tmp_path):
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         trained, saved = (model.eval()(input_ids=ids).logits.float() for model in (pair.student, loaded))
-        assert torch.allclose(trained, saved, atol=1e-4 if dtype == torch.float32 else 0.2)
-        assert not torch.allclose(saved, plain(input_ids=ids).logits, atol=0.5)  # it has moved
+        moved = (trained - plain(input_ids=ids).logits).norm()
+        assert moved > 1
+        assert (trained - saved).norm() < moved * (1e-5 if dtype == torch.float32 else 0.1)
 
 
 def test_lora_learns_the_toy(world, tmp_path, monkeypatch):
