@@ -40,7 +40,7 @@ class Knobs:
 
     preset: str = knob(
         "",
-        "default: toy if there is no GPU and no model or data is named, else qwen",
+        "default: toy without GPU, model and data flags; else qwen",
         choices=("toy", "qwen"),
         group="models and data",
     )
@@ -58,35 +58,25 @@ class Knobs:
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
     lr: float = knob(5e-6, "peak learning rate", least=0)
-    warmup: float = knob(
-        0.1, "fraction of the steps, the first ones, in which the learning rate rises", least=0, most=1
-    )
+    warmup: float = knob(0.1, "fraction of the steps; the learning rate rises in them", least=0, most=1)
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
-    beta2: float = knob(
-        0.95, "AdamW's decay rate of squared gradients; low, because runs are short", least=0, most=0.9999
-    )
+    beta2: float = knob(0.95, "of AdamW; low, because runs are short", least=0, most=0.9999)
     clip: float = knob(1.0, "largest gradient norm", least=1e-6)
-    micro_batch: int = knob(
-        2048, "tokens in one forward and backward: changes memory, not the result", least=1
-    )
+    micro_batch: int = knob(2048, "tokens in one backward: changes memory, not the result", least=1)
     low_memory: bool = knob(False, "train LoRA adapters instead of all weights; lr 5e-5 with preset qwen")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
 
     eval_every: int = knob(
-        0, "steps between evaluations, besides before and after; 0: none", least=0, group="evaluation"
+        0, "steps between evaluations; 0: only before and after", least=0, group="evaluation"
     )
     eval_limit: int = knob(64, "held-out problems; 0: no evaluation", least=0)
-    eval_batch: int | str = knob(
-        "auto", "answers sampled together; auto: what fits, up to 64", least=1, word="auto"
-    )
+    eval_batch: int | str = knob("auto", "answers sampled together, at most 64 if auto", least=1, word="auto")
     eval_temperature: float = knob(0.0, "0 is greedy", least=0)
 
     out: str = knob("", "default: the first free runs/<preset>-<schedule>-N", group="the run folder")
     resume: str = knob("", "run folder to continue; its settings are used, --steps may grow")
     save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", least=0)
-    show_every: int = knob(
-        10, "steps between rollouts shown with the teacher's gap per token; 0: none", least=0
-    )
+    show_every: int = knob(10, "steps between rollouts shown with the teacher's gap; 0: none", least=0)
     seed: int = knob(0, "of data order and sampling", least=0, most=2**32)
     dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
