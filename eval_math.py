@@ -49,7 +49,7 @@ BENCHMARKS = {  # name: (hub data set, its split, instruction)
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of each \boxed{...}, braces balanced, in the order in which they close; none if empty."""
+    r"""The contents of each \boxed{...}, in closing order; empty and overlong ones are skipped."""
     found = []
     opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
     for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<escaped>\\[{}])|(?P<brace>[{}])", text):

@@ -23,7 +23,7 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
     """KL(student || teacher) = sum_v p (log p - log q), exact: (C, V), (C, V), (C,) -> (C,).
 
     ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary. With them
-    the derivative by log p is p (log p - log q), exactly zero where p = q. Without them rounding errors
+    the gradient in log p is p (log p - log q), exactly zero where p = q. Without them rounding errors
     remain, which AdamW would turn into full-size updates.
     """
     p, q = student_logp.exp(), teacher_logp.exp()
@@ -101,7 +101,7 @@ def token_statistics(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor)
 class LinearFP32(torch.autograd.Function):
     """hidden @ weight.T of bf16 tensors on a CUDA device, with fp32 results.
 
-    Rounding logits to bf16 changes the gradient, by the more the closer student and teacher are (RESULTS.md
+    Rounding logits to bf16 changes the gradient, more so the closer student and teacher are (RESULTS.md
     has figures). `torch.mm` with `out_dtype` has no derivative of its own.
     """
 
@@ -170,8 +170,8 @@ def opd_backward(
     student_hidden: Tensor,  # (N, D) the states that predict the tokens
     teacher_head: Callable[[Tensor], Tensor],
     teacher_hidden: Tensor,  # (N, D) of the teacher
-    tokens: Tensor,  # (N,) response tokens: eos tokens included, prompts and padding not
-    normalizer: int,  # response tokens in the whole optimizer step, over all its micro-batches
+    tokens: Tensor,  # (N,) response tokens with a loss: eos tokens included, prompts and padding not
+    normalizer: int,  # tokens with a loss in the whole optimizer step, over all its micro-batches
     divergence: Divergence = reverse_kl,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,  # by default that of the student

@@ -42,9 +42,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """One token a row from softmax(logits / temperature), the argmax at temperature 0.
 
-    (b, V) logits, (b,) uniform numbers -> tokens (b,), logp (b,). The token is where the cumulative
-    distribution exceeds the uniform number, so a token of probability 0 is never drawn. NaN logits give a NaN
-    logp.
+    (b, V) logits, (b,) uniform numbers -> tokens (b,), logp (b,). The token is the first at which the
+    cumulative distribution exceeds the uniform number, so a token of probability 0 is never drawn. NaN logits
+    give a NaN logp.
     """
     if temperature not in (0, 1):
         logits = logits.float() / temperature
@@ -62,7 +62,7 @@ def sample(
 
 
 def keep_top_p(logp: Tensor, top_p: float) -> Tensor:
-    """The renormalised most likely tokens that hold the probability `top_p`: (b, V) -> (b, V)."""
+    """Log-probabilities of the fewest most likely tokens that hold `top_p`, renormalised; -inf elsewhere."""
     ordered, ids = logp.sort(-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all more likely tokens
     ordered = ordered.masked_fill(before >= top_p, -torch.inf)

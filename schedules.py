@@ -49,9 +49,9 @@ def make_schedule(
 ) -> Callable[[int], int]:
     """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule.
 
-    Defaults: the schedule's horizon (also for "auto", until it has been measured); a growth with which the
-    budget is reached at 2/3 of the run, every 1/30 of the run. The last two are our choice; the paper's are
-    not known.
+    Defaults: the schedule's horizon (also for "auto", until it has been measured); every 1/30 of the run an
+    addition with which the budget is reached at 2/3 of the run. Growth and interval are our choice; those of
+    the paper are not known.
     """
     schedule = SCHEDULES[name]
     if name == "full" and horizon == "auto":

@@ -1,6 +1,6 @@
 """On-policy distillation: the student samples answers, the teacher scores each token, the student learns.
 
-    python train.py --schedule topd --horizon 0.1      laptop: a toy world, about a minute
+    python train.py --schedule topd --horizon 0.1      no GPU: a toy world, 1 to 3 minutes the first time
     python train.py --preset qwen                      one GPU: a 0.5B student, a 1.5B teacher, GSM8K
 
 Left out: top-k and top-p in training (the loss must differentiate the distribution that was sampled), replay.
