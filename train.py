@@ -353,7 +353,8 @@ def main() -> None:
 
     optimizer = adamw(pair, knobs)
     run = CheckpointedRun(folder, pair, optimizer, save_student, knobs.save_every)
-    shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts"
+    longest = max(map(horizon_at, range(knobs.steps)))
+    shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
     with run.open(fresh=not knobs.resume, shape=shape):
         run_folder.write_config(folder, asdict(knobs), device)
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
