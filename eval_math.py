@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rollout import Rollout, rollout, sampling_noise
+from opd import log_probs, token_logp
+from rollout import Rollout, keep_top_p, model_inputs, rollout, sampling_noise
 from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob, parse, run_main
@@ -119,6 +120,18 @@ def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:
     return answers
 
 
+@torch.no_grad()
+def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -> None:
+    """Raises BadInput if one pass over the last answer gives it another probability than the sampler did."""
+    row = len(rollouts.prompts) - 1  # the row with the most padding
+    mask = rollouts.response_mask[row]
+    ids, predicts = model_inputs(rollouts, [row], rollouts.response_mask)
+    logits = model(input_ids=ids, use_cache=False).logits[predicts].float()
+    logp = log_probs(logits, temperature or 1)
+    logp = keep_top_p(logp, top_p) if top_p < 1 else logp
+    models.check_sampler(model, rollouts.logp[row][mask], token_logp(logp, rollouts.tokens[row][mask]))
+
+
 def evaluate(
     model,
     tokenizer,
@@ -152,6 +165,9 @@ def evaluate(
             rollouts = rollout(
                 model, questions, max_new_tokens, eos_ids, noise, temperature=temperature, top_p=top_p
             )
+            models.check_finite(model, rollouts.logp, [problems[i].question for _, i, _ in batch])
+            if not records:
+                check_sampling(model, rollouts, temperature, top_p)
             answers = decode_answers(rollouts, tokenizer)
             seconds = (time.perf_counter() - began) / len(answers)
             golds = [problems[i].answer for _, i, _ in batch]

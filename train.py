@@ -110,6 +110,10 @@ class Pair:
 
 def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
     """A pair of loaded models; casts the student in place. Raises BadInput if a head is not supported."""
+    student_head = OutputHead.of(student, vocab_size)
+    teacher_head = OutputHead.of(teacher, vocab_size)
+    models.check_head(student, hidden_states, student_head)
+    models.check_head(teacher, hidden_states, teacher_head)
     masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     for name, weight in student.named_parameters():
         if name in masters and dtype != torch.float32:
@@ -117,10 +121,6 @@ def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], d
             # Called in backward, each time that autograd has added to the weight's gradient.
             weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
         weight.data = weight.data.to(dtype)  # buffers stay in fp32: the rotary frequencies need it
-    student_head = OutputHead.of(student, vocab_size)
-    teacher_head = OutputHead.of(teacher, vocab_size)
-    models.check_head(student, hidden_states, student_head)
-    models.check_head(teacher, hidden_states, teacher_head)
     return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
 
 
@@ -237,6 +237,9 @@ def train(
                 teacher_temperature=teacher_temperature,
                 micro_batch=knobs.micro_batch,
             )
+            if step == 0 and sampler is rollout:
+                sampled = rollouts.logp[statistics["row"], statistics["position"]]
+                models.check_sampler(pair.student, sampled, statistics["student_logp"])
 
         # 3. One AdamW step. A non-finite loss or gradient ends the run before the weights move.
         with run.timed("update_s"):

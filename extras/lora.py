@@ -8,6 +8,8 @@ higher. r = 32 and alpha = 64 are ESR's (arXiv 2605.27028).
 
 import torch
 from torch import Tensor
+from torch.nn import Linear
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is transposed
 
 from support.cli import BadInput
 
@@ -15,17 +17,25 @@ RANK, ALPHA = 32, 64
 
 
 def add_adapters(student) -> None:
-    """Add adapters to every linear layer but the output head; nothing else is trained. Raises BadInput."""
+    """Add adapters to every linear layer but the output head; nothing else is trained. Raises BadInput.
+
+    The fused experts and the router of a mixture of experts are not linear layers, and stay fixed.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise BadInput(
             "--low-memory needs peft: pip install peft, or drop it and lower --micro-batch"
         ) from error
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
+    head = student.get_output_embeddings()
+    names = [name for name, m in student.named_modules() if type(m) in (Linear, Conv1D) and m is not head]
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=names)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same adapters for every run, and for one that is resumed
         inject_adapter_in_model(config, student)  # also sets requires_grad
+    if any(hasattr(module, "parameter_name") for module in student.modules()):  # peft's wrapped experts
+        what = f"peft adapts more of {type(student).__name__} than its linear layers"
+        raise BadInput(f"{what}, which cannot be merged: drop --low-memory")
 
 
 @torch.no_grad()

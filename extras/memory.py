@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from extras import lora
 from support import data, models
 from support.batch_size import Shape, free_memory
+from support.cli import BadInput
 
 CHUNK = 128  # tokens whose logits exist at a time: the default of opd.opd_backward
 
@@ -32,9 +33,17 @@ def activation_bytes(shape: Shape, tokens: int, checkpointing: bool) -> int:
 
 
 def parameters(config, low_memory: bool) -> tuple[int, int]:
-    """How many parameters a model has, and how many are trained; created on the `meta` device."""
+    """How many parameters a model has, and how many are trained; created on the `meta` device.
+
+    Raises BadInput if the model is not supported.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except models.LOADING_ERRORS as error:  # each kind of unknown config raises an error of its own
+            what = f"{type(config).__name__} is not the config of a causal LM ({models.first_line(error)})"
+            raise BadInput(f"{what}: name another model") from error
+        models.check_architecture(model)
         model.tie_weights()
         if low_memory:
             lora.add_adapters(model)
@@ -50,8 +59,9 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
     ones.
     """
     item = getattr(torch, knobs.dtype).itemsize
-    student, teacher = Shape.of(student_config, item), Shape.of(teacher_config, item)
     parameters_, trained = parameters(student_config, knobs.low_memory)
+    parameters_of_teacher, _ = parameters(teacher_config, low_memory=False)
+    student, teacher = Shape.of(student_config, item), Shape.of(teacher_config, item)
     rows = knobs.batch_size * knobs.rollouts_per_prompt
     length = prompt + horizon
     together = min(max(1, knobs.micro_batch // length), rows)  # rows of a micro-batch
@@ -63,7 +73,7 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
         "student weights": parameters_ * item,
         "fp32 masters": 0 if item == 4 else trained * 4,
         "AdamW": trained * 8,
-        "teacher weights": parameters(teacher_config, False)[0] * item,
+        "teacher weights": parameters_of_teacher * item,
         "gradients": trained * 4,
         "cache and sampling": student.cache_bytes(rows * length) + student.sampling_bytes(rows),
         "activations": activation_bytes(student, tokens, knobs.checkpointing),

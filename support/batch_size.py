@@ -30,15 +30,26 @@ class Shape:
 
     @classmethod
     def of(cls, config, item: int) -> "Shape":
+        """The shape of a model; raises BadInput if its layers differ, or have no attention heads."""
         c = config.get_text_config()
-        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        key_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        optional = ("head_dim", "num_key_value_heads", "intermediate_size")
+        try:
+            sizes = {name: getattr(c, name, None) for name in names + optional}
+        except RuntimeError as error:  # transformers' answer where layers differ
+            raise BadInput(f"{type(c).__name__} has layers of different sizes: name another model") from error
+        for name, size in sizes.items():
+            if not isinstance(size, int) and (size is not None or name in names):
+                raise BadInput(
+                    f"{type(c).__name__} has {name} {str(size)[:30]}, not one number: name another model"
+                )
+        head = sizes["head_dim"] or c.hidden_size // c.num_attention_heads
         return cls(
             layers=c.num_hidden_layers,
             width=c.hidden_size,
-            heads_width=c.num_attention_heads * size,
-            cached_width=key_heads * size,
-            inner=getattr(c, "intermediate_size", None) or 4 * c.hidden_size,
+            heads_width=c.num_attention_heads * head,
+            cached_width=(sizes["num_key_value_heads"] or c.num_attention_heads) * head,
+            inner=sizes["intermediate_size"] or 4 * c.hidden_size,
             vocab=c.vocab_size,
             item=item,
         )

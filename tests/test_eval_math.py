@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import eval_math
 from eval_math import boxed, extract, has_box, is_correct
-from rollout import Rollout
+from rollout import Rollout, rollout
 from support import cli, data
 from support.grading import Grader
 
@@ -79,6 +80,28 @@ def test_an_answer_does_not_depend_on_its_batch(world, tmp_path, monkeypatch):
         records = data.read_jsonl(tmp_path / str(size) / "A-student-test.jsonl")
         texts.append([record["response"] for record in records])
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature", 0.7], ["--temperature", 0.7, "--top-p", 0.9]])
+def test_a_sampler_of_another_distribution_is_refused(world, tmp_path, monkeypatch, flags):
+    """A wrong cache once gave a believable score."""
+
+    def forgetful(model, prompts, horizon, eos_ids, noise, **options):
+        rollouts = rollout(model, prompts, horizon, eos_ids, noise, **options)
+        return replace(rollouts, logp=rollouts.logp - 0.1 * rollouts.response_mask)
+
+    model = ["--model", world / "student", "--data", world / "test.jsonl", "--limit", 4, *FLAGS, *flags]
+    main(monkeypatch, *model, "--out", tmp_path / "right")
+    monkeypatch.setattr(eval_math, "rollout", forgetful)
+    with pytest.raises(cli.BadInput, match="Qwen2ForCausalLM samples from another distribution"):
+        main(monkeypatch, *model, "--out", tmp_path / "wrong")
+
+
+def test_non_finite_probabilities_end_an_evaluation(world, tmp_path, monkeypatch):
+    """A temperature of 1e-320 divides by zero; the score was 0 %."""
+    model = ["--model", world / "student", "--data", world / "test.jsonl", "--limit", 4, *FLAGS]
+    with pytest.raises(cli.BadInput, match="^Qwen2ForCausalLM has non-finite log-probabilities after"):
+        main(monkeypatch, *model, "--temperature", 1e-320, "--out", tmp_path / "out")
 
 
 def test_base_models_get_examples_and_end_at_the_next_question():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,6 +242,38 @@ def test_a_non_finite_gradient_stops_before_the_update():
     with pytest.raises(cli.Stopped, match="step 0 has loss"):
         run_training(pair, divergence=infinite)
     assert all(torch.equal(p, before[name]) for name, p in pair.masters.items())
+
+
+def forgets(model, length):
+    """Make cached passes see the last token alone, as if the cache was ignored; prompts have `length` ids."""
+    forward = model.forward
+
+    def forgetful(*args, attention_mask=None, cache=None, **kwargs):
+        if cache is not None and attention_mask.shape[1] > length:
+            attention_mask = attention_mask.clone()
+            attention_mask[:, :-1] = 0
+        return forward(*args, attention_mask=attention_mask, cache=cache, **kwargs)
+
+    model.forward = forgetful
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sampler_of_another_distribution_is_refused_before_the_first_update(dtype):
+    pair = pair_of(tiny(), tiny(seed=1), dtype)
+    before = {name: p.detach().clone() for name, p in pair.masters.items()}
+    forgets(pair.student, length=5)
+    with pytest.raises(cli.BadInput, match="Qwen2ForCausalLM samples from another distribution"):
+        run_training(pair)
+    assert all(torch.equal(p, before[name]) for name, p in pair.masters.items())
+
+
+def test_a_step_has_one_pass_per_micro_batch_and_one_per_token():
+    """Checking the sampler costs no pass of its own, at step 0 either."""
+    pair = pair_of(tiny(), tiny(seed=1))
+    calls = []
+    pair.student.get_decoder().register_forward_hook(lambda *args: calls.append(1))
+    rows = run_training(pair, replace(KNOBS, steps=1, micro_batch=999))
+    assert len(calls) == 9 + 1 and rows[0]["truncated"] > 0
 
 
 def main(monkeypatch, *flags):

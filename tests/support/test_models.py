@@ -127,7 +127,7 @@ def test_every_eos_id_of_every_model(world):
     other = tiny()
     other.generation_config.eos_token_id = 7
     assert models.eos_ids(tokenizer, model, other) == {own, 3, 5, 7}
-    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    model.generation_config.eos_token_id = tokenizer.eos_token = tokenizer.chat_template = None
     with pytest.raises(BadInput, match="no eos token"):
         models.eos_ids(tokenizer, model)
 
