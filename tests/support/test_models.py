@@ -132,6 +132,22 @@ def test_every_eos_id_of_every_model(world):
         models.eos_ids(tokenizer, model)
 
 
+def test_the_end_of_turn_of_the_chat_template_is_an_eos_id(world):
+    """Base models name <|endoftext|> alone, and a template that ends turns otherwise: they never stopped."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "student")
+    other = next(i for i in sorted(tokenizer.all_special_ids) if i != tokenizer.eos_token_id)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}" + tokenizer.decode(other) + "\n{% endfor %}"
+    )
+    model = tiny()
+    model.generation_config.eos_token_id = None
+    assert models.eos_ids(tokenizer, model) == {tokenizer.eos_token_id, other}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert models.eos_ids(tokenizer, model) == {tokenizer.eos_token_id}
+    tokenizer.chat_template = "{{ raise_exception('no roles') }}"
+    assert models.eos_ids(tokenizer, model) == {tokenizer.eos_token_id}
+
+
 def test_a_smaller_teacher_is_allowed_and_reported(world, capsys):
     train.load_pair(str(world / "teacher"), str(world / "student"), "float32", torch.device("cpu"))
     assert "teacher is smaller" in capsys.readouterr().out
