@@ -1,0 +1,195 @@
+"""One step of on-policy distillation on one short answer, with all its numbers.
+
+    python -m extras.trace                                         the toy models
+    python -m extras.trace --student A --teacher B --question "What is 2 + 2?"
+
+For every sampled token: what both models expected, and the reverse KL. For the token with the largest
+gradient: the terms of the sum, its gradient by formula and by autograd, the sampled estimator, and two losses
+that look like it but are wrong. Then one update, and the same tokens again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import opd
+import train
+from rollout import Rollout, model_inputs, rollout, sampling_noise
+from support import data, toy
+from support.cli import knob, parse, run_main
+
+
+@dataclass(frozen=True)
+class Knobs:
+    student: str = knob("", "hub name or folder; default: the toy's student", group="what is traced")
+    teacher: str = knob("", "hub name or folder; default: the toy's teacher")
+    question: str = knob("", "default: the first held-out problem of the toy")
+    instruction: str = knob("", "text after the question, for example train.py's own")
+    tokens: int = knob(8, "tokens of the answer", least=1)
+    top: int = knob(5, "tokens of each distribution that are shown", least=2)
+    seed: int = knob(0, "of the sampling", least=0, most=2**32)
+    lr: float = knob(1e-3, "of the one update, by AdamW", least=0)
+
+
+def log_probs_of(pair: train.Pair, rollouts: Rollout) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of student and teacher at each of the N sampled tokens, (N, V) each."""
+    ids, predicts = model_inputs(rollouts, [0], rollouts.response_mask)
+    with torch.no_grad():
+        teacher = opd.log_probs(pair.teacher_head(train.hidden_states(pair.teacher, ids)[predicts]))
+        student = opd.log_probs(pair.student_head(train.hidden_states(pair.student, ids)[predicts]))
+    return student, teacher
+
+
+def gradients(student_logp: Tensor, teacher_logp: Tensor) -> dict[str, Tensor]:
+    """Gradients with respect to the student's logits of one token, (V,) each.
+
+    Those of estimators are their expected values: the sum over every token y of p(y) times the gradient that
+    y would give.
+    """
+    p = student_logp.exp()
+    every_token = torch.arange(len(p))
+
+    def autograd(loss_of, weights: Tensor | None = None) -> Tensor:
+        logits = student_logp.clone().requires_grad_()  # log-probabilities are logits, too
+        logp = torch.log_softmax(logits, dim=-1)[None]
+        tokens = every_token[:1] if weights is None else every_token
+        values = loss_of(logp.expand(len(tokens), -1), teacher_logp.expand(len(tokens), -1), tokens)
+        (values if weights is None else weights * values).sum().backward()
+        return logits.grad
+
+    def k1(logp: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+        return opd.token_logp(logp, tokens) - opd.token_logp(teacher, tokens)
+
+    def k3(logp: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+        log_ratio = opd.token_logp(teacher, tokens) - opd.token_logp(logp, tokens)
+        return log_ratio.exp() - 1 - log_ratio
+
+    reverse_kl = (p * (student_logp - teacher_logp)).sum()
+    return {
+        "reverse KL, formula": p * (student_logp - teacher_logp - reverse_kl),
+        "reverse KL, autograd": autograd(opd.reverse_kl),
+        "E[-A log p(y)]": autograd(opd.sampled_reverse_kl, p),
+        "E[k1], wrong": autograd(k1, p),
+        "E[k3], wrong": autograd(k3, p),
+        "forward KL": autograd(opd.forward_kl),
+    }
+
+
+class Names:
+    """Tokens as printable text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, token: int) -> str:
+        text = self.tokenizer.decode([int(token)])
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).strip() or repr(text)
+
+    def top(self, logp: Tensor, k: int) -> str:
+        values, ids = logp.exp().topk(k)
+        return "  ".join(f"{self(i)} {value:.2g}" for value, i in zip(values.tolist(), ids.tolist()))
+
+
+def answer_table(names: Names, tokens: Tensor, student: Tensor, teacher: Tensor, top: int) -> str:
+    """One line for each token with the numbers, two lines with what the models expected."""
+    lines = []
+    for i, token in enumerate(tokens.tolist()):
+        kl = opd.reverse_kl(student[i : i + 1], teacher[i : i + 1], tokens[i : i + 1]).item()
+        log_p, log_q = student[i, token].item(), teacher[i, token].item()
+        facts = (
+            f"log p(y) {log_p:7.3f}   log q(y) {log_q:7.3f}   A {log_q - log_p:7.3f}   reverse KL {kl:6.3f}"
+        )
+        lines.append(f"{i + 1:3}  {names(token):<14} {facts}")
+        lines.append(f"       student  {names.top(student[i], top)}")
+        lines.append(f"       teacher  {names.top(teacher[i], top)}")
+    return "\n".join(lines)
+
+
+def token_table(names: Names, student: Tensor, teacher: Tensor, top: int) -> str:
+    """The terms of one token's reverse KL and the gradients, for the `top` tokens with the largest terms."""
+    p, q = student.exp(), teacher.exp()
+    rows = {"p": p, "q": q, "p (log p - log q)": p * (student - teacher)} | gradients(student, teacher)
+    chosen = rows["p (log p - log q)"].abs().topk(top).indices.tolist()
+    width = max(map(len, rows))
+    head = [names(token)[:11] for token in chosen] + ["others", "sum"]
+    lines = [" " * width + "".join(f"{name:>12}" for name in head)]
+    for name, values in rows.items():
+        cells = [values[token].item() for token in chosen]
+        total = values.sum().item()
+        cells += [total - sum(cells), total]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:12.5f}" for cell in cells))
+    return "\n".join(lines)
+
+
+CHECK = """
+To check by hand: in each column of the table multiply p by log(p / q), the natural logarithm. The sum of the
+products is the reverse KL, {kl:.5f} nats. The gradient of a logit is its own product minus p times that sum:
+for {name!r} {term:.5f} - {p:.5f} * {kl:.5f} = {gradient:.5f}. It is {sign}, so the update {moves} this logit.
+Where p is almost 1, the gradient is almost 0, however large the KL is: the student never samples what the
+teacher would prefer. k1 = log p(y) - log q(y) has the right value, but its gradient is zero on average: as a
+loss it teaches nothing. The gradient of k3 is p - q, that of the forward KL: another objective."""
+
+
+def hand_check(names: Names, student: Tensor, teacher: Tensor) -> str:
+    terms = student.exp() * (student - teacher)
+    token = int(terms.abs().argmax())
+    kl, p = terms.sum().item(), student[token].exp().item()
+    gradient = terms[token].item() - p * kl
+    return CHECK.format(
+        kl=kl,
+        name=names(token),
+        term=terms[token].item(),
+        p=p,
+        gradient=gradient,
+        sign="positive" if gradient > 0 else "negative",
+        moves="lowers" if gradient > 0 else "raises",
+    )
+
+
+def update(pair: train.Pair, rollouts: Rollout, lr: float) -> None:
+    """One AdamW step on this answer, as in training."""
+    optimizer = train.adamw(pair, train.Knobs())
+    optimizer.param_groups[0]["lr"] = lr
+    train.score(pair, rollouts)
+    optimizer.step()
+    pair.copy_masters_to_weights()
+
+
+def main() -> None:
+    knobs = Knobs(**parse(Knobs, __doc__))
+    world = toy.build("opening")
+    question = knobs.question or data.read_problems(str(world), "test")[0].question
+    student = knobs.student or str(world / "student")
+    teacher = knobs.teacher or str(world / "teacher")
+    pair = train.load_pair(student, teacher, "float32", torch.device("cpu"))
+    names = Names(pair.tokenizer)
+    prompt = data.render(pair.tokenizer, [data.Problem(question, "")], knobs.instruction)[0]
+    print(f"The prompt, {len(prompt)} tokens: {' | '.join(map(names, prompt))}\n")
+
+    noise = sampling_noise([(knobs.seed, 0, 0)], knobs.tokens)
+    rollouts = rollout(pair.student, [prompt], knobs.tokens, pair.eos_ids, noise, 1.0, pair.vocab_size)
+    tokens = rollouts.tokens[rollouts.response_mask]
+    student, teacher = log_probs_of(pair, rollouts)  # (N, V) each
+    kl = opd.reverse_kl(student, teacher, tokens)
+    print(
+        f"1. The student samples {len(tokens)} tokens. 2. The teacher scores each; A = log q(y) - log p(y)."
+    )
+    print(answer_table(names, tokens, student, teacher, knobs.top))
+    print(f"\nThe loss is the mean of the reverse KL over the tokens: {kl.mean():.5f} nats.")
+    worst = int(kl.argmax())
+    print(
+        f"\nToken {worst + 1}, {names(tokens[worst])!r}, in terms of the vocabulary; gradients of the logits:"
+    )
+    print(token_table(names, student[worst], teacher[worst], knobs.top))
+    print(hand_check(names, student[worst], teacher[worst]))
+
+    update(pair, rollouts, knobs.lr)
+    student, teacher = log_probs_of(pair, rollouts)
+    print(f"\n3. The same tokens after one AdamW step with learning rate {knobs.lr:g}:")
+    print(answer_table(names, tokens, student, teacher, knobs.top))
+    print(f"\nThe loss is now {opd.reverse_kl(student, teacher, tokens).mean():.5f} nats.")
+
+
+if __name__ == "__main__":
+    run_main(main)
