@@ -11,17 +11,21 @@ import parts
 import probe
 import pytest
 import steps
+import torch
+from conftest import END, pair_of, tiny
 from transformers import Qwen2Config
 
 import eval_math
 import train
 from extras import memory
-from support import cli, run_folder
+from rollout import pad_left, rollout, sampling_noise
+from support import cli, data, run_folder
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-TEXTS = {"README.md": README, "RESULTS.md": RESULTS}
+RUNNING = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+TEXTS = {"README.md": README, "RESULTS.md": RESULTS, "docs/running.md": RUNNING}
 
 
 def rows_of(name):
@@ -38,6 +42,62 @@ def test_length():
         assert abs(count - int(about)) <= 30, name
 
 
+@pytest.fixture
+def method() -> dict:
+    """What README's listing of the whole method defines."""
+    listing = next(
+        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "opd_loss" in code
+    )
+    namespace: dict = {}
+    exec(listing, namespace)
+    return namespace
+
+
+def test_the_whole_method_has_the_loss_and_gradient_of_the_five_files(method):
+    student, teacher = tiny(), tiny(seed=1)
+    pair = pair_of(student, teacher)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]
+    rollouts = rollout(student, prompts, 9, {END, 27}, sampling_noise(range(4), 9))
+    assert 0 < rollouts.finished.sum() < 4
+    ids, mask = pad_left(prompts, torch.device("cpu"))
+    ids = torch.cat([ids, rollouts.tokens], dim=1)
+    loss = method["opd_loss"](student, teacher, ids, mask, rollouts.response_mask)
+    loss.backward()
+    theirs = {name: weight.grad.clone() for name, weight in student.named_parameters()}
+    student.zero_grad()
+    ours, _ = train.score(pair, rollouts, micro_batch=20)
+    assert ours == pytest.approx(loss.item(), rel=1e-5)
+    for name, weight in student.named_parameters():
+        assert torch.allclose(weight.grad, theirs[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_the_whole_method_samples_what_it_says(method):
+    prompts, mask = pad_left([[5, 6, 7], [8]] * 4, torch.device("cpu"))
+    torch.manual_seed(0)
+    ids, response_mask = method["sample"](tiny(), prompts, mask, horizon=30, eos_id=END)
+    assert ids.shape[1] == 3 + response_mask.shape[1]
+    for response, kept in zip(ids[:, 3:].tolist(), response_mask.tolist()):
+        length = response.index(END) + 1 if END in response else len(response)
+        assert kept == [i < length for i in range(len(kept))]
+    assert not response_mask.all()
+
+
+def test_the_whole_method_learns_on_the_toy(method, world):
+    pair = train.load_pair(str(world / "student"), str(world / "teacher"), "float32", torch.device("cpu"))
+    prompts = data.render(pair.tokenizer, data.read_problems(str(world), "train"), "")
+    batches = [pad_left(prompts[i : i + 16], torch.device("cpu")) for i in range(0, 16 * 12, 16)]
+    eos_id = pair.tokenizer.eos_token_id
+    torch.manual_seed(0)
+
+    def loss() -> float:
+        ids, response_mask = method["sample"](pair.student, *batches[0], horizon=6, eos_id=eos_id)
+        return method["opd_loss"](pair.student, pair.teacher, ids, batches[0][1], response_mask).item()
+
+    before = loss()
+    method["train"](pair.student, pair.teacher, batches, horizon=6, eos_id=eos_id, lr=1e-3)
+    assert loss() < 0.3 * before
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_exist(name):
     classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs]
@@ -50,7 +110,8 @@ def test_flags_exist(name):
 @pytest.mark.parametrize("name", TEXTS)
 def test_files_exist(name):
     for link, script in re.findall(r"\]\(([^)]+)\)|python (\S+\.py)", TEXTS[name]):
-        assert (ROOT / (link or script)).exists(), link or script
+        folder = (ROOT / name).parent if link else ROOT
+        assert (folder / (link or script)).exists(), link or script
 
 
 def test_toy_table():
