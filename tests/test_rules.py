@@ -56,6 +56,11 @@ def test_support_imports_none_of_the_five_and_no_extras():
         assert packages(path) & OWN <= {"support"}, path
 
 
+def test_exercises_import_the_five_and_torch():
+    for path in (ROOT / "exercises").rglob("*.py"):
+        assert packages(path) <= {*FIVE, "torch", "pytest"}, path
+
+
 @pytest.mark.parametrize("name", FIVE)
 def test_extras_are_imported_under_a_condition(name):
     """A flag decides: inside a function and inside an `if`."""
