@@ -33,7 +33,7 @@ def test_two_tokens_by_hand():
     teacher = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
     found = reverse_kl(student, teacher)
     assert found.shape == (2,), (
-        f"2 places give 2 numbers, not {tuple(found.shape)}: sum over the last dim only"
+        f"2 places give 2 numbers, not {tuple(found.shape)}: sum over the last dim only."
     )
     assert found[0].item() != pytest.approx(0.1308, abs=1e-3), (
         "0.1308 is KL(teacher || student): the wrong direction. Reverse KL is weighted by the student."

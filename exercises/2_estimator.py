@@ -3,11 +3,11 @@
 Exercise 1 needs the probabilities of all tokens. One token y, sampled from the student p, is enough to
 estimate the *gradient* of the reverse KL to the teacher q, which is
 
-    sum_v (log p(v) - log q(v)) grad p(v) = average over y of (log p(y) - log q(y)) grad log p(y)
+    sum_v (log p(v) - log q(v)) grad p(v) = average over y from p of (log p(y) - log q(y)) grad log p(y)
 
-because grad p = p grad log p. The loss -A log p(y) has this gradient if the advantage A = log q(y) - log p(y)
-is a constant, through which no gradient flows. A is positive if the teacher likes y more than the student
-does: then y becomes more likely. Only the gradient of this loss has a meaning, its value has none.
+because grad p = p grad log p (the other terms of the derivative sum to zero). The loss -A log p(y) has this
+if the teacher likes y more than the student does: y then becomes likelier. The loss's value means nothing.
+if the teacher likes y more than the student does: then y becomes more likely. The loss's value means nothing.
 The real one is `opd.sampled_reverse_kl`; in reinforcement learning it is called a policy gradient.
 """
 

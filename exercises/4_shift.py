@@ -35,7 +35,8 @@ def test_two_rows_by_hand():
         f"{[sum(row) for row in found]} states for responses of 2 and 3 tokens: one state predicts each "
         "token, and each row starts at the end of its own prompt."
     )
-    assert found == [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]
+    expected = [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]
+    assert found == expected, "Each row starts at its last prompt token, and has as many places as tokens."
 
 
 def test_a_model_that_counts():

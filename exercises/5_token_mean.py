@@ -32,6 +32,7 @@ def test_one_and_three_tokens_by_hand():
     short = (torch.tensor([[10.0]]), torch.tensor([[True]]))
     long = (torch.tensor([[2.0, 2.0, 2.0, 99.0]]), torch.tensor([[True, True, True, False]]))
     backward_of_a_step(lambda x: weight * x, [short, long])
+    assert weight.grad is not None, "There is no gradient: call backward() on each micro-batch's loss."
     mistakes = {
         6.0: "a mean of means: the single token of one micro-batch counts as much as the other's three",
         12.0: "a sum of the micro-batches' means: each was divided by its own number of tokens",

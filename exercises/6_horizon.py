@@ -41,7 +41,7 @@ def test_the_horizon_by_hand():
         f"H at steps 0, 4 and 5 is {found[:3]}, expected [10, 10, 30]: it rises every 5 steps by "
         "20 tokens, and not a little at every step. Is the division rounded down?"
     )
-    assert found == expected
+    assert found == expected, f"At steps {steps} H is {found}, expected {expected}: compare with the formula."
 
 
 def test_the_horizon_is_that_of_the_project():
