@@ -2,7 +2,7 @@
 
     python benchmarks/families.py --out results/families.csv      about 5 minutes
 
-right       the log-probabilities recorded while sampling are those of each row alone, without cache or padding
+right       the sampled log-probabilities are those of each row alone, without a cache
 refused     one line says why, when the model is loaded, or at the first step
 wrong       neither
 not built   the family's config could not be made small by the settings below
@@ -39,7 +39,7 @@ SMALL = {  # settings by the names that configs use; those that a config lacks a
     2: ("num_key_value_heads", "num_experts_per_tok", "decoder_layers", "linear_num_key_heads"),
     1: ("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "n_groups", "mamba_n_groups"),
     8: ("sliding_window", "state_size", "linear_key_head_dim", "linear_value_head_dim", "chunk_size"),
-    16: ("moe_intermediate_size", "shared_expert_intermediate_size"),
+    16: ("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"),
     64: ("vocab_size",),
     128: ("max_position_embeddings", "n_positions"),
     0.3: ("initializer_range",),
