@@ -14,42 +14,32 @@ from typing import NamedTuple
 
 import claims
 import matplotlib
-from arms import SELECTION
+from arms import GROUPS, SELECTION
 from claims import Curves, Results
+from cycler import cycler
 
 from support.cli import BadInput
-from support.run_folder import atomic_rename, read_csv
+from support.run_folder import read_csv
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish; markers and lines differ too.
-BLACK, BLUE, LIGHT_BLUE, VERMILION = "#000000", "#0072b2", "#56b4e9", "#d55e00"
-ORANGE, GREEN, PURPLE, YELLOW, GREY = "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#666666"
+COLOURS = ["#000000", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", *3 * ["#999999"]]
+LINES = ["-", "--", "-.", "-", "--", "-.", ":", ":", ":", ":"]
+STYLES = list(cycler(color=COLOURS) + cycler(marker="os^vDPX<*>") + cycler(linestyle=LINES))
+BLACK, BLUE, VERMILION, GREY = (STYLES[i]["color"] for i in (0, 1, 2, 7))
+DRAWN = GROUPS["horizons"]  # the arms in the figure of the costs, in the order of STYLES
 
 
 def save(figure, path: Path) -> Path:
-    part = path.with_suffix(".part")
-    figure.savefig(part, dpi=110, format="png")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    atomic_rename(part, path)
     return path
 
 
 # The comparison.
 
-ARM_STYLES = {  # colour, marker, line
-    "full": (BLACK, "o", "-"),
-    "popd": (BLUE, "s", "--"),
-    "topd-0.25": (LIGHT_BLUE, "v", "-."),
-    "topd-0.1": (VERMILION, "^", "-"),
-    "esr": (ORANGE, "D", "--"),
-    "adaptive": (GREEN, "P", "-."),
-    "topd-0.1-weight": (PURPLE, "X", ":"),
-    "first": ("#999999", "<", "none"),  # masks on full rollouts have no curves
-    "window": ("#999999", "*", "none"),
-    "last": ("#999999", ">", "none"),
-}
 END_STYLES = {"student": ("student before", "#999999", 1), "teacher": ("teacher", "#555555", 2)}
 
 
@@ -75,16 +65,14 @@ def draw_curves(axis, results: Results, curves: Curves, column: str, label: str)
     """Accuracy against a cost."""
     draw_ends(axis.axhline, results)
     costs = []
-    for name in ARM_STYLES:
+    for name, look in zip(DRAWN, STYLES):
         if name not in results:
             continue
         x, y = curve_of_arm(results, curves, name, column)
-        colour, marker, style = ARM_STYLES[name]
-        look = {"color": colour, "marker": marker, "linestyle": style}
         axis.plot(x, y, **look, markersize=4, linewidth=1.3)
         _, se = accuracy_and_se(results, name)
-        axis.errorbar(x[-1], y[-1], yerr=se, color=colour, marker=marker, markersize=8, capsize=3)
-        axis.plot([], [], **look, label=f"{name} (mask on full rollouts)" if style == "none" else name)
+        axis.errorbar(x[-1], y[-1], yerr=se, **look, markersize=8, capsize=3)
+        axis.plot([], [], **look, label=name if name in curves else f"{name} (no curve recorded)")
         costs += x
     if max(costs) > 10 * min(costs):
         axis.set_xscale("log")
@@ -100,15 +88,14 @@ def draw_curves(axis, results: Results, curves: Curves, column: str, label: str)
 def draw_selection(axis, results: Results) -> None:
     """The accuracy of each way to choose the tokens with a loss."""
     names = [name for name in ("full", *SELECTION) if name in results]
+    labels = []
     for place, name in enumerate(names):
         accuracy, se = accuracy_and_se(results, name)
         colour, marker = (BLACK, "o") if name == "full" else (BLUE, "s")
         axis.errorbar(accuracy, place, xerr=se, color=colour, marker=marker, markersize=8, capsize=4)
-        where = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # covers the dotted lines
-        axis.annotate(f"{accuracy:.0%}", (accuracy, place), bbox=box, **where)
+        labels.append(f"{'all tokens' if name == 'full' else name}, {accuracy:.0%}")
     draw_ends(axis.axvline, results)
-    axis.set_yticks(range(len(names)), ["all tokens" if name == "full" else name for name in names])
+    axis.set_yticks(range(len(names)), labels)
     axis.set(xlim=(0, 1.03), xlabel="held-out accuracy, sampled; a tenth of the tokens has a loss")
     axis.invert_yaxis()
     axis.margins(y=0.12)
@@ -128,12 +115,12 @@ def finish(figure, axis, columns: int, lacking: list[str], path: Path) -> Path:
 def draw(path: Path, results: Results, curves: Curves, arms: tuple[str, ...], seeds: int) -> list[Path]:
     """The figures that the rows allow, next to the CSV file. Raises BadInput if they allow none."""
     drawn = []
-    if any(name in results for name in ARM_STYLES):
+    if any(name in results for name in DRAWN):
         figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
         draw_curves(axes[0], results, curves, "response_tokens", "tokens sampled in training")
         draw_curves(axes[1], results, curves, "seconds", "seconds of training")
         axes[0].set_ylabel("held-out accuracy, sampled")
-        lacking = claims.missing(results, tuple(arm for arm in arms if arm in ARM_STYLES), seeds)
+        lacking = claims.missing(results, tuple(arm for arm in arms if arm in DRAWN), seeds)
         drawn.append(finish(figure, axes[0], 4, lacking, path.with_suffix(".png")))
     if sum(name in results for name in SELECTION) > 1:
         figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
@@ -149,19 +136,7 @@ def draw(path: Path, results: Results, curves: Curves, arms: tuple[str, ...], se
 
 VALUES = ("value", "low", "high", "n")
 SIGNED = ("difference", "at N", "fixed, change", "own, change")
-FORMATS = dict.fromkeys(SIGNED, "+.1%") | {"horizon": ".0f", "mean": ".4f"}  # in readings; others: ".1%"
-CURVE_STYLES = {  # colour, marker, line
-    "own prefix": (BLUE, "s", "--"),
-    "student's prefix": (VERMILION, "o", "-"),
-    "trained, then base": (BLUE, "o", "-"),
-    "base, then trained": (VERMILION, "s", "--"),
-    "trained alone": (GREEN, "", ":"),
-    "base alone": (GREY, "", "-."),
-    "before": (VERMILION, "", "--"),
-    "after": (BLUE, "", "-"),
-    "cumulative": (BLUE, "", "-"),
-    "by position": (BLUE, "", "-"),
-}
+FORMATS = dict.fromkeys(SIGNED, "+.1%") | {"horizon": ".0f"}  # in readings; others: ".1%"
 RANKS = {  # colour, hatch, label
     "1": (BLUE, "", "first choice"),
     "2-5": (VERMILION, "//", "ranks 2-5"),
@@ -171,21 +146,17 @@ RANKS = {  # colour, hatch, label
 
 def read_probe(path: Path) -> list[dict]:
     """The rows of a probe, values as numbers. Raises BadInput if they do not all have the same settings."""
-    problem = ""
+    remedy = "name a CSV file that one run of probe.py wrote"
     try:
         rows = [row | {name: float(row[name]) for name in VALUES} for row in read_csv(path)]
         names = sorted(rows[0].keys() - {"curve", "at", *VALUES})
         settings = {tuple(row[name] for name in names) for row in rows}
-        if rows[0]["probe"] not in PROBE_FIGURES:
-            problem = f"of an unknown probe {rows[0]['probe']!r}"
-        elif len(settings) > 1:
-            problem = f"of {len(settings)} different settings"
-    except FileNotFoundError:
-        raise BadInput(f"there is no {path}: name a CSV file that probe.py wrote")
-    except (IndexError, KeyError, TypeError, ValueError):
-        problem = "that are not results of a probe"
-    if problem:
-        raise BadInput(f"{path} has rows {problem}: name a CSV file that one run of probe.py wrote")
+        known = rows[0]["probe"] in PROBE_FIGURES
+    except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} does not hold results of a probe ({error!r}): {remedy}") from error
+    if len(settings) > 1 or not known:
+        what = f"{len(settings)} different settings" if known else f"an unknown probe {rows[0]['probe']!r}"
+        raise BadInput(f"{path} has rows of {what}: {remedy}")
     return rows
 
 
@@ -226,25 +197,26 @@ def reading(rows: list[dict]) -> str:
         return f"no reading without {error}"
 
 
-def draw_line(axis, rows: list[dict], label: str, style: str) -> None:
+def draw_line(axis, rows: list[dict], label: str, look: dict) -> None:
     """A curve with its band, if it has rows."""
     if not rows:
         return
-    colour, marker, dashes = CURVE_STYLES[style]
     at = [float(row["at"]) for row in rows]
-    axis.plot(at, [row["value"] for row in rows], dashes, color=colour, marker=marker, label=label)
+    axis.plot(at, [row["value"] for row in rows], **look, label=label)
     low, high = ([row[end] for row in rows] for end in ("low", "high"))
-    axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.fill_between(at, low, high, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def draw_prefixes(axes, rows: list[dict]) -> None:
     """decay and swap: accuracy by the length of the prefix."""
     last = max((float(row["at"]) for row in rows if "alone" not in row["curve"]), default=1.0)
-    for curve in CURVE_STYLES:
+    curves = [c for c in PROBE_FIGURES[rows[0]["probe"]].curves if c not in ("difference", "at N")]
+    for curve, look in zip(curves, STYLES[1:]):
         found = curve_of(rows, curve)
         if curve.endswith("alone"):  # as wide as the figure
             found = [row | {"at": at} for row in found for at in (0, last)]
-        draw_line(axes[0], found, curve, curve)
+            look = look | {"marker": ""}
+        draw_line(axes[0], found, curve, look)
     axes[0].set(xlabel="k, tokens in the prefix", ylabel="accuracy of the whole answers", ylim=(-0.02, 1.02))
 
 
@@ -264,29 +236,18 @@ def pooled(rows: list[dict], points: int = 128) -> list[dict]:
     return groups
 
 
-def draw_positions(axis, rows: list[dict], label: str, style: str) -> None:
-    """Reverse KL by position, +- one standard error, as far as a tenth of the answers is that long."""
-    found = pooled([row for row in rows if row["n"] >= 0.1 * rows[0]["n"]])
-    draw_line(axis, [row | {"low": max(row["low"], 1e-6)} for row in found], label, style)
-    axis.set(xlabel="position in the answer", yscale="log")
-
-
 def draw_cascade(axes, rows: list[dict]) -> None:
+    """Reverse KL by position, +- one standard error, as far as a tenth of the answers is that long."""
     for axis, kind in zip(axes, ("fixed", "own")):
-        for who in ("before", "after"):
-            draw_positions(axis, curve_of(rows, f"{kind}, {who}"), f"{who} training", who)
+        for who, look in zip(("after", "before"), STYLES[1:]):
+            found = curve_of(rows, f"{kind}, {who}")
+            found = pooled([row for row in found if row["n"] >= 0.1 * found[0]["n"]])
+            found = [row | {"low": max(row["low"], 1e-6)} for row in found]
+            draw_line(axis, found, f"{who} training", look | {"marker": ""})
         for row in curve_of(rows, f"{kind}, change"):
-            look = {"color": YELLOW, "alpha": 0.3, "linewidth": 0}
+            look = {"color": "yellow", "alpha": 0.3, "linewidth": 0}
             axis.axvspan(0, float(row["at"]), label="trained positions", **look)
-        axis.set(title=f"{kind} rollouts")
-    axes[0].set_ylabel("reverse KL, nats")
-
-
-def draw_heldout(axes, rows: list[dict]) -> None:
-    draw_positions(axes[0], curve_of(rows, "by position"), "by position", "by position")
-    for row in curve_of(rows, "mean"):
-        axes[0].axhspan(row["low"], row["high"], color=VERMILION, alpha=0.3, linewidth=0)
-        axes[0].axhline(row["value"], color=VERMILION, linestyle="--", label="mean of the prompts")
+        axis.set(title=f"{kind} rollouts", xlabel="position in the answer", yscale="log")
     axes[0].set_ylabel("reverse KL, nats")
 
 
@@ -308,7 +269,7 @@ def draw_submode(axes, rows: list[dict]) -> None:
 
 def draw_profile(axes, rows: list[dict]) -> None:
     """The cumulative fraction of the reverse KL, and where it reaches --share."""
-    draw_line(axes[0], curve_of(rows, "cumulative"), "cumulative", "cumulative")
+    draw_line(axes[0], curve_of(rows, "cumulative"), "cumulative", STYLES[1] | {"marker": ""})
     for row in curve_of(rows, "horizon"):
         axes[0].axhline(float(row["at"]), color=GREY, linestyle=":")
         axes[0].axvspan(row["low"], row["high"], color=VERMILION, alpha=0.3, linewidth=0)
@@ -361,13 +322,6 @@ PROBE_FIGURES = {
         ("horizon", "cumulative"),
         point="horizon",
         reading="before training, the first {horizon} tokens hold {at} of the reverse KL",
-    ),
-    "heldout": ProbeFigure(
-        draw_heldout,
-        ("by position", "mean"),
-        point="mean",
-        reading="the student's reverse KL on the first {at} tokens of its answers to held-out prompts is "
-        "{mean} nats per token",
     ),
 }
 

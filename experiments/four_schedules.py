@@ -6,27 +6,22 @@ Writes results/toy.csv, one row per run, and TOPD's curve, results/toy_topd.png,
 One seed says nothing about which schedule is best: this shows that all four work, and what they cost.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from support.cli import knob, parse, run_main
+from support.cli import run_main
 from support.run_folder import append_csv, atomic_rename, read_csv
 
 TOPD = "--schedule topd --horizon 0.1"
 RUNS = ["--schedule full", "--schedule popd", TOPD, "--schedule esr --horizon 20"]
 RUNS += ["--schedule full --world closing", "--schedule topd --world closing"]  # where truncation fails
-
-
-@dataclass(frozen=True)
-class Knobs:
-    out: str = knob(str(ROOT / "results"), "folder for toy.csv and toy_topd.png")
 
 
 def train_row(flags: str, out: Path) -> dict:
@@ -45,9 +40,8 @@ def train_row(flags: str, out: Path) -> dict:
 
 
 def main() -> None:
-    knobs = Knobs(**parse(Knobs, __doc__))
-    results = Path(knobs.out)
-    results.mkdir(parents=True, exist_ok=True)
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and no other flag
+    results = ROOT / "results"
     with tempfile.TemporaryDirectory(dir=results) as folder:
         table = Path(folder, "toy.csv")
         for number, flags in enumerate(RUNS):

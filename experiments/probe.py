@@ -5,7 +5,6 @@
     python experiments/probe.py swap      one model writes the first k tokens, another one the rest
     python experiments/probe.py submode   the teacher's rank of the student's choice where they differ most
     python experiments/probe.py profile   where 45 % of the reverse KL is: ESR's rule of thumb for N
-    python experiments/probe.py heldout   exact reverse KL of one student on fixed held-out prompts
     python experiments/probe.py draw results/probe_decay.csv       the figure again, without a model
 
 By default on the toy world, where a student is trained first if one is needed. On real models: --student
@@ -29,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import probe_setup
 from figures import draw_probe
-from probe_setup import HeldoutKnobs, PrefixKnobs, ProfileKnobs, Setup, SwapKnobs, TrainedKnobs
+from probe_setup import PrefixKnobs, ProfileKnobs, Setup, SwapKnobs, TrainedKnobs
 
 from eval_math import extract, has_box
 from extras.profile_horizon import horizon_of_profile, in_batches, measure
@@ -141,17 +140,9 @@ def profile(setup: Setup, knobs: ProfileKnobs) -> Iterator[dict]:
     The plain sum over all tokens of all rollouts, see profile_horizon.py. Intervals are over rollouts.
     """
     rows = len(setup.prompts) * knobs.samples
-    tokens = measure(
-        score,
-        setup.before,
-        setup.prompts,
-        knobs.max_new_tokens,
-        knobs.temperature,
-        knobs.micro_batch,
-        knobs.seed,
-        rollouts=rows,
-        batch=knobs.sample_batch,
-    )
+    how = {"temperature": knobs.temperature, "micro_batch": knobs.micro_batch, "seed": knobs.seed}
+    how |= {"rollouts": rows, "batch": knobs.sample_batch}
+    tokens = measure(score, setup.before, setup.prompts, knobs.max_new_tokens, **how)
     kl, present = by_position(tokens, rows, int(tokens["position"].max()) + 1)  # (rollouts, T)
     places = torch.arange(kl.shape[1])
 
@@ -170,22 +161,6 @@ def profile(setup: Setup, knobs: ProfileKnobs) -> Iterator[dict]:
     yield point("horizon", knobs.share, n, bootstrap(horizon, rows), rows)
 
 
-def heldout(setup: Setup, knobs: HeldoutKnobs) -> Iterator[dict]:
-    """Exact reverse KL of a student on its own answers to held-out prompts: a number to compare students by.
-
-    Prompts and random numbers are the same for every student. Accuracy on a hundred problems has an error of
-    whole points; this changes only as the student does.
-    """
-    _, texts = repeated(setup, knobs)
-    rollouts = sampled(setup, setup.before.student, texts, knobs.max_new_tokens, knobs, "heldout")
-    kl, present = by_position(scored(setup.before, rollouts, knobs), len(texts), knobs.max_new_tokens)
-    yield from position_means("by position", kl, present)
-    of_problem = [x.sum(1).view(-1, knobs.samples).sum(1) for x in (kl, present)]
-    means = of_problem[0] / of_problem[1]
-    interval = bootstrap(lambda drawn: means[drawn].mean(), len(means))
-    yield point("mean", knobs.max_new_tokens, means.mean(), interval, len(means))
-
-
 # name: (probe, its settings). A new probe is a function above, an entry here, one in figures.PROBE_FIGURES.
 PROBES = {
     "decay": (decay, PrefixKnobs),
@@ -193,7 +168,6 @@ PROBES = {
     "swap": (swap, SwapKnobs),
     "submode": (submode, TrainedKnobs),
     "profile": (profile, ProfileKnobs),
-    "heldout": (heldout, HeldoutKnobs),
 }
 
 

@@ -59,14 +59,6 @@ class PrefixKnobs(Knobs):
 
 
 @dataclass(frozen=True)
-class HeldoutKnobs(Knobs):
-    problems: int = knob(24, "a random subset drawn by the seed", least=2)
-    samples: int = knob(1, "answers to each problem", least=1)
-    max_new_tokens: int = knob(50, "tokens sampled after each prompt; the toy: 128", least=2)
-    trained: str = knob("", "hub name or folder of the student to measure; default: --student")
-
-
-@dataclass(frozen=True)
 class TrainedKnobs(Knobs):
     samples: int = knob(
         16, "answers to each problem: a few degenerate ones hold most of the reverse KL", least=1
@@ -160,8 +152,7 @@ def load(knobs: Knobs, grader: Grader | None) -> Setup:
     if len(problems) < 2:
         raise BadInput(f"{knobs.data} has one problem: it needs two or more")
     device = models.find_device(knobs.device)
-    student = (isinstance(knobs, HeldoutKnobs) and knobs.trained) or knobs.student
-    pair = train.load_pair(student, knobs.teacher, knobs.dtype, device)
+    pair = train.load_pair(knobs.student, knobs.teacher, knobs.dtype, device)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts, knobs.max_new_tokens)
     batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, knobs.sample_batch)

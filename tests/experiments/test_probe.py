@@ -173,31 +173,6 @@ def test_cascade_means_are_those_of_the_tokens(tiny_setup):
     assert change["low"] <= change["value"] <= change["high"]
 
 
-def test_heldout_is_the_mean_over_the_prompts_of_their_means(tiny_setup):
-    """Each problem counts once, however long its answers are."""
-    knobs = knobs_of(probe.HeldoutKnobs, samples=2)
-    rows = list(probe.heldout(tiny_setup, knobs))
-    pair = tiny_setup.before
-    texts = [prompt for prompt in tiny_setup.prompts for _ in range(2)]
-    rollouts = probe.sampled(tiny_setup, pair.student, texts, 9, knobs, "heldout")
-    tokens = probe.scored(pair, rollouts, knobs)
-    means = [tokens["reverse_kl"][tokens["row"] // 2 == i].mean() for i in range(3)]
-    assert rows[-1]["curve"] == "mean" and rows[-1]["n"] == 3
-    assert rows[-1]["value"] == pytest.approx(sum(means).item() / 3, rel=1e-4)
-    assert rows[-1]["low"] <= rows[-1]["value"] <= rows[-1]["high"]
-
-
-def test_heldout_measures_the_trained_student_if_there_is_one(world):
-    names = {"student": str(world / "student"), "teacher": str(world / "teacher"), "data": str(world)}
-    given = names | {"trained": str(world / "teacher"), "problems": 2, "dtype": "float32"}
-    knobs = probe_setup.complete(probe.HeldoutKnobs, given)
-    assert (knobs.world, knobs.max_new_tokens) == ("", 50)
-    setup = probe_setup.load(knobs, None)
-    assert setup.before.student.num_parameters() == setup.before.teacher.num_parameters()
-    rows = list(probe.heldout(setup, knobs))
-    assert all(abs(row["value"]) < 1e-5 for row in rows)  # teacher = student
-
-
 def test_teacher_equal_to_student_has_no_gap():
     """Reverse KL 0 at each position, every choice the teacher's first; and no horizon in such a profile."""
     pair = pair_of(tiny(), tiny())
@@ -316,10 +291,10 @@ def test_any_first_part_of_a_file_can_be_drawn(name, wrong_student_right_teacher
 
 
 BAD = [  # argv, what the line names
-    ("guess", "decay, cascade, swap, submode, profile, heldout"),
+    ("guess", "decay, cascade, swap, submode, profile"),
     ("draw", "a CSV file"),
     ("draw {here}/none.csv", "none.csv"),
-    ("draw {root}/results/toy.csv", "not results of a probe"),
+    ("draw {root}/results/toy.csv", "not hold results of a probe"),
     ("decay --steps 3", "--steps"),  # no knob of that probe
     ("decay --student {world}/student", "give all three"),
     ("decay --world closing --student a --teacher b --data c", "give all three"),
