@@ -143,9 +143,9 @@ ARMS = {
     "topd-0.1": Arm(TRUNCATED),
     "esr": Arm(by_schedule("esr")),
     "adaptive": Arm(adaptive),
-    # Weight 1/T: each token of a truncated rollout has the weight that it has in a full one, N/T of that in
-    # the mean over the truncated ones. AdamW cancels a constant factor of the loss, so it scales the rate.
-    "topd-0.1-weight": Arm(TRUNCATED, lr_scale=SHARE),
+    # A tenth of the learning rate and nothing else. It does not give a token the weight that it has in a full
+    # rollout: that is a factor of the loss, which AdamW cancels.
+    "topd-0.1-lr-0.1": Arm(TRUNCATED, lr_scale=0.1),
     "first": Arm(FULL, first),
     "window": Arm(FULL, window, NOISE),
     "last": Arm(FULL, last),

@@ -1,12 +1,15 @@
 """What the rows of compare.py show: a table, and each claim with a verdict and the numbers behind it.
 
 Seeds and held-out problems are both samples, so a standard error is that of a mean over both. Arms are
-compared on the same seeds and the same problems. Shapes: S seeds, P problems.
+compared on the same seeds and the same problems. RULE says how a verdict is reached.
+Shapes: S seeds, P problems.
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from arms import SELECTION
@@ -19,9 +22,22 @@ ENDS = ("student", "teacher")  # scored without training: floor and ceiling
 COSTS = ("steps_done", "response_tokens", "loss_tokens", "seconds", "rollout_s")
 COLUMNS = ("arm", "seed", *COSTS, "accuracy", "last_box", "truncated", "mean_length", "greedy", "n")
 COLUMNS += ("correct", "correct_greedy")  # all other columns are settings, in which the rows agree
+RENAMED = {"topd-0.1-weight": "topd-0.1-lr-0.1"}  # as in files written before the arm was renamed
+
 MIN_SEEDS = 3  # with fewer, no claim is decided
-WIDE = 0.05  # two accuracies are not called equal if two standard errors exceed this
-YES, NO, OPEN = "holds", "does not hold", "cannot be decided yet"
+MARGIN = 0.05  # of accuracy
+TARGET = 0.9  # of full's gain over the untrained student
+T_QUANTILES = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %, for 3 to 11 seeds
+YES, NO, OPEN = "holds", "does not hold", "cannot be told"
+RULE = f"""Verdicts: [ ] is a 95 % t interval with seeds - 1 degrees of freedom, +- a standard error. A claim
+holds if the interval lies within its limits, does not hold if it lies outside, and otherwise
+cannot be told. The limits of a difference between two accuracies:
+  at least as good as  above -{100 * MARGIN:g} points
+  equal to             between -{100 * MARGIN:g} and +{100 * MARGIN:g} points
+  better than          above 0
+The target is {TARGET:.0%} of full's gain over the untrained student. The cost of reaching it is
+interpolated between two looks (scores along a run), and divided by the other arm's with the same seed.
+"""
 
 Row = dict[str, str]
 Results = dict[str, dict[int, Row]]  # by arm and seed
@@ -36,7 +52,7 @@ def read(path: Path) -> Results:
     for number, row in enumerate(read_csv(path), 2):
         if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
             raise BadInput(f"{path} line {number} is not a complete row of a comparison: remove that line")
-        of_arm = results.setdefault(row["arm"], {})
+        of_arm = results.setdefault(RENAMED.get(row["arm"], row["arm"]), {})
         if row["seed"] in of_arm:
             raise BadInput(f"{path} has arm {row['arm']} with seed {row['seed']} twice: remove one of them")
         check_settings(path, results, {name: row[name] for name in row if name not in COLUMNS})
@@ -64,7 +80,8 @@ def read_curves(path: Path) -> Curves:
     if curves_path(path).exists():
         for row in read_csv(curves_path(path)):
             if None not in row.values():
-                curves.setdefault(row["arm"], {})[int(row["seed"]), float(row["part"])] = row
+                of_arm = curves.setdefault(RENAMED.get(row["arm"], row["arm"]), {})
+                of_arm[int(row["seed"]), float(row["part"])] = row
     return curves
 
 
@@ -111,7 +128,7 @@ def paired(results: Results, *arms: str) -> list[list[Row]]:
 
 
 def mean_of(rows: list[Row], column: str) -> float:
-    return sum(float(row[column]) for row in rows) / len(rows)
+    return statistics.fmean(float(row[column]) for row in rows)
 
 
 def ratio(results: Results, arm: str, other: str, column: str) -> float:
@@ -150,20 +167,6 @@ def table(results: Results, arms: tuple[str, ...]) -> str:
     return "\n".join(f"{arm:20}" + "".join(f"{c:>{w}}" for c, w in zip(line, WIDTHS)) for arm, line in lines)
 
 
-def not_below(rows: list[Row], others: list[Row]) -> tuple[bool | None, str]:
-    """Whether the accuracy of `rows` is at most two standard errors below that of `others`, and the numbers.
-
-    None if the difference is not significant and its interval too wide to call the two equal.
-    """
-    gap, se = difference(rows, others)
-    decided = 2 * se <= WIDE or abs(gap) > 2 * se
-    return (gap >= -2 * se if decided else None), f"{100 * gap:+.1f} +- {100 * se:.1f} points"
-
-
-def arm_not_below(results: Results, arm: str, other: str) -> tuple[bool | None, str]:
-    return not_below(*paired(results, arm, other))
-
-
 def points_of(results: Results, curves: Curves, arm: str, seeds: list[int]) -> dict[float, list[Row]]:
     """The rows at each part of the run that was scored for all the seeds, in order; 1.0 is the end."""
     of_arm = curves.get(arm, {}) | {(seed, 1.0): results[arm][seed] for seed in seeds}
@@ -171,168 +174,164 @@ def points_of(results: Results, curves: Curves, arm: str, seeds: list[int]) -> d
     return {part: points[part] for part in sorted(points) if None not in points[part]}
 
 
-def time_to(results: Results, curves: Curves, arm: str, other: str) -> tuple[float, float] | None:
-    """The part of its run from which on `arm` has the final accuracy of `other` without losing it again.
+class Interval(NamedTuple):
+    """A mean, its standard error, and the ends of its 95 % interval."""
 
-    Also its seconds until then as a fraction of all those of `other`. None if it ends below.
+    mean: float
+    se: float
+    low: float
+    high: float
+
+
+def interval(mean: float, se: float, seeds: int) -> Interval:
+    """The t interval for MIN_SEEDS or more; for 12 or more it is slightly too wide."""
+    spread = T_QUANTILES[min(seeds - MIN_SEEDS, len(T_QUANTILES) - 1)] * se
+    return Interval(mean, se, mean - spread, mean + spread)
+
+
+def verdict(found: Interval, low: float, high: float) -> str:
+    """Whether the interval lies within the limits: YES; outside: NO; neither: OPEN."""
+    if low < found.low and found.high < high:
+        return YES
+    return NO if found.high < low or high < found.low else OPEN
+
+
+class Claim(NamedTuple):
+    """A claim holds if the interval of what `measure` finds lies between `low` and `high`."""
+
+    text: str
+    measure: Callable[["Claim", Results, Curves], tuple[str, str]]  # -> the verdict and its numbers
+    arm: str
+    other: str = "full"
+    low: float = -math.inf
+    high: float = math.inf
+    column: str = ""  # of the cost
+
+
+# Measures. All arms in the results have the same seeds.
+
+
+def points(found: Interval) -> str:
+    mean, se, low, high = (100 * x for x in found)
+    return f"{mean:+.1f} +- {se:.1f} points [{low:+.1f} to {high:+.1f}]"
+
+
+def accuracy(claim: Claim, results: Results, curves: Curves) -> tuple[str, str]:
+    """The final accuracy of an arm minus that of another."""
+    rows, others = paired(results, claim.arm, claim.other)
+    found = interval(*difference(rows, others), len(rows))
+    return verdict(found, claim.low, claim.high), points(found)
+
+
+def gain(claim: Claim, results: Results, curves: Curves) -> tuple[str, str]:
+    """The final accuracy of an arm minus the middle between the untrained student's and full's."""
+    arm, full, student = (correct(rows) for rows in paired(results, claim.arm, "full", "student"))
+    found = interval(*mean_and_se(arm - (full + student) / 2), len(arm))
+    share = (arm - student).mean() / (full - student).mean()
+    return verdict(found, claim.low, claim.high), f"{share:.0%}, {points(found)} from half of it"
+
+
+def cost_of_target(rows: list[Row], start: float, target: float, column: str) -> tuple[float, bool]:
+    """The cost at which a run first reaches the accuracy `target`, and True; else its whole cost, and False.
+
+    `rows` are those of the looks at one run, `start` is the accuracy of the untrained student.
     """
-    _, final = paired(results, arm, other)
-    points = points_of(results, curves, arm, common_seeds(results, arm, other))
-    found = None
-    for part, rows in reversed(points.items()):
-        if not not_below(rows, final)[0]:
-            break
-        found = part, mean_of(rows, "seconds") / mean_of(final, "seconds")
-    return found
+    cost, reached = 0.0, start
+    for row in rows:
+        before, reached = reached, float(row["accuracy"])
+        spent, cost = cost, float(row[column])
+        if reached >= target:
+            return spent + (target - before) / (reached - before) * (cost - spent), True
+    return cost, False
 
 
-def compare_with_full(results: Results, curves: Curves, arm: str) -> list[str]:
-    """Lines for runs by the clock: `arm` minus full at equal times, and at equal numbers of tokens.
-
-    The latter compares the last curve point of each with at most the tokens that both had sampled at their
-    ends; 5 % more count as equal.
-    """
-    seeds = common_seeds(results, arm, "full")
-    ends = paired(results, arm, "full")
-    tokens = 1.05 * min(mean_of(rows, "response_tokens") for rows in ends)
-    early = []
-    for each in (arm, "full"):
-        points = points_of(results, curves, each, seeds).values()
-        within = [rows for rows in points if mean_of(rows, "response_tokens") <= tokens]
-        early += within[-1:]
-    lines = []
-    for what, pair in (("same time", ends), ("no more tokens", early)):
-        line = f"{arm + ', ' + what:28}"
-        if len(pair) < 2:
-            lines.append(f"{line} no curve point that early")
-            continue
-        gap, se = difference(*pair)
-        line += f"{gap:>+7.1%}{se:>8.1%}"
-        line += "".join(f"{mean_of(rows, 'response_tokens'):>10,.0f}" for rows in pair)
-        line += "".join(f"{mean_of(rows, 'seconds') / 60:>9.1f}" for rows in pair)
-        lines.append(line)
-    return lines
+def speed(claim: Claim, results: Results, curves: Curves) -> tuple[str, str]:
+    """The cost of reaching the target, divided by another arm's with the same seed."""
+    lacking = [arm for arm in (claim.arm, claim.other) if arm not in curves]
+    if lacking:
+        return OPEN, f"no curve recorded of {', '.join(lacking)}"
+    start, end = (mean_of(list(results[arm].values()), "accuracy") for arm in ("student", "full"))
+    target = start + TARGET * (end - start)
+    seeds = sorted(results[claim.arm])
+    costs, never, texts = {}, {}, []
+    for arm in (claim.arm, claim.other):
+        looks = points_of(results, curves, arm, seeds).values()
+        found = [cost_of_target(list(rows), start, target, claim.column) for rows in zip(*looks)]
+        costs[arm] = [cost for cost, _ in found]
+        never[arm] = [str(seed) for seed, (_, reached) in zip(seeds, found) if not reached]
+        texts.append(f"{arm} {statistics.fmean(costs[arm]):,.1f} in {len(looks)} looks")
+    ratios = [ours / theirs for ours, theirs in zip(*costs.values())]
+    found = interval(statistics.fmean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5, len(ratios))
+    texts += [f"{arm} never with seed {', '.join(which)}" for arm, which in never.items() if which]
+    outcome = verdict(found, claim.low, claim.high)
+    # A run that never reaches the target counts with its whole cost, which is too little.
+    if (never[claim.arm] and outcome == YES) or (never[claim.other] and outcome == NO):
+        outcome = OPEN
+    numbers = f"{found.mean:.2f} [{found.low:.2f} to {found.high:.2f}] until {target:.1%}"
+    return outcome, "; ".join([numbers, *texts])
 
 
-# Claims: (results, curves) -> the verdict and its numbers.
+def not_worse(arm: str) -> Claim:
+    return Claim(f"{arm} is at least as good as full", accuracy, arm, low=-MARGIN)
 
 
-def verdict(*parts: bool | None) -> str:
-    """Of a claim that consists of several parts: one that is False outweighs those that are undecided."""
-    if False in parts:
-        return NO
-    return OPEN if None in parts else YES
+def faster(arm: str, other: str, column: str, limit: float) -> Claim:
+    text = f"{arm} reaches the target with less than {limit:.2f} of {other}'s {column.replace('_', ' ')}"
+    return Claim(text, speed, arm, other, high=limit, column=column)
 
 
-def topd_is_cheap(results: Results, curves: Curves) -> tuple[str, str]:
-    holds, gap = arm_not_below(results, "topd-0.1", "full")
-    tokens = ratio(results, "topd-0.1", "full", "response_tokens")
-    seconds = ratio(results, "topd-0.1", "full", "seconds")
-    numbers = f"{gap}, {tokens:.1%} of the tokens, {seconds:.1%} of the time"
-    return verdict(holds, tokens <= 0.12, seconds <= 0.2), numbers  # 12 %: full answers end before T
-
-
-def popd_is_early(results: Results, curves: Curves) -> tuple[str, str]:
-    if "popd" not in curves:
-        return OPEN, "there is no curve of popd"
-    of_popd = time_to(results, curves, "popd", "full")
-    of_full = time_to(results, curves, "full", "full")
-    if of_popd is None:
-        holds, gap = arm_not_below(results, "popd", "full")
-        return verdict(holds), f"{gap} at its end"
-    own = f"full itself after {of_full[1]:.0%}" if of_full else "undecided for full itself"
-    numbers = f"after {of_popd[0]:.0%} of its steps and {of_popd[1]:.0%} of full's time; {own}"
-    return verdict(of_popd[1] <= 1 / 3), numbers
-
-
-def not_worse(arm: str) -> Callable[[Results, Curves], tuple[str, str]]:
-    def claim(results: Results, curves: Curves) -> tuple[str, str]:
-        holds, gap = arm_not_below(results, arm, "full")
-        return verdict(holds), gap
-
-    return claim
-
-
-def masked_is_topd(results: Results, curves: Curves) -> tuple[str, str]:
-    holds, gap = arm_not_below(results, "first", "topd-0.1")
-    reverse, _ = arm_not_below(results, "topd-0.1", "first")
-    times = ratio(results, "first", "topd-0.1", "seconds")
-    return verdict(holds, reverse), f"{gap} for {times:.1f} times the time"
-
-
-def first_tokens_are_best(results: Results, curves: Curves) -> tuple[str, str]:
-    found = {arm: arm_not_below(results, arm, "first") for arm in SELECTION[1:]}
-    below = [None if holds is None else not holds for holds, _ in found.values()]
-    return verdict(*below), ", ".join(f"{arm} {gap}" for arm, (_, gap) in found.items())
-
-
-def adaptive_is_faster(results: Results, curves: Curves) -> tuple[str, str]:
-    holds, gap = arm_not_below(results, "adaptive", "full")
-    of_full = ratio(results, "adaptive", "full", "seconds")
-    of_popd = ratio(results, "adaptive", "popd", "seconds")
-    return verdict(holds, of_popd < 1), f"{gap}, {of_full:.0%} of full's time, {of_popd:.0%} of popd's"
-
-
-def truncation_fails(results: Results, curves: Curves) -> tuple[str, str]:
-    """To fail is to end significantly below full, with less than half of full's gain."""
-    arms = ("student", "full", "topd-0.1", "popd")
-    means = {arm: mean_of(rows, "accuracy") for arm, rows in zip(arms, paired(results, *arms))}
-    gain = means["full"] - means["student"]
-    if gain <= 0:
-        return OPEN, "full itself gains nothing"
-    fails = {}
-    texts = []
-    for arm in ("topd-0.1", "popd"):
-        holds, gap = arm_not_below(results, arm, "full")
-        share = (means[arm] - means["student"]) / gain
-        fails[arm] = None if holds is None else not holds and share < 0.5
-        texts.append(f"{arm} has {share:.0%} of full's gain, {gap}")
-    popd_works = None if fails["popd"] is None else not fails["popd"]
-    return verdict(fails["topd-0.1"], popd_works), "; ".join(texts)
-
-
-TOPD = ("topd-0.1",)
-WEIGHT = "topd-0.1-weight"
-CLAIMS = (  # the arms that are needed besides full, the test, the claim
-    (TOPD, topd_is_cheap, "TOPD 0.1 reaches full's accuracy with a tenth of the tokens, in 1/5 of the time"),
-    (("popd",), popd_is_early, "POPD reaches full's final accuracy in at most 1/3 of its time"),
-    (("esr",), not_worse("esr"), "ESR is at least as good as full"),
-    ((WEIGHT,), not_worse(WEIGHT), "TOPD 0.1 at weight 1/T still reaches full's accuracy"),
-    (("first", *TOPD), masked_is_topd, "full rollouts with a loss on the first tenth alone equal TOPD 0.1"),
-    (SELECTION, first_tokens_are_best, "of all ways to choose a tenth of the tokens, the first are the best"),
-    (("adaptive", "popd"), adaptive_is_faster, "adaptive reaches full's accuracy in less time than POPD"),
+ADAPTIVE = (not_worse("adaptive"), faster("adaptive", "popd", "seconds", 1.0))
+CLAIMS = (
+    not_worse("topd-0.1"),
+    faster("topd-0.1", "full", "response_tokens", 0.12),
+    faster("topd-0.1", "full", "seconds", 0.2),
+    not_worse("popd"),
+    faster("popd", "full", "seconds", 1 / 3),
+    not_worse("esr"),
+    not_worse("topd-0.1-lr-0.1"),
+    *ADAPTIVE,
+    Claim("first is equal to topd-0.1", accuracy, "first", "topd-0.1", -MARGIN, MARGIN),
+    *(Claim(f"first is better than {arm}", accuracy, "first", arm, low=0.0) for arm in SELECTION[1:]),
+    *(faster("first", arm, "steps_done", 1.0) for arm in SELECTION[1:]),
 )
-CLOSING = ((("student", "topd-0.1", "popd"), truncation_fails, "truncation fails, POPD does not"), CLAIMS[-1])
+CLOSING = (
+    Claim("topd-0.1 fails by keeping less than half of full's gain", gain, "topd-0.1", high=0.0),
+    Claim("popd does not fail, keeping more than half of full's gain", gain, "popd", low=0.0),
+    *ADAPTIVE,
+)
 
 
 def format_claims(results: Results, curves: Curves, arms: tuple[str, ...], closing: bool) -> list[str]:
-    """Two lines for each claim about these arms: the verdict, and the numbers behind it."""
-    lines = []
-    for needed, claim, text in CLOSING if closing else CLAIMS:
-        if not set(needed) <= {*ENDS, *arms}:
+    """The rule, and a line for each claim about these arms: verdict, claim, numbers."""
+    if max(map(len, results.values())) < MIN_SEEDS:
+        return [f"what the papers claim cannot be told from fewer than {MIN_SEEDS} seeds"]
+    lines = [RULE]
+    for claim in CLOSING if closing else CLAIMS:
+        if not {claim.arm, claim.other} <= {"full", *arms}:
             continue
-        common = common_seeds(results, "full", *needed)
-        if len(common) >= MIN_SEEDS:
-            found, numbers = claim(results, curves)
+        needed = tuple(dict.fromkeys(("student", "full", claim.arm, claim.other)))
+        seeds = common_seeds(results, *needed)
+        shared = {arm: {seed: results[arm][seed] for seed in seeds} for arm in needed}
+        if len(seeds) < MIN_SEEDS:
+            found, numbers = OPEN, f"needs {MIN_SEEDS} seeds of {', '.join(needed)}"
+        elif claim.measure is not accuracy and not full_gains(shared):
+            found, numbers = OPEN, "full itself is not shown to be better than the untrained student"
         else:
-            lacking = [arm for arm in ("full", *needed) if len(results.get(arm, {})) < MIN_SEEDS]
-            found, numbers = OPEN, f"needs {MIN_SEEDS} seeds of {', '.join(lacking) or 'all its arms'}"
-        lines += [f"{found}: {text}", f"    {numbers}; seeds in common: {len(common)}"]
+            found, numbers = claim.measure(claim, shared, curves)
+        lines.append(f"{found + ':':15} {claim.text}: {numbers}; {len(seeds)} seeds")
     return lines
 
 
+def full_gains(results: Results) -> bool:
+    full, student = paired(results, "full", "student")
+    return interval(*difference(full, student), len(full)).low > 0
+
+
 def format_results(results: Results, curves: Curves, arms: tuple[str, ...], seeds: int, closing: bool) -> str:
-    """The table, what is missing, and the claims; for runs by the clock each arm beside full instead."""
+    """The table, what is missing, and the claims."""
     lines = [table(results, arms), *(f"missing: {text}" for text in missing(results, arms, seeds))]
     if any(len(of_arm) == 1 for of_arm in results.values()):
         lines.append("+- of a single seed is over the problems alone: another seed may differ by more")
-    lines.append("")
-    rows = [row for of_arm in results.values() for row in of_arm.values()]
-    if all(float(row.get("minutes", 0)) == 0 for row in rows):
-        return "\n".join(lines + format_claims(results, curves, arms, closing))
-    lines.append(f"{'sampled accuracy':28}  - full   +- se    tokens    full's  minutes   full's")
-    for arm in arms:
-        if arm != "full" and common_seeds(results, arm, "full"):
-            lines += compare_with_full(results, curves, arm)
-    lines += ["", "the papers' claims are about equal numbers of steps: run without --minutes to test them"]
-    return "\n".join(lines)
+    if any(float(row.get("minutes", 0)) for of_arm in results.values() for row in of_arm.values()):
+        lines.append("the runs were given equal times, not equal numbers of steps as in the papers")
+    return "\n".join([*lines, "", *format_claims(results, curves, arms, closing)])

@@ -1,6 +1,6 @@
 """Compare horizons, with controls that show what truncation does: same steps, same data, several seeds.
 
-    python experiments/compare.py                       the toy world, every arm, 5 seeds: 12 minutes
+    python experiments/compare.py                       the toy world, every arm, 5 seeds: 15 minutes or more
     python experiments/compare.py --world closing       the world in which truncation has to fail
     python experiments/compare.py --report              table, claims and figures of the existing rows
     python experiments/compare.py --student A --teacher B --data FILE --arms full --arms topd-0.1 --minutes 30
@@ -105,18 +105,13 @@ class Setup(NamedTuple):
 
     def answers(self, model, temperature: float, knobs: Knobs) -> list[dict]:
         """A graded answer of `model` to each held-out problem, in their order."""
+        pair, prompts, length = self.pair, self.test_prompts, knobs.max_new_tokens
+        batch = batch_that_fits(model, prompts, length, knobs.eval_batch)
+        how = {"seed": knobs.seed, "temperature": temperature}
         with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "answers.jsonl")
             records = evaluate(
-                model,
-                self.pair.tokenizer,
-                self.test_prompts,
-                self.test,
-                self.pair.eos_ids,
-                path=Path(folder, "answers.jsonl"),
-                max_new_tokens=knobs.max_new_tokens,
-                batch_size=batch_that_fits(model, self.test_prompts, knobs.max_new_tokens, knobs.eval_batch),
-                seed=knobs.seed,
-                temperature=temperature,
+                model, pair.tokenizer, prompts, self.test, pair.eos_ids, path, length, batch, **how
             )
         return sorted(records, key=lambda record: record["index"])
 
@@ -138,16 +133,12 @@ def load(knobs: Knobs) -> Setup:
 
 
 class ArmRun(run_folder.Run):
-    """One run of an arm: its costs, the history of the adaptive horizon, and the scores along the way."""
+    """One run of an arm: its costs, the history of the adaptive horizon, and the scores along the way.
 
-    def __init__(
-        self,
-        device: torch.device,
-        knobs: Knobs,
-        arm: str,
-        bar: tqdm,
-        score_point: Callable[[float, dict], None],  # (part of the run, costs so far), at each curve point
-    ):
+    `score_point` is called at each curve point with the part of the run that is done and the costs so far.
+    """
+
+    def __init__(self, device: torch.device, knobs: Knobs, arm: str, bar: tqdm, score_point: Callable):
         super().__init__(device)
         self.knobs = knobs
         self.arm = arm
@@ -162,10 +153,8 @@ class ArmRun(run_folder.Run):
             yield self.next_step
 
     def costs(self) -> dict[str, float]:
-        found = {"steps_done": len(self.rows)}
-        for name in ("response_tokens", "loss_tokens", "seconds", "rollout_s"):
-            found[name] = sum(row[name] for row in self.rows)
-        return found
+        sums = {name: sum(row[name] for row in self.rows) for name in claims.COSTS[1:]}
+        return {"steps_done": len(self.rows)} | sums
 
     def log(self, rollouts, tokens: dict[str, torch.Tensor], **columns) -> dict:
         row = super().log(rollouts, tokens, **columns)
@@ -185,27 +174,16 @@ class ArmRun(run_folder.Run):
             self.score_point(point / points, costs)
         return row
 
-    def stop_non_finite(self, step, loss, grad_norm, rollouts, tokens) -> None:
-        what = f"arm {self.arm}, seed {self.knobs.seed}, step {step} has loss {loss}"
-        raise Stopped(1, f"{what} and gradient norm {grad_norm}: use a lower --lr and another --csv")
-
 
 def train_arm(setup: Setup, name: str, knobs: Knobs, bar: tqdm, score_point: Callable) -> dict[str, float]:
     """Train the student as the arm `name` says. Returns the costs."""
     arm = ARMS[name]
     knobs = replace(knobs, lr=knobs.lr * arm.lr_scale)
-    if arm.mask:  # their final scores are compared, not their curves
-        knobs = replace(knobs, curve_points=1)
     run = ArmRun(setup.pair.student.device, knobs, name, bar, score_point)
-    train.train(
-        setup.pair,
-        train.adamw(setup.pair, knobs),
-        setup.prompts,
-        arm.horizon(knobs, run.history),
-        knobs,
-        run,
-        loss_mask=arm.loss_mask(setup.pair, knobs),
-    )
+    optimizer = train.adamw(setup.pair, knobs)
+    horizon_at = arm.horizon(knobs, run.history)
+    mask = arm.loss_mask(setup.pair, knobs)
+    train.train(setup.pair, optimizer, setup.prompts, horizon_at, knobs, run, loss_mask=mask)
     return run.costs()
 
 
@@ -255,8 +233,8 @@ def compare(knobs: Knobs, path: Path) -> None:
     if not wanted:
         print(f"all runs are in {path} already")
         return
-    make_folder(path.parent, "--csv")
-    make_folder(Path(knobs.keep), "--keep")
+    for folder in (path.parent, Path(knobs.keep)):
+        folder.mkdir(parents=True, exist_ok=True)
     setup = load(knobs)
     start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
     with tqdm(total=len(wanted), unit="run", mininterval=0.5) as bar:
@@ -269,33 +247,20 @@ def compare(knobs: Knobs, path: Path) -> None:
                 run_folder.append_csv(curves, curve)
             run_folder.append_csv(path, [row | shared])
             if knobs.keep and name in ARMS:
-                keep(setup.pair, Path(knobs.keep, f"{name}-{seed}"))
+                train.save_student(setup.pair, Path(knobs.keep, f"{name}-{seed}"))
             line = f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s"
             bar.write(line, file=sys.stdout)
             bar.update()
 
 
-def make_folder(path: Path, flag: str) -> None:
-    """Create a folder before the first run needs it. Raises BadInput."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot create folder {path} ({error}): name another one with {flag}") from error
-
-
-def keep(pair: train.Pair, folder: Path) -> None:
-    """Save the student, after the row of its run has been written. Raises Stopped."""
-    try:
-        train.save_student(pair, folder)
-    except (OSError, SafetensorError) as error:
-        what = f"cannot save the student in {folder} ({error}), the run's row is written"
-        raise Stopped(1, f"{what}: free some space, or name another --keep") from error
-
-
 def main() -> None:
     knobs, path = choose(parse(Knobs, __doc__))
     if not knobs.report:
-        compare(knobs, path)
+        try:
+            compare(knobs, path)
+        except (OSError, SafetensorError) as error:
+            what = f"cannot write ({error}), finished rows are kept"
+            raise Stopped(1, f"{what}: free some space, or name another --csv or --keep") from error
     results = claims.read(path)
     curves = claims.read_curves(path)
     closing = knobs.preset == "toy" and knobs.world == "closing"

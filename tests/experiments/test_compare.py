@@ -1,12 +1,15 @@
 """The comparison: masks and causality, resume, and the table and claims for rows with known answers."""
 
+import statistics
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import arms
 import claims
 import compare
 import figures
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,9 +157,9 @@ def test_every_arm_runs_and_all_masks_leave_the_same_number_of_tokens():
     assert costs["topd-0.1"]["response_tokens"] < costs["esr"]["response_tokens"]
 
 
-def test_a_run_has_its_curve_points_and_masks_have_none():
-    assert run_tiny("popd")[1] == [0.25, 0.5, 0.75]
-    assert run_tiny("first")[1] == []
+@pytest.mark.parametrize("name", ["popd", "first"])
+def test_a_run_has_its_curve_points_masked_or_not(name):
+    assert run_tiny(name)[1] == [0.25, 0.5, 0.75]
 
 
 def test_a_run_by_the_clock_takes_increasing_steps_and_ends_on_time(monkeypatch):
@@ -179,12 +182,6 @@ def test_a_run_by_the_clock_takes_increasing_steps_and_ends_on_time(monkeypatch)
     monkeypatch.undo()
     fast, _ = run_tiny("topd-0.1", minutes=1000.0)
     assert fast["steps_done"] == 4  # at most --steps
-
-
-def test_a_non_finite_loss_names_the_run():
-    run = compare.ArmRun(torch.device("cpu"), replace(KNOBS, seed=3), "esr", None, None)
-    with pytest.raises(Stopped, match="arm esr, seed 3, step 5 has loss nan"):
-        run.stop_non_finite(5, float("nan"), 1.0, None, {})
 
 
 def row(arm, seed, marks, seconds=10.0, tokens=1000, **changes):
@@ -222,6 +219,56 @@ def test_standard_error_over_seeds_and_problems():
     assert torch.tensor(variances).mean() == pytest.approx(torch.tensor(means).var().item(), rel=0.15)
 
 
+def verdicts(text):
+    """{claim: (verdict, its numbers)} of a report."""
+    lines = [line.split(":", 2) for line in text.splitlines()]
+    known = (claims.YES, claims.NO, claims.OPEN)
+    return {line[1].strip(): (line[0], line[2]) for line in lines if line[0] in known}
+
+
+@pytest.mark.parametrize(
+    "what, mean, se, expected",
+    [
+        ("at least as good", -0.040, 0.024, claims.OPEN),  # -10.7 to +2.7 with 5 seeds
+        ("at least as good", -0.002, 0.0007, claims.YES),  # below 0, but by far less than the margin
+        ("at least as good", -0.20, 0.05, claims.NO),
+        ("at least as good", 0.30, 0.05, claims.YES),
+        ("at least as good", -0.30, 0.2, claims.OPEN),
+        ("equal", 0.01, 0.01, claims.YES),
+        ("equal", 0.01, 0.02, claims.OPEN),
+        ("equal", 0.20, 0.05, claims.NO),
+        ("equal", -0.20, 0.05, claims.NO),
+        ("better", 0.03, 0.01, claims.YES),
+        ("better", 0.03, 0.02, claims.OPEN),
+        ("better", 0.0, 0.0, claims.OPEN),
+        ("better", -0.03, 0.01, claims.NO),
+    ],
+)
+def test_verdicts_by_margin(what, mean, se, expected):
+    """The limits of each kind, as the claims have them, on the interval of 5 seeds."""
+    claim = next(c for c in claims.CLAIMS if what in c.text)
+    assert claims.verdict(claims.interval(mean, se, 5), claim.low, claim.high) == expected
+
+
+def test_t_intervals():
+    """Of made-up standard errors, by a table of the t distribution; at most too wide for many seeds."""
+    for seeds, quantile in ((3, 4.303), (5, 2.776), (11, 2.228), (50, 2.228)):
+        _, _, low, high = claims.interval(1.0, 0.5, seeds)
+        assert (low, high) == pytest.approx((1 - quantile / 2, 1 + quantile / 2))
+
+
+def test_made_up_rows_give_their_verdicts(tmp_path):
+    """ESR is 4 points below full by seeds that differ, TOPD 1 point in each seed and on one problem."""
+    rows = [row(arm, s, marks_of(n, 100)) for s in range(5) for arm, n in (("full", 90), ("student", 30))]
+    rows += [row("esr", s, marks_of(n, 100)) for s, n in enumerate((93, 91, 88, 80, 78))]
+    rows += [row("topd-0.1", s, marks_of(89, 100)) for s in range(5)]
+    results = write(tmp_path / "c.csv", rows)
+    found = verdicts(claims.format_results(results, {}, ("full", "esr", "topd-0.1"), 5, closing=False))
+    assert found["esr is at least as good as full"][0] == claims.OPEN
+    assert "-4.0 +- 3." in found["esr is at least as good as full"][1]
+    assert found["topd-0.1 is at least as good as full"][0] == claims.YES
+
+
 def test_claims_on_rows_with_known_answers(tmp_path):
     worse = {"last": 10, "random": 20, "top-kl": 25, "top-teacher-entropy": 26, "top-student-entropy": 12}
     accuracy = {"student": 8, "teacher": 39, "full": 36, "topd-0.1": 36, "popd": 36, "first": 36, "esr": 20}
@@ -232,74 +279,140 @@ def test_claims_on_rows_with_known_answers(tmp_path):
         for seed in range(4)
     ]
     results = write(tmp_path / "c.csv", rows)
-    of_popd = {
-        (seed, part): row("popd", seed, marks_of(right, shift=seed), seconds)
-        for seed in range(4)
-        for part, right, seconds in ((0.25, 36, 1.0), (0.5, 10, 2.0), (0.75, 36, 3.0))
-    }
-    text = claims.format_results(results, {"popd": of_popd}, tuple(arms.ARMS), 4, closing=False).splitlines()
-    verdicts = {line.partition(": ")[2].split(" (")[0]: line.partition(": ")[0] for line in text}
-    assert (
-        verdicts["TOPD 0.1 reaches full's accuracy with a tenth of the tokens, in 1/5 of the time"] == "holds"
-    )
-    assert verdicts["POPD reaches full's final accuracy in at most 1/3 of its time"] == "holds"
-    assert verdicts["ESR is at least as good as full"] == "does not hold"
-    assert verdicts["full rollouts with a loss on the first tenth alone equal TOPD 0.1"] == "holds"
-    assert verdicts["of all ways to choose a tenth of the tokens, the first are the best"] == "holds"
-    assert verdicts["TOPD 0.1 at weight 1/T still reaches full's accuracy"] == claims.OPEN
-    # The lucky quarter does not count: half way it was not there. 3 of full's 10 seconds.
-    assert any("after 75% of its steps and 30% of full's time" in line for line in text)
+    text = claims.format_results(results, {}, tuple(arms.ARMS), 4, closing=False)
+    found = {claim: outcome for claim, (outcome, _) in verdicts(text).items()}
+    assert found["topd-0.1 is at least as good as full"] == "holds"
+    assert found["esr is at least as good as full"] == "does not hold"
+    assert found["first is equal to topd-0.1"] == "holds"
+    assert all(found[f"first is better than {arm}"] == "holds" for arm in worse)
+    assert found["adaptive is at least as good as full"] == claims.OPEN  # no rows
     assert "missing: adaptive (all of it)" in text
-    table = next(line for line in text if line.startswith("topd-0.1 "))
+    assert claims.RULE in text
+    table = next(line for line in text.splitlines() if line.startswith("topd-0.1 "))
     by_hand = "90.0% 3.9% 90.0% 3.9% +0.0% 0.0% 105 0.10 1.5 0.15 4"
     assert table.split() == ["topd-0.1", *by_hand.split()]
 
 
-def test_claims_that_do_not_hold_or_cannot_be_decided(tmp_path):
-    rows = [row("full", s, marks_of(36), tokens=1000) for s in range(3)]
-    rows += [row("topd-0.1", s, marks_of(36), seconds=2.5, tokens=100) for s in range(3)]
-    rows += [row("esr", s, marks_of(right)) for s, right in enumerate((24, 36, 40))]
+def curve(arm, seed, *looks):
+    """Rows of looks: (part, right of 40, seconds)."""
+    return {(seed, part): row(arm, seed, marks_of(right), seconds) for part, right, seconds in looks}
+
+
+def test_how_fast_an_arm_is(tmp_path):
+    """From 8 of 40 to 36 of 40 the target is at 33.2: interpolated for both arms, to the ends of runs."""
+    ends = {"student": (8, 0.0), "full": (36, 10.0), "popd": (36, 7.0), "adaptive": (30, 5.0)}
+    rows = [row(arm, s, marks_of(n), seconds) for arm, (n, seconds) in ends.items() for s in range(3)]
     results = write(tmp_path / "c.csv", rows)
-    assert claims.topd_is_cheap(results, {})[0] == "does not hold"  # a quarter of the time
-    assert claims.not_worse("esr")(results, {})[0] == claims.OPEN  # -7 +- 12 points: it may be either
-    assert claims.time_to(results, {}, "esr", "full") is None
+    curves = {arm: {} for arm in ("full", "popd", "adaptive")}
+    for s in range(3):
+        curves["full"] |= curve("full", s, (0.5, 28, 4.0))  # 33.2 at 4 + 5.2 / 8 of 6 seconds: 7.9
+        curves["popd"] |= curve("popd", s, (0.25, 34, 1.0), (0.5, 20, 2.0))  # 25.2 / 26 of 1 second
+    text = claims.format_results(results, curves, ("full", "popd", "adaptive", "first"), 3, closing=False)
+    found = verdicts(text)
+    of_popd, numbers = found["popd reaches the target with less than 0.33 of full's seconds"]
+    assert of_popd == "holds" and "0.12 [0.12 to 0.12] until 83.0%" in numbers
+    assert "popd 1.0 in 3 looks; full 7.9 in 2 looks" in numbers
+    outcome, numbers = found["adaptive reaches the target with less than 1.00 of popd's seconds"]
+    assert outcome == "does not hold"  # 5 seconds were not enough, and popd took 1
+    assert "adaptive never with seed 0, 1, 2" in numbers
+
+
+@pytest.mark.parametrize("arm, other", [("popd", "full"), ("full", "popd")])
+def test_an_arm_that_never_reaches_the_target_is_no_faster_for_having_stopped(tmp_path, arm, other):
+    """Its run counts as a whole, which is less than its cost: enough to call it slower, never faster."""
+    ends = {"student": (8, 0.0), "full": (36, 10.0), "popd": (20, 1.0)}  # popd ends below the target
+    rows = [row(name, s, marks_of(n), seconds) for name, (n, seconds) in ends.items() for s in range(3)]
+    results = write(tmp_path / "c.csv", rows)
+    curves = {"full": curve("full", 0, (0.5, 30, 5.0)), "popd": curve("popd", 0, (0.5, 20, 0.5))}
+    claim = claims.faster(arm, other, "seconds", 1.0)
+    outcome, numbers = claim.measure(claim, results, curves)
+    assert outcome == claims.OPEN and "popd never with seed 0, 1, 2" in numbers
+
+
+def test_what_was_not_measured_cannot_be_told(tmp_path):
+    names = ("student", "full", *arms.SELECTION, "topd-0.1")
+    rows = [row(arm, s, marks_of(8 if arm == "student" else 36)) for arm in names for s in range(3)]
+    results = write(tmp_path / "c.csv", rows)
+    found = verdicts(claims.format_results(results, {}, tuple(arms.ARMS), 3, closing=False))
+    outcome, numbers = found["first reaches the target with less than 1.00 of last's steps done"]
+    assert outcome == claims.OPEN and "no curve recorded of first, last" in numbers
+    assert found["first is better than last"][0] == claims.OPEN  # both are at the ceiling
     two = {arm: {s: r for s, r in of_arm.items() if s < 2} for arm, of_arm in results.items()}
     text = claims.format_results(two, {}, ("full", "topd-0.1"), 3, closing=False)
-    assert "holds" not in text and "needs 3 seeds of full, topd-0.1" in text
+    assert "cannot be told from fewer than 3 seeds" in text and not verdicts(text)
     assert "missing: topd-0.1 (seed 2)" in text
-
-
-def test_arms_at_the_same_time_and_with_the_same_tokens(tmp_path):
-    """TOPD is ahead when the time is up, and behind full when it had sampled as much as full in the end."""
-    timed = {"minutes": "15.0"}
-    rows = [
-        row("full", 0, marks_of(20), 900, 1100, **timed),
-        row("topd-0.1", 0, marks_of(24), 900, 2000, **timed),
-    ]
-    rows += [row("esr", 0, marks_of(19), 900, 500, **timed)]
-    results = write(tmp_path / "c.csv", rows)
-    points = ((0.25, 8, 300, 600), (0.5, 16, 600, 1150), (0.75, 22, 700, 1300))
-    curve = {(0, part): row("topd-0.1", 0, marks_of(n), s, tokens) for part, n, s, tokens in points}
-    text = claims.format_results(results, {"topd-0.1": curve}, ("full", "topd-0.1", "esr"), 1, closing=False)
-    lines = {line.partition("  ")[0]: line.partition("  ")[2].split() for line in text.splitlines()}
-    assert lines["topd-0.1, same time"] == ["+10.0%", "4.8%", "2,000", "1,100", "15.0", "15.0"]
-    assert lines["topd-0.1, no more tokens"] == ["-10.0%", "4.8%", "1,150", "1,100", "10.0", "15.0"]
-    assert lines["esr, same time"][0] == "-2.5%"
-    assert lines["esr, no more tokens"] == ["no", "curve", "point", "that", "early"]
-    assert (
-        "a single seed is over the problems alone" in text
-        and "papers' claims are about equal numbers of steps" in text
-    )
-    untimed = {arm: {0: of_arm[0] | {"minutes": "0.0"}} for arm, of_arm in results.items()}
-    assert "same time" not in claims.format_results(untimed, {}, ("full", "esr"), 1, closing=False)
+    some = results | {"topd-0.1": two["topd-0.1"]}
+    text = claims.format_results(some, {}, ("full", "topd-0.1"), 3, closing=False)
+    assert {outcome for outcome, _ in verdicts(text).values()} == {claims.OPEN}
+    assert "needs 3 seeds of student, full, topd-0.1" in text
+    one = {arm: {0: of_arm[0]} for arm, of_arm in results.items()}
+    text = claims.format_results(one, {}, ("full",), 1, closing=False)
+    assert "a single seed is over the problems alone" in text
 
 
 @pytest.mark.parametrize("truncated, expected", [(8, "holds"), (36, "does not hold")])
 def test_truncation_fails(tmp_path, truncated, expected):
     accuracy = {"student": 8, "full": 38, "popd": 32, "topd-0.1": truncated}
     rows = [row(arm, s, marks_of(right, shift=s)) for arm, right in accuracy.items() for s in range(4)]
-    found, numbers = claims.truncation_fails(write(tmp_path / "c.csv", rows), {})
-    assert found == expected and "popd has 80% of full's gain" in numbers
+    results = write(tmp_path / "c.csv", rows)
+    text = claims.format_results(results, {}, ("full", "popd", "topd-0.1"), 4, closing=True)
+    assert verdicts(text)["topd-0.1 fails by keeping less than half of full's gain"][0] == expected
+    outcome, numbers = verdicts(text)["popd does not fail, keeping more than half of full's gain"]
+    assert outcome == "holds" and numbers.strip().startswith("80%, +22.5 +- ")
+    flat = results | {"full": results["student"]}  # full has learned nothing: there is no gain to keep
+    text = claims.format_results(flat, {}, ("full", "popd", "topd-0.1"), 4, closing=True)
+    assert verdicts(text)["topd-0.1 fails by keeping less than half of full's gain"][0] == claims.OPEN
+
+
+def test_committed_verdicts_recomputed_by_hand():
+    """Two verdicts of RESULTS.md from the text of the CSV files alone, by other formulas."""
+    folder = Path(claims.__file__).parents[1] / "results"
+    rows = read_csv(folder / "compare.csv")
+    looks = read_csv(folder / "compare_curves.csv")
+    of = {(r["arm"], int(r["seed"])): r for r in rows}
+    seeds = range(5)
+
+    # ESR: of (seed, problem) differences, the spread of the seeds' means alone already spans the margin.
+    gaps = [float(of["esr", s]["accuracy"]) - float(of["full", s]["accuracy"]) for s in seeds]
+    half = 2.776 * statistics.stdev(gaps) / 5**0.5
+    assert statistics.fmean(gaps) - half < -0.05 < statistics.fmean(gaps) + half
+
+    # POPD: seconds until 90 % of full's gain, by numpy's interpolation where the curve first crosses it.
+    start, end = (
+        statistics.fmean(float(of[arm, s]["accuracy"]) for s in seeds) for arm in ("student", "full")
+    )
+    target = start + 0.9 * (end - start)
+    seconds = {}
+    for arm in ("popd", "full"):
+        for s in seeds:
+            path = [(0.0, start)]
+            path += [
+                (float(r["seconds"]), float(r["accuracy"]))
+                for r in looks
+                if (r["arm"], r["seed"]) == (arm, str(s))
+            ]
+            path += [(float(of[arm, s]["seconds"]), float(of[arm, s]["accuracy"]))]
+            at = next(i for i, (_, accuracy) in enumerate(path) if accuracy >= target)
+            (x0, y0), (x1, y1) = path[at - 1 : at + 1]
+            seconds[arm, s] = float(numpy.interp(target, [y0, y1], [x0, x1]))
+    ratios = [seconds["popd", s] / seconds["full", s] for s in seeds]
+    mean, half = statistics.fmean(ratios), 2.776 * statistics.stdev(ratios) / 5**0.5
+    assert mean + half < 1 / 3
+
+    path = folder / "compare.csv"
+    found = verdicts(
+        claims.format_results(claims.read(path), claims.read_curves(path), tuple(arms.ARMS), 5, closing=False)
+    )
+    assert found["esr is at least as good as full"][0] == claims.OPEN
+    outcome, numbers = found["popd reaches the target with less than 0.33 of full's seconds"]
+    assert outcome == claims.YES and f"{mean:.2f} [{mean - half:.2f} to {mean + half:.2f}]" in numbers
+
+
+def test_old_names_of_arms_are_read(tmp_path):
+    old = [row("topd-0.1-weight", s, marks_of(9)) for s in range(2)]
+    assert list(write(tmp_path / "c.csv", old)) == ["topd-0.1-lr-0.1"]
+    append_csv(claims.curves_path(tmp_path / "c.csv"), [old[0] | {"part": 0.5}])
+    assert list(claims.read_curves(tmp_path / "c.csv")) == ["topd-0.1-lr-0.1"]
 
 
 @pytest.mark.parametrize(
@@ -386,10 +499,13 @@ def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_pa
         main(monkeypatch, *flags)
 
 
-def test_a_student_that_cannot_be_saved_costs_no_row(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Stopped, match="row is written: free some space, or name another --keep"):
-        compare.keep(pair_of(tiny(), tiny(seed=1)), tmp_path / "file" / "full-0")
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare, "compare", full)
+    with pytest.raises(Stopped, match="No space left on device.*finished rows are kept: free some space"):
+        main(monkeypatch, "--csv", tmp_path / "c.csv")
 
 
 @pytest.mark.parametrize(
@@ -399,13 +515,13 @@ def test_a_student_that_cannot_be_saved_costs_no_row(tmp_path):
         ("--arms best", "invalid choice: 'best'"),
         ("--report --csv /nowhere/c.csv", "there is no /nowhere/c.csv"),
         ("--steps 1 --arms popd --csv /nowhere/c.csv", "never grows"),
-        ("--csv /dev/null/c.csv", "name another one with --csv"),
-        ("--csv c.csv --keep /dev/null/kept", "name another one with --keep"),
+        ("--csv /dev/null/c.csv", "name another --csv"),
+        ("--csv c.csv --keep /dev/null/kept", "name another --csv or --keep"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, flags, why):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match=why):
+    with pytest.raises((BadInput, Stopped), match=why):
         main(monkeypatch, *flags.split())
 
 
