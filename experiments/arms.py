@@ -14,7 +14,6 @@ from rollout import Rollout, sampling_noise
 from schedules import make_schedule
 
 SHARE = 0.1  # N / T: the horizon of topd-0.1, and the tokens of a row that keep their loss under a mask
-NOISE = "noise"  # values that are random numbers, not a statistic
 
 # One entry per finished step: its horizon, and the mean reverse KL of the tokens in the second half of it.
 History = list[tuple[int, float]]
@@ -97,41 +96,42 @@ def masked_tokens(knobs) -> int:
     return max(1, round(SHARE * knobs.max_new_tokens))
 
 
-def noise(rollouts: Rollout, knobs, step: int) -> Tensor:
-    """Uniform random numbers, (B, R), that depend on seed, step and row alone."""
+# Values that a mask chooses by: (pair, rollouts, knobs, step) -> (B, R).
+
+
+def noise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
+    """Uniform random numbers that depend on seed, step and row alone."""
     keys = [("mask", knobs.seed, step, row) for row in range(len(rollouts.prompts))]
     return sampling_noise(keys, rollouts.tokens.shape[1]).to(rollouts.tokens.device)
 
 
-@torch.no_grad()
-def token_values(pair: train.Pair, rollouts: Rollout, knobs, name: str) -> Tensor:
-    """One of opd.token_statistics by row and position, (B, R), 0 after the end: one more forward pass."""
-    _, tokens = train.score(pair, rollouts, temperature=knobs.temperature, micro_batch=knobs.micro_batch)
-    values = torch.zeros_like(rollouts.logp)
-    values[tokens["row"], tokens["position"]] = tokens[name].to(values.dtype)
-    return values
+def statistic(name: str) -> Callable:
+    """One of opd.token_statistics by row and position, 0 after the end: one more forward pass."""
+
+    @torch.no_grad()
+    def values_of(pair: train.Pair, rollouts: Rollout, knobs, step: int) -> Tensor:
+        _, tokens = train.score(pair, rollouts, temperature=knobs.temperature, micro_batch=knobs.micro_batch)
+        values = torch.zeros_like(rollouts.logp)
+        values[tokens["row"], tokens["position"]] = tokens[name].to(values.dtype)
+        return values
+
+    return values_of
 
 
 class Arm(NamedTuple):
     horizon: Callable  # (knobs, history) -> (step -> H)
     mask: Callable | None = None  # None: every sampled token has a loss
-    values: str = ""  # what the mask chooses by: NOISE, or the name of a token statistic
+    values: Callable | None = None  # what the mask chooses by
     lr_scale: float = 1.0
 
-    def loss_mask(self, pair: train.Pair, knobs) -> Callable[[int, Rollout], Tensor | None]:
-        """The mask as `train.train` calls it: (step, rollouts) -> (B, R)."""
+    def loss_mask(self, pair: train.Pair, knobs) -> Callable[[int, Rollout], Tensor] | None:
+        """The mask as `train.train` takes it: (step, rollouts) -> (B, R)."""
 
-        def mask(step: int, rollouts: Rollout) -> Tensor | None:
-            if self.mask is None:
-                return None
-            values = None
-            if self.values == NOISE:
-                values = noise(rollouts, knobs, step)
-            elif self.values:
-                values = token_values(pair, rollouts, knobs, self.values)
+        def mask(step: int, rollouts: Rollout) -> Tensor:
+            values = self.values(pair, rollouts, knobs, step) if self.values else None
             return self.mask(rollouts, masked_tokens(knobs), values)
 
-        return mask
+        return mask if self.mask else None
 
 
 FULL = by_schedule("full")
@@ -147,12 +147,12 @@ ARMS = {
     # rollout: that is a factor of the loss, which AdamW cancels.
     "topd-0.1-lr-0.1": Arm(TRUNCATED, lr_scale=0.1),
     "first": Arm(FULL, first),
-    "window": Arm(FULL, window, NOISE),
+    "window": Arm(FULL, window, noise),
     "last": Arm(FULL, last),
-    "random": Arm(FULL, highest, NOISE),
-    "top-kl": Arm(FULL, highest, "reverse_kl"),
-    "top-teacher-entropy": Arm(FULL, highest, "teacher_entropy"),
-    "top-student-entropy": Arm(FULL, highest, "student_entropy"),
+    "random": Arm(FULL, highest, noise),
+    "top-kl": Arm(FULL, highest, statistic("reverse_kl")),
+    "top-teacher-entropy": Arm(FULL, highest, statistic("teacher_entropy")),
+    "top-student-entropy": Arm(FULL, highest, statistic("student_entropy")),
 }
 SELECTION = ("first", "last", "random", "top-kl", "top-teacher-entropy", "top-student-entropy")
 GROUPS = {

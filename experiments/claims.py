@@ -131,11 +131,6 @@ def mean_of(rows: list[Row], column: str) -> float:
     return statistics.fmean(float(row[column]) for row in rows)
 
 
-def ratio(results: Results, arm: str, other: str, column: str) -> float:
-    rows, others = paired(results, arm, other)
-    return mean_of(rows, column) / mean_of(others, column)
-
-
 def difference(rows: list[Row], others: list[Row]) -> tuple[float, float]:
     """Accuracy of `rows` minus that of `others`, paired by seed and problem, and its standard error."""
     return mean_and_se(correct(rows) - correct(others))
@@ -150,14 +145,13 @@ def cells(results: Results, arm: str) -> list[str]:
     """An arm's line of the table: accuracies, the difference to full on the same seeds, costs and ratios."""
     rows = list(results[arm].values())
     pair = paired(results, arm, "full")
+    shares = [*mean_and_se(correct(rows)), *mean_and_se(correct(rows, "correct_greedy"))]
     gap, se = difference(*pair) if pair[0] else (math.nan, math.nan)
-    found = [
-        f"{x:.1%}" for column in ("correct", "correct_greedy") for x in mean_and_se(correct(rows, column))
-    ]
+    found = [f"{share:.1%}" for share in shares]
     found += ["", ""] if arm == "full" else [f"{gap:+.1%}", f"{se:.1%}"]
     for column, digits in (("response_tokens", 0), ("seconds", 1)):
-        times = ratio(results, arm, "full", column) if pair[0] else math.nan
-        cost = [f"{mean_of(rows, column):,.{digits}f}", f"{times:.2f}"]
+        means = [mean_of(some, column) for some in pair] if pair[0] else [math.nan, math.nan]
+        cost = [f"{mean_of(rows, column):,.{digits}f}", f"{means[0] / means[1]:.2f}"]
         found += ["", ""] if arm in ENDS else cost
     return ["-" if "nan" in cell else cell for cell in [*found, str(len(rows))]]
 

@@ -1,7 +1,7 @@
 """The figures of compare.py and probe.py, from their CSV files alone, and the probes' readings.
 
 results/compare.png            accuracy against tokens sampled and against seconds of training
-results/compare_selection.png  accuracy with the same number of tokens, chosen in different ways
+results/compare_selection.png  accuracy against steps, with a loss on as many tokens, chosen in different ways
 results/probe_NAME.png         the curves of a probe, and its reading: the result in one sentence
 
 A figure names the rows that its file lacks.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import claims
 import matplotlib
-from arms import GROUPS, SELECTION
+from arms import GROUPS
 from claims import Curves, Results
 from cycler import cycler
 
@@ -28,8 +28,7 @@ import matplotlib.pyplot as plt
 COLOURS = ["#000000", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", *3 * ["#999999"]]
 LINES = ["-", "--", "-.", "-", "--", "-.", ":", ":", ":", ":"]
 STYLES = list(cycler(color=COLOURS) + cycler(marker="os^vDPX<*>") + cycler(linestyle=LINES))
-BLACK, BLUE, VERMILION, GREY = (STYLES[i]["color"] for i in (0, 1, 2, 7))
-DRAWN = GROUPS["horizons"]  # the arms in the figure of the costs, in the order of STYLES
+BLUE, VERMILION, GREY = (STYLES[i]["color"] for i in (1, 2, 7))
 
 
 def save(figure, path: Path) -> Path:
@@ -40,6 +39,15 @@ def save(figure, path: Path) -> Path:
 
 # The comparison.
 
+COSTS = {
+    "response_tokens": "tokens sampled in training",
+    "seconds": "seconds of training",
+    "steps_done": "steps of training",
+}
+COMPARISONS = {  # the end of the file's name: the arms, in the order of STYLES, and the costs
+    "": (GROUPS["horizons"], ("response_tokens", "seconds")),
+    "_selection": (GROUPS["selection"], ("steps_done",)),
+}
 END_STYLES = {"student": ("student before", "#999999", 1), "teacher": ("teacher", "#555555", 2)}
 
 
@@ -53,19 +61,19 @@ def curve_of_arm(results: Results, curves: Curves, arm: str, column: str) -> tup
     return tuple([claims.mean_of(rows, name) for rows in points] for name in (column, "accuracy"))
 
 
-def draw_ends(draw_line: Callable, results: Results) -> None:
-    """The student before training and the teacher as lines, by `axhline` or `axvline`."""
+def draw_ends(axis, results: Results) -> None:
+    """The student before training and the teacher as lines."""
     for name, (label, colour, width) in END_STYLES.items():
         if name in results:
             accuracy, _ = accuracy_and_se(results, name)
-            draw_line(accuracy, color=colour, linestyle=":", label=label, linewidth=width)
+            axis.axhline(accuracy, color=colour, linestyle=":", label=label, linewidth=width)
 
 
-def draw_curves(axis, results: Results, curves: Curves, column: str, label: str) -> None:
-    """Accuracy against a cost."""
-    draw_ends(axis.axhline, results)
+def draw_curves(axis, results: Results, curves: Curves, names: tuple[str, ...], column: str) -> None:
+    """Accuracy of the arms `names` against a cost."""
+    draw_ends(axis, results)
     costs = []
-    for name, look in zip(DRAWN, STYLES):
+    for name, look in zip(names, STYLES):
         if name not in results:
             continue
         x, y = curve_of_arm(results, curves, name, column)
@@ -80,53 +88,30 @@ def draw_curves(axis, results: Results, curves: Curves, column: str, label: str)
     else:
         axis.set_xlim(0, 1.05 * max(costs))
     top = max(float(row["accuracy"]) for of_arm in results.values() for row in of_arm.values())
-    axis.set(xlabel=label, ylim=(0, 1.03 if top > 0.6 else 1.3 * top))
+    axis.set(xlabel=COSTS[column], ylim=(0, 1.03 if top > 0.6 else 1.3 * top))
     axis.xaxis.set_major_formatter("{x:,.9g}")
     axis.grid(alpha=0.3)
-
-
-def draw_selection(axis, results: Results) -> None:
-    """The accuracy of each way to choose the tokens with a loss."""
-    names = [name for name in ("full", *SELECTION) if name in results]
-    labels = []
-    for place, name in enumerate(names):
-        accuracy, se = accuracy_and_se(results, name)
-        colour, marker = (BLACK, "o") if name == "full" else (BLUE, "s")
-        axis.errorbar(accuracy, place, xerr=se, color=colour, marker=marker, markersize=8, capsize=4)
-        labels.append(f"{'all tokens' if name == 'full' else name}, {accuracy:.0%}")
-    draw_ends(axis.axvline, results)
-    axis.set_yticks(range(len(names)), labels)
-    axis.set(xlim=(0, 1.03), xlabel="held-out accuracy, sampled; a tenth of the tokens has a loss")
-    axis.invert_yaxis()
-    axis.margins(y=0.12)
-    axis.grid(alpha=0.3)
-
-
-def finish(figure, axis, columns: int, lacking: list[str], path: Path) -> Path:
-    """Add the legend and what is missing, and save."""
-    handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
-    if lacking:
-        text = textwrap.fill(f"missing: {'; '.join(lacking)}", 110)
-        figure.suptitle(text, fontsize=8, color=VERMILION)
-    return save(figure, path)
 
 
 def draw(path: Path, results: Results, curves: Curves, arms: tuple[str, ...], seeds: int) -> list[Path]:
     """The figures that the rows allow, next to the CSV file. Raises BadInput if they allow none."""
     drawn = []
-    if any(name in results for name in DRAWN):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
-        draw_curves(axes[0], results, curves, "response_tokens", "tokens sampled in training")
-        draw_curves(axes[1], results, curves, "seconds", "seconds of training")
-        axes[0].set_ylabel("held-out accuracy, sampled")
-        lacking = claims.missing(results, tuple(arm for arm in arms if arm in DRAWN), seeds)
-        drawn.append(finish(figure, axes[0], 4, lacking, path.with_suffix(".png")))
-    if sum(name in results for name in SELECTION) > 1:
-        figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-        draw_selection(axis, results)
-        lacking = claims.missing(results, ("full", *SELECTION), seeds)
-        drawn.append(finish(figure, axis, 2, lacking, path.with_name(f"{path.stem}_selection.png")))
+    for suffix, (names, columns) in COMPARISONS.items():
+        found = sum(name in results for name in names)
+        if found == 0 or (suffix and found == 1):
+            continue
+        shape = {"figsize": (9, 4.8), "sharey": True, "layout": "constrained", "squeeze": False}
+        figure, axes = plt.subplots(1, len(columns), **shape)
+        for axis, column in zip(axes[0], columns):
+            draw_curves(axis, results, curves, names, column)
+        axes[0, 0].set_ylabel("held-out accuracy, sampled")
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
+        lacking = claims.missing(results, tuple(arm for arm in arms if arm in names), seeds)
+        if lacking:
+            text = textwrap.fill(f"missing: {'; '.join(lacking)}", 110)
+            figure.suptitle(text, fontsize=8, color=VERMILION)
+        drawn.append(save(figure, path.with_name(f"{path.stem}{suffix}.png")))
     if not drawn:
         raise BadInput(f"{path} holds no run of an arm that is drawn: run the comparison first")
     return drawn

@@ -91,7 +91,7 @@ def test_random_masks_depend_on_seed_and_step_alone(name):
 def test_token_values_are_each_tokens_own():
     """Micro-batches come longest row first: values must be stored at their row and position."""
     pair, rollouts = pair_and_rollouts(9)
-    found = arms.token_values(pair, rollouts, train.Knobs(micro_batch=28), "reverse_kl")
+    found = arms.statistic("reverse_kl")(pair, rollouts, train.Knobs(micro_batch=28), 0)
     assert all(master.grad is None for master in pair.masters.values())
     for row, (prompt, tokens, mask) in enumerate(
         zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask)
@@ -438,23 +438,15 @@ def test_a_row_that_was_cut(tmp_path):
 
 def test_figures_say_what_is_missing(tmp_path, monkeypatch):
     path, said = tmp_path / "c.csv", []
-    monkeypatch.setattr(
-        figures, "finish", lambda *args, finish=figures.finish: said.append(args[3]) or finish(*args)
-    )
-    results = write(
-        path, [row(arm, 0, marks_of(30)) for arm in ("student", "full", "topd-0.1", "first", "last")]
-    )
-    drawn = figures.draw(path, results, {}, ("full", "topd-0.1", "popd"), 2)
+    monkeypatch.setattr(figures.textwrap, "fill", lambda text, width: said.append(text) or text)
+    names = ("student", "full", "topd-0.1", "first", "last")
+    results = write(path, [row(arm, 0, marks_of(30)) for arm in names])
+    drawn = figures.draw(path, results, {}, ("full", "topd-0.1", "popd", "random"), 2)
     assert [p.name for p in drawn] == ["c.png", "c_selection.png"]
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in drawn)
-    missing = [
-        "student (seed 1)",
-        "teacher (all of it)",
-        "full (seed 1)",
-        "topd-0.1 (seed 1)",
-        "popd (all of it)",
-    ]
-    assert said[0] == missing and "random (all of it)" in said[1]
+    ends = "missing: student (seed 1); teacher (all of it); full (seed 1)"
+    assert said == [f"{ends}; topd-0.1 (seed 1); popd (all of it)", f"{ends}; random (all of it)"]
+    assert len(figures.draw(path, {"full": results["full"]}, {}, ("full",), 1)) == 1
     with pytest.raises(BadInput, match="no run of an arm that is drawn"):
         figures.draw(path, {"student": results["student"]}, {}, ("full",), 1)
 
