@@ -187,6 +187,9 @@ class Knobs:
     model: tuple[str, ...] = knob((), "hub name or folder; two are compared", group="models and problems")
     benchmark: tuple[str, ...] = knob((), "may be repeated", choices=BENCHMARKS)
     data: tuple[str, ...] = knob((), "file, folder or hub data set instead; its test split")
+    question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
+    answer_column: str = knob("", "default: found by name")
+    skip_bad_rows: bool = knob(False, "leave out rows that cannot be read, instead of stopping")
     limit: int = knob(0, "problems, a random subset drawn by the seed; 0: all", least=0)
     instruction: str | None = knob(None, "text after each problem; default: the benchmark's own")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
@@ -216,8 +219,9 @@ def problems_by_name(knobs: Knobs) -> dict[str, list[data.Problem]]:
     if len(set(names)) < len(names):
         raise BadInput(f"{', '.join(names)}: two have the same name; rename a file, or give each once")
     problems = {}
+    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     for name, source, split in sources:
-        problems[name] = data.subset(data.read_problems(source, split), knobs.limit, knobs.seed)
+        problems[name] = data.subset(data.read_problems(source, split, layout), knobs.limit, knobs.seed)
     return problems
 
 

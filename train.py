@@ -49,6 +49,9 @@ class Knobs:
     teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "hub name or folder; same tokenizer as the student's")
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
     eval_data: str = knob("", "held-out problems; default: test split of --data, or part of a single file")
+    question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
+    answer_column: str = knob("", "of the held-out problems; default: found by name")
+    skip_bad_rows: bool = knob(False, "leave out rows that cannot be read, instead of stopping")
     instruction: str = knob(INSTRUCTION, "text after each problem")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
 
@@ -321,7 +324,8 @@ def main() -> None:
     if knobs.preset == "toy":
         toy.build(knobs.world)
     device = models.find_device(knobs.device)
-    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
+    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
+    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
     if knobs.dry_run:
         from extras import memory
 

@@ -121,7 +121,8 @@ def load(knobs: Knobs) -> Setup:
     if knobs.preset == "toy":
         toy.build(knobs.world)
     device = models.find_device(knobs.device)
-    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
+    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
+    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
     pair = train.load_pair(
         knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory
     )

@@ -1,97 +1,203 @@
-"""Data: problems, the prompts that are rendered from them, and the order in which steps use them."""
+r"""Data: problems of files and of hub data sets, and the order in which steps use them.
 
-import json
+The columns that are found by name; with a value in none of them, or in two question columns that differ, the
+row is refused. `--question-column` and `--answer-column` name others; `a.b` is field b of column a.
+
+| data set | question | answer: the first column with a value |
+|---|---|---|
+| GSM8K | question | answer, after #### |
+| MATH, MATH-500, NuminaMath, OpenR1-Math, Big-Math | problem | answer, else solution: its last \boxed{} |
+| DeepMath, OlympiadBench | question | final_answer; a list is joined by ", " |
+| DAPO and others for verl | prompt, one user turn of a chat | reward_model.ground_truth |
+| MetaMathQA | query | response, after "The answer is:" |
+| prompts without answers | any of the above | none: enough to train on, not to be evaluated on |
+
+Text and numbers are read, nothing else; 5.0 is read as 5. Null, NaN, an empty list and blank text count as
+missing. A CSV file has no types: its cells are text, and only an empty one is missing, not "None" or "nan".
+"""
+
+import math
 import random
+import re
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from support.cli import BadInput
+from support.prompts import render as render  # callers use data.render and data.read_jsonl
+from support.rows import BadRow, Row, read_rows
+from support.rows import read_jsonl as read_jsonl
 
-QUESTION_COLUMNS, ANSWER_COLUMNS = ("question", "problem"), ("answer", "final_answer")
+QUESTION_COLUMNS = ("question", "problem", "query", "prompt")
+ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
 LONGEST = 200_000  # characters of a question: longer than any context, and enough to stall a tokenizer
-MARK = "\ue000"  # stands for the user's text in a template; a private-use character that no text contains
-SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class Problem(NamedTuple):
     question: str
-    answer: str  # the final answer alone
+    answer: str | None  # the final answer alone; None where it cannot be read and is not needed
+    fault: str = ""  # why there is no answer
 
 
-def read_problems(source: str, split: str) -> list[Problem]:
+class Layout(NamedTuple):
+    """Where questions and answers stand, found by name if empty, and whether bad rows are skipped."""
+
+    question_column: str = ""
+    answer_column: str = ""
+    skip_bad_rows: bool = False
+
+
+BY_NAME = Layout()
+
+
+def read_problems(
+    source: str, split: str, layout: Layout = BY_NAME, need_answers: bool = True
+) -> list[Problem]:
     """Problems of a file (JSONL, JSON, CSV, parquet), a folder holding `split`.*, or a hub data set.
 
-    A hub data set may name its configuration: `openai/gsm8k:main`. Raises BadInput.
+    A hub data set may name its configuration: `openai/gsm8k:main`. Rows that cannot be read are skipped if
+    the layout says so, and named. Raises BadInput.
     """
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.stem == split and p.suffix in SUFFIXES)
-        if not found:
-            raise BadInput(f"folder {source} has no {split}.jsonl, .json, .csv or .parquet: name a file")
-        path = found[0]
-    if path.is_file():
-        rows = read_jsonl(path) if path.suffix == ".jsonl" else read_with_datasets(source, path, split)
-    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
-        raise BadInput(f"data {source} does not exist: give a file, a folder, or the name of a hub data set")
-    else:
-        rows = read_with_datasets(source, None, split)
+    name, rows = read_rows(source, split)
+    problems, bad = [], []
+    for place, row in rows:
+        try:
+            problems.append(to_problem(row, place, layout, need_answers))
+        except BadRow as error:
+            bad.append(f"{place} {error}")
     if not rows:
-        raise BadInput(f"data {path if path.exists() else source} is empty: it needs one problem per row")
-    return [to_problem(row, f"{path.name} row {i}") for i, row in enumerate(rows, 1)]
+        raise BadInput(f"data {name} is empty: it needs one problem per row")
+    what = f"{len(bad)} of {len(rows)} rows of {name} cannot be used"
+    if bad and not (layout.skip_bad_rows and problems):
+        remedy = "; fix or remove them, or add --skip-bad-rows" if problems else ""
+        raise BadInput(f"{what}: {bad[0]}{remedy}")
+    if bad:
+        print(f"{what} and are skipped: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}", flush=True)
+    return problems
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSONL file. Raises BadInput with the number and the text of the line that is wrong."""
-    rows = []
-    with path.open("rb") as file:  # not str.splitlines: it also breaks lines at U+2028
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig").strip()
-                row = json.loads(text) if text else None
-            except ValueError as error:  # no UTF-8, or no JSON
-                what = f"{path} line {number} cannot be read ({error})"
-                raise BadInput(f"{what}: {line[:40]!r}; fix or remove it") from error
-            if not isinstance(row, (dict, type(None))):
-                raise BadInput(f"{path} line {number} is not a JSON object: {line[:40]!r}; fix or remove it")
-            rows += [row] if row else []
-    return rows
-
-
-def read_with_datasets(source: str, path: Path | None, split: str) -> list[dict]:
-    import datasets  # slow to import, and a JSONL file does not need it
-
+def to_problem(row: Row, place: str, layout: Layout, need_answer: bool) -> Problem:
+    """Raises BadRow; for an answer that cannot be read only if it is needed."""
+    if isinstance(row, BadRow):
+        raise row
+    question = question_of(row, layout.question_column)
     try:
-        if path is not None:
-            if path.suffix not in SUFFIXES:
-                raise BadInput(
-                    f"data {source} is not a {', '.join(SUFFIXES)} file: convert it to one of them"
-                )
-            files = {"data_files": str(path)}
-            return datasets.load_dataset(SUFFIXES[path.suffix], split="train", **files).to_list()
-        name, _, config = source.partition(":")
-        return datasets.load_dataset(name, config or None, split=split).to_list()
-    except BadInput:
-        raise
-    except Exception as error:  # pyarrow, pandas and the hub client each raise classes of their own
-        what = f"cannot read data {source} ({type(error).__name__}: {str(error)[:120]})"
-        raise BadInput(f"{what}: give a local file, or check the name and the network") from error
+        return Problem(question, answer_of(row, layout.answer_column))
+    except BadRow as error:
+        if need_answer:
+            raise
+        return Problem(question, None, f"{place} {error}")
 
 
-def to_problem(row: dict, where: str) -> Problem:
-    question = next((row[c] for c in QUESTION_COLUMNS if row.get(c) is not None), None)
-    answer = next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None)
-    if question is None or answer is None:
-        missing = "question (or problem)" if question is None else "answer"
-        raise BadInput(f"{where} has no column {missing}, only {', '.join(map(str, row))}: rename the column")
-    if isinstance(answer, list):  # OlympiadBench: an answer may have parts
-        answer = ", ".join(map(str, answer))
-    if not str(question).strip() or not str(answer).strip():
-        raise BadInput(f"{where} has an empty question or answer: fix or remove it")
-    if len(str(question)) > LONGEST:
-        raise BadInput(f"{where} has a question of {len(question):,} characters: remove it")
-    # GSM8K's answer is a rationale, then #### and the number
-    return Problem(str(question), str(answer).rpartition("####")[2].strip())
+def question_of(row: dict, column: str) -> str:
+    """The text of the question column, or of the only turn of a chat. Raises BadRow."""
+    found = values_of(row, (column,) if column else QUESTION_COLUMNS, "question")
+    column, value = found[0]
+    if different := [other for other, its in found[1:] if its != value]:
+        raise BadRow(f"has both {column} and {different[0]}, which differ: choose by --question-column")
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        roles = [str(turn.get("role")) for turn in value]
+        if roles != ["user"]:
+            what = (
+                f"has a chat of the roles {', '.join(roles)[:60]} in {column}, only one user turn can be read"
+            )
+            raise BadRow(f"{what}: name the question by --question-column, and give --system-prompt by hand")
+        value = value[0].get("content")
+    text = to_text(value, column)
+    if not text.strip():
+        raise BadRow(f"has an empty question in {column}")
+    if len(text) > LONGEST:
+        raise BadRow(f"has a question of {len(text):,} characters in {column}")
+    return text
+
+
+def answer_of(row: dict, column: str) -> str:
+    """The final answer; parts in a list are joined by a comma. Raises BadRow."""
+    columns = (column,) if column else ANSWER_COLUMNS
+    if not column and "query" in row:
+        columns = ("response", *columns)
+    column, value = values_of(row, columns, "answer")[0]
+    parts = value if isinstance(value, list) else [value]  # OlympiadBench: an answer may have parts
+    return ", ".join(final_answer(to_text(part, column), column) for part in parts)
+
+
+def values_of(row: dict, columns: tuple[str, ...], what: str) -> list[tuple[str, Any]]:
+    """The columns that have a value, and their values. Raises BadRow if there are none."""
+    found = [(column, value) for column in columns if not is_missing(value := field(row, column))]
+    if not found and (empty := [column for column in columns if column in row]):
+        raise BadRow(f"has an empty {what} in {' and '.join(empty)}")
+    if not found:
+        has = f"no column {' or '.join(columns)}, only {', '.join(map(str, row))[:200] or 'an empty object'}"
+        raise BadRow(f"has {has}: name the column by --{what}-column")
+    return found
+
+
+def field(row: dict, column: str) -> Any:
+    """The value of a column, or of `a.b`, field b of column a; None if there is none."""
+    if column in row:
+        return row[column]
+    first, dot, rest = column.partition(".")
+    inner = row.get(first)
+    return field(inner, rest) if dot and isinstance(inner, dict) else None
+
+
+def is_missing(value: Any) -> bool:
+    return value is None or value == [] or value != value or (isinstance(value, str) and not value.strip())
+
+
+def to_text(value: Any, column: str) -> str:
+    """Text as it is, a number in its shortest form. Raises BadRow for anything else."""
+    if isinstance(value, str):
+        if re.search("[\ud800-\udfff]", value):
+            raise BadRow(f"has half of a surrogate pair in {column}, which is no valid Unicode")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        raise BadRow(f"has a {type(value).__name__} in {column} where text or a number is needed")
+    if not math.isfinite(value):
+        raise BadRow(f"has {value} in {column}, which is no finite number")
+    is_exact = abs(value) < 2**53 and value == int(value)
+    return str(int(value) if is_exact else value)
+
+
+def final_answer(text: str, column: str) -> str:
+    r"""The final answer in a text: after #### or "The answer is:" at its end, or in its last \boxed{}.
+
+    Text without any of these is the answer itself. Raises BadRow if it is a whole solution, and if two of
+    them differ.
+    """
+    hashes = re.search(r"####[ \t]*([^\n]*\S)\s*(?:\n\s*The answer is:[^\n]*)?\s*\Z", text)
+    phrase = re.search(r"(?i:the (?:final )?answer is:?)[ \t]*([^\n]*?[^\s.])[\s.]*\Z", text)
+    found = [last_box(match[1]) or match[1] for match in (hashes, phrase) if match]
+    found += filter(None, [last_box(text)])
+    if len({re.sub(r"[\s$,*.\\]", "", answer) for answer in found}) > 1:
+        raise BadRow(
+            f"has the final answers {' and '.join(map(repr, found))[:100]} in {column}, which differ"
+        )
+    if found:
+        return found[0].strip()
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
+    sentences = re.findall(r"[\w)$}][.!?](?=\s|\Z)", text)
+    is_prose = len(words) >= 8 and (len(text) > 200 or len(sentences) > 1)
+    if is_prose or len(text) > 500 or "####" in text or r"\boxed" in text:
+        what = (
+            rf"has a solution of {len(text)} characters in {column} whose answer is not marked by \boxed{{}}"
+        )
+        raise BadRow(f"{what}, #### or 'The answer is:': name the column of answers by --answer-column")
+    return text.strip()
+
+
+def last_box(text: str) -> str:
+    r"""The content of the \boxed{} that closes last; empty if there is none."""
+    content = ""
+    opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
+    for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", text):
+        if match["box"] or match["open"]:
+            opened.append((bool(match["box"]), match.end()))
+        elif match["close"] and opened:
+            is_box, start = opened.pop()
+            content = (text[start : match.start()].strip() if is_box else "") or content
+    return content
 
 
 def subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
@@ -99,46 +205,6 @@ def subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
     if not limit or limit >= len(problems):
         return problems
     return random.Random(seed).sample(problems, limit)
-
-
-def render(
-    tokenizer,
-    problems: list[Problem],
-    instruction: str,
-    system_prompt: str = "",
-    thinking: bool = False,
-    few_shot: str = "",
-) -> list[list[int]]:
-    """The prompt of each problem, as the ids that both student and teacher get.
-
-    Without a chat template the prompt is plain text after the examples of `few_shot`. Raises BadInput if
-    there are none.
-    """
-    if tokenizer.chat_template is None:
-        if not few_shot:
-            name = tokenizer.name_or_path
-            raise BadInput(f"the tokenizer of {name} has no chat template: give an instruction-tuned model")
-        return [tokenizer(f"{few_shot}Question: {p.question}\nAnswer:")["input_ids"] for p in problems]
-    return [chat_ids(tokenizer, p.question + instruction, system_prompt, thinking) for p in problems]
-
-
-def chat_ids(tokenizer, text: str, system_prompt: str, thinking: bool) -> list[int]:
-    """The chat template around a user's text, in which control tokens such as <|im_end|> are plain text."""
-
-    def rendered(content: str) -> str:
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        chat = [*system, {"role": "user", "content": content}]
-        # enable_thinking is a switch of Qwen3's template; other templates ignore it
-        how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": thinking}
-        return tokenizer.apply_chat_template(chat, **how)
-
-    plain = {"add_special_tokens": False}  # the template adds its own
-    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if not any(token in text for token in controls):
-        return tokenizer(rendered(text), **plain)["input_ids"]
-    before, after = rendered(MARK).split(MARK)
-    middle = tokenizer(text, split_special_tokens=True, **plain)["input_ids"]
-    return tokenizer(before, **plain)["input_ids"] + middle + tokenizer(after, **plain)["input_ids"]
 
 
 def batch(n: int, size: int, step: int, seed: int) -> list[int]:
@@ -152,21 +218,28 @@ def order(n: int, epoch: int, seed: int) -> list[int]:
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
-def train_and_test(source: str, held_out: str, limit: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Problems to train on and at most `limit` others to evaluate on. Raises BadInput.
+def train_and_test(
+    source: str, held_out: str, limit: int, seed: int, layout: Layout = BY_NAME
+) -> tuple[list[Problem], list[Problem]]:
+    """Problems to train on and at most `limit` others, with answers, to evaluate on. Raises BadInput.
 
     The others come from `held_out`, else from the test split of `source`, else from the file itself.
     """
-    problems = read_problems(source, "train")
+    problems = read_problems(source, "train", layout, need_answers=False)
     if limit == 0:
         return problems, []
     if held_out or not Path(source).is_file():
-        return problems, subset(read_problems(held_out or source, "test"), limit, seed)
+        return problems, subset(read_problems(held_out or source, "test", layout), limit, seed)
     if len(problems) <= limit:
         raise BadInput(
             f"{source} has {len(problems)} problems, none left after {limit} held out: lower --eval-limit"
         )
-    test = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
+    answered = [i for i, problem in enumerate(problems) if problem.answer is not None]
+    if len(answered) < limit:
+        what = f"{source} has only {len(answered)} problems with an answer, and {limit} are to be held out"
+        fault = next(problem.fault for problem in problems if problem.answer is None)
+        raise BadInput(f"{what} ({fault}): give --eval-data, or --eval-limit 0")
+    test = [problems[i] for i in sorted(random.Random(seed).sample(answered, limit))]
     held_out_questions = {p.question for p in test}  # by text: a file may contain a problem twice
     rest = [p for p in problems if p.question not in held_out_questions]
     if not rest:

@@ -104,22 +104,12 @@ def test_non_finite_probabilities_end_an_evaluation(world, tmp_path, monkeypatch
         main(monkeypatch, *model, "--temperature", 1e-320, "--out", tmp_path / "out")
 
 
-def test_base_models_get_examples_and_end_at_the_next_question():
+def test_base_models_end_at_the_next_question():
     class Tokenizer:
-        chat_template, name_or_path = None, "base"
-
-        def __call__(self, text):
-            return {"input_ids": list(text.encode())}
+        chat_template = None
 
         def decode(self, tokens, skip_special_tokens):
             return bytes(tokens.tolist()).decode()
-
-    prompt = data.render(Tokenizer(), [data.Problem("2 + 2?", "4")], "ignored", few_shot=eval_math.FEW_SHOT)[
-        0
-    ]
-    assert bytes(prompt).decode().endswith("\n\nQuestion: 2 + 2?\nAnswer:")
-    with pytest.raises(cli.BadInput, match="no chat template"):
-        data.render(Tokenizer(), [data.Problem("2 + 2?", "4")], "")
 
     tokens = torch.tensor([list(b"4.\nQuestion: 3?")])
     unfinished = torch.tensor([False])

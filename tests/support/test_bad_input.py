@@ -29,7 +29,7 @@ def edit(path, **changes):
 
 def broken_models(folder, world):
     """Model folders, each with one thing wrong."""
-    names = ("pickled", "code", "cut", "nan", "lacking", "notemplate", "badconfig", "half")
+    names = ("pickled", "code", "cut", "nan", "lacking", "notemplate", "badconfig", "half", "notokens")
     at = {name: Path(shutil.copytree(world / "student", folder / name)) for name in names}
     weights = load_file(world / "student" / "model.safetensors")
     for name in ("pickled", "half"):
@@ -47,6 +47,7 @@ def broken_models(folder, world):
     save_file(weights, at["lacking"] / "model.safetensors", {"format": "pt"})
     for template in at["notemplate"].glob("*.jinja"):
         template.unlink()
+    (at["notokens"] / "tokenizer.json").unlink()
     (at["badconfig"] / "config.json").write_text("{broken")
 
 
@@ -57,7 +58,8 @@ def here(tmp_path_factory, world):
     jsonl(here / "empty.jsonl")
     jsonl(here / "broken.jsonl", {"question": "x", "answer": "1"}, '{"question": "y", "answ')
     jsonl(here / "list.jsonl", "[1, 2]")
-    jsonl(here / "noanswer.jsonl", {"question": "x", "solution": "1"})
+    jsonl(here / "noanswer.jsonl", {"question": "x", "gold": "1"})
+    jsonl(here / "prompts.jsonl", *[{"prompt": f"x={i}"} for i in range(9)])
     jsonl(here / "noquestion.jsonl", {"text": "x", "answer": "1"})
     jsonl(here / "one.jsonl", {"question": "x=1, then +2 fiftyone times", "answer": "1"})
     jsonl(here / "long.jsonl", *[{"question": f"x={i} " * 300, "answer": "1"} for i in range(200)])
@@ -106,7 +108,13 @@ BAD = [  # script, flags, what the line names
     ("train", "--data {here}/empty.jsonl", "is empty"),
     ("train", "--data {here}/broken.jsonl", "line 2"),
     ("train", "--data {here}/list.jsonl", "line 1"),
-    ("train", "--data {here}/noanswer.jsonl", "no column answer"),
+    ("train", "--eval-data {here}/noanswer.jsonl", "no column answer"),
+    ("train", "--data {here}/prompts.jsonl --eval-limit 4", "only 0 problems with an answer"),
+    (
+        "train",
+        "--data {here}/prompts.jsonl --eval-limit 0 --question-column text",
+        "no column text, only prompt",
+    ),
     ("train", "--data {here}/noquestion.jsonl", "no column question"),
     ("train", "--data {here}/one.jsonl", "none left"),
     ("train", "--data {here}/long.jsonl", "longest prompt"),
@@ -120,7 +128,7 @@ BAD = [  # script, flags, what the line names
     ("train", "--teacher {here}/other", "different tokenizers"),
     ("train", "--out {here}/used", "already holds"),
     ("train", "--out {here}/one.jsonl", "already holds"),
-    ("train", "--data={here}/blank.jsonl", "row 2 has an empty question"),
+    ("train", "--data={here}/blank.jsonl", "line 2 has an empty question"),
     ("train", "--data={here}/huge.jsonl", "50,000,000 characters"),
     ("train", "--data={here}/nul.jsonl", "line 2"),
     ("train", "--data={here}/latin.jsonl", "line 2"),
@@ -149,6 +157,8 @@ BAD = [  # script, flags, what the line names
     ("eval_math", "--model={world}/teacher --data={here}/broken.jsonl", "line 2"),
     ("eval_math", "--model={world}/teacher --data={here}/noanswer.jsonl", "no column answer"),
     ("eval_math", "--model={world}/teacher --data={here}/empty.jsonl", "empty"),
+    ("eval_math", f"{ASK} --answer-column=gold", "no column gold, only question, answer"),
+    ("eval_math", "--model={here}/notokens --data={world}/test.jsonl", "give a complete model folder"),
     ("eval_math", "--model={here}/nowhere --data={world}/test.jsonl", "does not exist"),
     ("eval_math", "--model={here}/half --data={world}/test.jsonl", "cannot load"),
     ("eval_math", "--model={here}/code --data={world}/test.jsonl", "custom code"),

@@ -1,0 +1,161 @@
+"""Prompts: the ids that a model gets for a problem, rendered by the tokenizer and read back to check them.
+
+A prompt contains control tokens, such as <|im_end|> or <think>, only where the chat template writes them: in
+a problem they are plain text. Added tokens that are nothing but space are no control tokens.
+
+A prompt is correct if its ids, decoded, give its text. Spaces and control characters may differ (a leading
+space, a token that swallows a line break), and so may compatible forms of a character (NFKC) and a bos token
+at the start.
+"""
+
+import copy
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer
+
+from support.cli import BadInput
+
+MARK = "\ue000"  # stands for the user's text in a template; a private-use character that no text contains
+SPACES = " \t\r\n\u2581"  # the last one is SentencePiece's sign for a space
+
+
+def render(
+    tokenizer,
+    problems: Sequence,
+    instruction: str,
+    system_prompt: str = "",
+    thinking: bool = False,
+    few_shot: str = "",
+) -> list[list[int]]:
+    """The prompt of each problem, as the ids that both student and teacher get.
+
+    Without a chat template the prompt is plain text after the examples of `few_shot`. Raises BadInput if
+    there are none, if the template refuses or omits a message, and if the ids do not give the text back.
+    """
+    name = tokenizer.name_or_path
+    chat = tokenizer.chat_template is not None
+    if not chat and not few_shot:
+        raise BadInput(f"the tokenizer of {name} has no chat template: give an instruction-tuned model")
+    for flag, text in (("--instruction", instruction), ("--system-prompt", system_prompt)):
+        if re.search("[\ud800-\udfff]", text):
+            raise BadInput(f"{flag} {text[:60]!r} is not valid Unicode: write it in UTF-8")
+
+    def text_around(content: str) -> str:
+        if not chat:
+            return f"{few_shot}Question: {content}\nAnswer:"
+        return apply_template(tokenizer, content, system_prompt, thinking)
+
+    encode = Encoder(tokenizer, text_around, bos=not chat)
+    prompts, texts = [], []
+    for problem in problems:
+        text, ids = encode(problem.question + instruction if chat else problem.question)
+        prompts.append(ids)
+        texts.append(text)
+    check_round_trip(tokenizer, prompts, texts)
+    return prompts
+
+
+def apply_template(tokenizer, content: str, system_prompt: str, thinking: bool) -> str:
+    """The chat of a system prompt, if there is one, and one user turn, as text. Raises BadInput."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    # enable_thinking is a switch of Qwen3's template; other templates ignore it
+    how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": thinking}
+    name = f"the chat template of {tokenizer.name_or_path}"
+    remedy = "drop --system-prompt, or put its text into --instruction"
+    try:
+        text = tokenizer.apply_chat_template([*system, {"role": "user", "content": content}], **how)
+    except TemplateError as error:
+        remedy = remedy if system_prompt else "give a model with another template"
+        raise BadInput(f"{name} fails ({error}): {remedy}") from error
+    if system_prompt.strip() not in text:
+        raise BadInput(f"{name} omits the system prompt: {remedy}")
+    return text
+
+
+class Encoder:
+    """Encodes a user's text within `text_around`; control tokens in the user's text are plain text.
+
+    A text that contains one is encoded by a copy of the tokenizer in which control tokens have other names,
+    and these names stand in the text around the user's.
+    """
+
+    def __init__(self, tokenizer, text_around: Callable[[str], str], bos: bool):
+        self.tokenizer = tokenizer
+        self.text_around = text_around
+        self.bos = bos  # whether the tokenizer adds its bos token; a chat template writes its own
+        added = tokenizer.added_tokens_decoder
+        self.controls = {i: t for i, t in added.items() if t.special or t.content.strip(SPACES)}
+        longest_first = sorted((t.content for t in self.controls.values()), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.plain = None  # the copy, made when it is first needed
+        parts = text_around(MARK).split(MARK)
+        if len(parts) != 2:
+            what = f"the chat template of {tokenizer.name_or_path} writes a message {len(parts) - 1} times"
+            raise BadInput(f"{what}, not once: give a model with another template")
+        self.before, self.after = parts
+
+    def __call__(self, content: str) -> tuple[str, list[int]]:
+        """The whole text, and its ids. Raises BadInput."""
+        text = self.text_around(content)
+        control = self.pattern.search(content)
+        if not control:
+            return text, self.tokenizer(text, add_special_tokens=self.bos)["input_ids"]
+        self.plain = self.plain or self.plain_copy()
+        content = text[len(self.before) : len(text) - len(self.after)]  # a template may strip it
+        renamed = self.rename(self.before) + content + self.rename(self.after)
+        ids = self.plain.encode(renamed, add_special_tokens=False).ids
+        if MARK in content or self.controls.keys() & set(ids):  # a Unigram model may have them as words
+            what = f"the tokenizer of {self.tokenizer.name_or_path} cannot read {control[0]!r} as plain text"
+            raise BadInput(f"{what} in {content[:60]!r}: remove that problem")
+        if self.bos:
+            ids = self.plain.encode(renamed, add_special_tokens=True).ids
+        originals = {self.plain.token_to_id(renamed_token(i)): i for i in self.controls}
+        return text, [originals.get(i, i) for i in ids]
+
+    def rename(self, text: str) -> str:
+        """A template's text with the names that control tokens have in the copy."""
+        ids = {token.content: i for i, token in self.controls.items()}
+        return self.pattern.sub(lambda match: renamed_token(ids[match[0]]), text)
+
+    def plain_copy(self) -> Tokenizer:
+        """A copy that finds control tokens under their new names only. Raises BadInput."""
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            what = f"the tokenizer of {self.tokenizer.name_or_path} cannot read control tokens as plain text"
+            raise BadInput(f"{what}: remove the problems that contain one")
+        plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        plain.encode_special_tokens = True  # special tokens are not looked for, and now all of them are
+        plain.add_special_tokens([AddedToken(t.content, special=True) for t in self.controls.values()])
+        for i, token in self.controls.items():
+            sides = {"lstrip": token.lstrip, "rstrip": token.rstrip}
+            plain.add_tokens([AddedToken(renamed_token(i), normalized=False, **sides)])
+        return plain
+
+
+def renamed_token(i: int) -> str:
+    return f"{MARK}{i}{MARK}"
+
+
+def check_round_trip(tokenizer, prompts: list[list[int]], texts: list[str]) -> None:
+    """Raises BadInput unless the ids of every prompt, decoded, give its text, as the module describes."""
+    bos = tokenizer.bos_token or ""
+    wrong = []
+    for ids, text in zip(prompts, texts):
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if decoded != text and comparable(decoded) not in (comparable(text), comparable(bos + text)):
+            wrong.append((text, decoded))
+    if wrong:
+        text, decoded = wrong[0]
+        place = next((i for i, (a, b) in enumerate(zip(text, decoded)) if a != b), 0)
+        around = slice(max(0, place - 20), place + 40)
+        count = f"{len(wrong)} of {len(texts)} prompts ({text[around]!r} becomes {decoded[around]!r})"
+        what = f"the tokenizer of {tokenizer.name_or_path} loses or adds text in {count}"
+        raise BadInput(f"{what}: give a complete model folder, or remove those problems")
+
+
+def comparable(text: str) -> str:
+    """Text without spaces and control characters, in the compatible form NFKC."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2581", "")
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Zs", "Zl", "Zp"))
