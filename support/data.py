@@ -119,6 +119,8 @@ def answer_of(row: dict, column: str) -> str:
         columns = ("response", *columns)
     column, value = values_of(row, columns, "answer")[0]
     parts = value if isinstance(value, list) else [value]  # OlympiadBench: an answer may have parts
+    if any(map(is_missing, parts)):
+        raise BadRow(f"has an empty part of the answer in {column}")
     return ", ".join(final_answer(to_text(part, column), column) for part in parts)
 
 
@@ -166,25 +168,29 @@ def final_answer(text: str, column: str) -> str:
     Text without any of these is the answer itself. Raises BadRow if it is a whole solution, and if two of
     them differ.
     """
-    hashes = re.search(r"####[ \t]*([^\n]*\S)\s*(?:\n\s*The answer is:[^\n]*)?\s*\Z", text)
-    phrase = re.search(r"(?i:the (?:final )?answer is:?)[ \t]*([^\n]*?[^\s.])[\s.]*\Z", text)
-    found = [last_box(match[1]) or match[1] for match in (hashes, phrase) if match]
-    found += filter(None, [last_box(text)])
+    before, last = ["", *filter(str.strip, text.split("\n"))][-2:]
+    line, *phrase = re.split(r"(?i)the (?:final )?answer is:", last)
+    _, *hashes = re.split("####", before if phrase and "####" not in line else line)
+    ends = [part[-1].strip().removesuffix(".") for part in (hashes, phrase) if part]
+    found = list(filter(None, [*(last_box(end) or end for end in ends), last_box(text)]))
     if len({re.sub(r"[\s$,*.\\]", "", answer) for answer in found}) > 1:
         raise BadRow(
             f"has the final answers {' and '.join(map(repr, found))[:100]} in {column}, which differ"
         )
-    if found:
-        return found[0].strip()
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
-    sentences = re.findall(r"[\w)$}][.!?](?=\s|\Z)", text)
-    is_prose = len(words) >= 8 and (len(text) > 200 or len(sentences) > 1)
-    if is_prose or len(text) > 500 or "####" in text or r"\boxed" in text:
+    is_marked = re.search(r"(?i)####|\\boxed|answer is", text)
+    if is_prose(found[0] if found else text) or (is_marked and not found):
         what = (
             rf"has a solution of {len(text)} characters in {column} whose answer is not marked by \boxed{{}}"
         )
         raise BadRow(f"{what}, #### or 'The answer is:': name the column of answers by --answer-column")
-    return text.strip()
+    return (found[0] if found else text).strip()
+
+
+def is_prose(text: str) -> bool:
+    """Whether text is a solution, not a final answer: many words in two sentences, or a long text."""
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
+    has_sentences = re.search(r"[\w)$}][.!?]\s+[\w$\\]", text)
+    return len(text) > 500 or (len(words) >= 8 and (len(text) > 200 or bool(has_sentences)))
 
 
 def last_box(text: str) -> str:

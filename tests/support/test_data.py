@@ -1,7 +1,9 @@
 """Problems of every format and layout, rows that are refused, and the order in which steps use problems."""
 
+import contextlib
 import gzip
 import json
+import time
 
 import pytest
 
@@ -92,7 +94,9 @@ ANSWERS = [  # a gold answer as it is written, and as it is read
     (" 5 ", "5"),
     (["1", 2], "1, 2"),
     ("x #### 7", "7"),
-    ("The final answer is 42.", "42"),
+    ("The final answer is: 42.", "42"),
+    ("#### Step 1\nadd\n#### 7\nThe answer is: 7", "7"),
+    ("so #### 7 The answer is: 7", "7"),
     (r"The answer is \boxed{\{1, 2\}}.", r"\{1, 2\}"),
     (r"\boxed{\text{A} \fbox{} }", r"\text{A} \fbox{}"),
     ("x = 1 or x = 2. Mr. Wu", "x = 1 or x = 2. Mr. Wu"),
@@ -107,7 +111,12 @@ ANSWERS = [  # a gold answer as it is written, and as it is read
     (True, BadInput("has a bool in answer")),
     ({"value": 5}, BadInput("has a dict in answer")),
     ([["1"], ["2"]], BadInput("has a list in answer")),
-    (["1", None], BadInput("has a NoneType in answer")),
+    (["1", None], BadInput("has an empty part of the answer in answer")),
+    (["1", ""], BadInput("has an empty part of the answer in answer")),
+    ("The answer is 42, which is 6 times 7", BadInput("not marked by")),
+    ("The answer is: " + SOLUTION, BadInput("not marked by")),
+    ("#### Solution\nWe add.", BadInput("not marked by")),
+    ("so\n####", BadInput("not marked by")),
     ("\ud800", BadInput("half of a surrogate pair in answer")),
     (SOLUTION, BadInput("not marked by")),
     (
@@ -119,6 +128,16 @@ ANSWERS = [  # a gold answer as it is written, and as it is read
     (r"the cut \boxed{5", BadInput("not marked by")),
     (r"\boxed{5} #### 6", BadInput("has the final answers '6' and '5' in answer, which differ")),
 ]
+
+
+@pytest.mark.parametrize(
+    "text", ["#### " * 100_000 + "\nx", "the answer is: " * 50_000, r"\boxed{" * 100_000]
+)
+def test_answers_are_read_in_linear_time(text):
+    started = time.time()
+    with contextlib.suppress(data.BadRow):
+        data.final_answer(text, "answer")
+    assert time.time() - started < 2
 
 
 @pytest.mark.parametrize("answer, found", ANSWERS, ids=lambda value: repr(value)[:30])
