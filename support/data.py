@@ -99,9 +99,7 @@ def question_of(row: dict, column: str) -> str:
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         roles = [str(turn.get("role")) for turn in value]
         if roles != ["user"]:
-            what = (
-                f"has a chat of the roles {', '.join(roles)[:60]} in {column}, only one user turn can be read"
-            )
+            what = f"has a chat of the roles {', '.join(roles)[:60]} in {column}, not one user turn"
             raise BadRow(f"{what}: name the question by --question-column, and give --system-prompt by hand")
         value = value[0].get("content")
     text = to_text(value, column)
@@ -174,15 +172,13 @@ def final_answer(text: str, column: str) -> str:
     ends = [part[-1].strip().removesuffix(".") for part in (hashes, phrase) if part]
     found = list(filter(None, [*(last_box(end) or end for end in ends), last_box(text)]))
     if len({re.sub(r"[\s$,*.\\]", "", answer) for answer in found}) > 1:
-        raise BadRow(
-            f"has the final answers {' and '.join(map(repr, found))[:100]} in {column}, which differ"
-        )
+        both = " and ".join(map(repr, found))[:100]
+        raise BadRow(f"has the final answers {both} in {column}, which differ")
     is_marked = re.search(r"(?i)####|\\boxed|answer is", text)
     if is_prose(found[0] if found else text) or (is_marked and not found):
-        what = (
-            rf"has a solution of {len(text)} characters in {column} whose answer is not marked by \boxed{{}}"
-        )
-        raise BadRow(f"{what}, #### or 'The answer is:': name the column of answers by --answer-column")
+        what = f"has a solution of {len(text)} characters in {column} whose answer is not marked"
+        remedy = "name the column of answers by --answer-column"
+        raise BadRow(rf"{what} by \boxed{{}}, #### or 'The answer is:': {remedy}")
     return (found[0] if found else text).strip()
 
 

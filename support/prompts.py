@@ -129,8 +129,8 @@ class Encoder:
         plain.encode_special_tokens = True  # special tokens are not looked for, and now all of them are
         plain.add_special_tokens([AddedToken(t.content, special=True) for t in self.controls.values()])
         for i, token in self.controls.items():
-            sides = {"lstrip": token.lstrip, "rstrip": token.rstrip}
-            plain.add_tokens([AddedToken(renamed_token(i), normalized=False, **sides)])
+            how = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": token.normalized}
+            plain.add_tokens([AddedToken(renamed_token(i), **how)])
         return plain
 
 
