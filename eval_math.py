@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from opd import log_probs, token_logp
 from rollout import Rollout, keep_top_p, model_inputs, rollout, sampling_noise
-from support import data, models, run_folder, scores
+from support import data, fingerprint, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob, parse, run_main
 from support.grading import LONGEST_ANSWER, Grader, compare
@@ -195,7 +195,7 @@ class Knobs:
     system_prompt: str = knob("", "system message; the chat template's own if empty")
     thinking: bool = knob(False, "let a model think first, if its chat template has the switch")
     max_new_tokens: int = knob(1024, "longest answer", least=1, group="sampling")
-    samples: int = knob(1, "answers to each problem: avg@K, pass@k, maj@K", least=1)
+    samples: int = knob(1, "answers to each problem: avg@K, pass@k, maj@K", least=1, most=10**4)
     temperature: float = knob(0.0, "0 is greedy", least=0)
     top_p: float = knob(
         1.0, "sample from the most likely tokens that hold this probability", least=0.01, most=1
@@ -226,7 +226,7 @@ def problems_by_name(knobs: Knobs) -> dict[str, list[data.Problem]]:
 
 
 def evaluate_model(
-    name: str, label: str, problems: dict, knobs: Knobs, folder: Path
+    name: str, label: str, problems: dict, knobs: Knobs, folder: Path, inputs: dict[str, str]
 ) -> dict[str, list[dict]]:
     """The records of one model by benchmark, also written to files whose names begin with `label`."""
     device = models.find_device(knobs.device)
@@ -243,7 +243,7 @@ def evaluate_model(
         models.check_context([model], prompts, knobs.max_new_tokens)
         batch_size = batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         if not (folder / "config.json").exists():  # nothing is written before every input has been checked
-            run_folder.write_config(folder, asdict(knobs), device)
+            run_folder.write_config(folder, asdict(knobs), device, inputs)
         records[benchmark] = evaluate(
             model,
             tokenizer,
@@ -263,33 +263,34 @@ def evaluate_model(
 
 def settings(given: dict) -> tuple[Knobs, Path]:
     """The settings of a new or resumed evaluation, and its folder. Raises BadInput."""
-    if "resume" in given:
-        return Knobs(**run_folder.resumed(Knobs, given)), Path(given["resume"])
-    knobs = Knobs(**given)
+    knobs = Knobs(**(run_folder.resumed(Knobs, given) if "resume" in given else given))
     if not knobs.model or not knobs.benchmark + knobs.data:
         raise BadInput("nothing to evaluate: give a --model, and a --benchmark or --data")
     if knobs.samples > 1 and knobs.temperature == 0:
         raise BadInput(f"{knobs.samples} greedy answers are all the same: add --temperature 0.7, for example")
-    folder = run_folder.new_folder(knobs.out, "eval")
+    folder = Path(given["resume"]) if "resume" in given else run_folder.new_folder(knobs.out, "eval")
     return replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device))), folder
 
 
-def main() -> None:
+def main() -> int | None:
     given = parse(Knobs, __doc__)
     if "regrade" in given:
         print(scores.regrade(given["regrade"], extract, has_box))
-        return
+        return None
     knobs, folder = settings(given)
     problems = problems_by_name(knobs)
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    labels = {f"{letter}-{Path(name).name}": name for letter, name in zip(letters, knobs.model)}
+    # A, B, ..., Z, A1, B1, ...
+    labels = [f"{chr(65 + i % 26)}{i // 26 or ''}-{Path(name).name}" for i, name in enumerate(knobs.model)]
     with run_folder.exclusive(folder, fresh=not knobs.resume):
-        records = {
-            label: evaluate_model(name, label, problems, knobs, folder) for label, name in labels.items()
-        }
+        inputs = fingerprint.inputs({f"problems of {n}": found for n, found in problems.items()}, knobs.model)
+        run_folder.check_inputs(folder, inputs)
+        records = {}
+        for label, name in zip(labels, knobs.model):
+            records[label] = evaluate_model(name, label, problems, knobs, folder, inputs)
         summary = scores.summarize(records) | {"knobs": asdict(knobs)}
         run_folder.write_json(folder / "scores.json", summary)
         print(scores.format_scores(summary))
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from support.cli import BadInput
+from support.cli import BadInput, NoKnobs, parse, run_main
 
 
 def linear(step: int, steps: int, budget: int, start: int, growth: int, interval: int) -> int:
@@ -81,10 +81,14 @@ def first_horizon(horizon: float, budget: int) -> int:
     return int(horizon) if horizon > 1 else max(1, round(horizon * budget))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parse(NoKnobs, __doc__)
     for name in SCHEDULES:
-        horizon_at = make_schedule(name, budget=1024, steps=60)
-        horizons = [horizon_at(step) for step in range(60)]
+        horizons = [*map(make_schedule(name, budget=1024, steps=60), range(60))]
         print(f"\n{name}: {sum(horizons) / 60 / 1024:.0%} of the tokens of full rollouts")
         for step in range(0, 60, 6):
             print(f"  step {step:2d} {'#' * (horizons[step] // 16):<64} {horizons[step]}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -19,7 +19,7 @@ from eval_math import INSTRUCTION, evaluate
 from opd import DIVERGENCES, Divergence, OutputHead, opd_backward, reverse_kl
 from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
-from support import data, models, report, run_folder, toy
+from support import data, fingerprint, models, report, run_folder, toy
 from support.batch_size import batch_that_fits
 from support.checkpoint import CheckpointedRun
 from support.cli import knob, parse, run_main
@@ -56,9 +56,9 @@ class Knobs:
     system_prompt: str = knob("", "system message; the chat template's own if empty")
 
     divergence: str = knob("reverse_kl", "the loss", choices=DIVERGENCES, group="optimisation")
-    steps: int = knob(200, "optimizer steps", least=1)
-    batch_size: int = knob(16, "prompts in a step", least=1)
-    rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1)
+    steps: int = knob(200, "optimizer steps", least=1, most=10**7)
+    batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
+    rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
     lr: float = knob(5e-6, "peak learning rate", least=0)
     warmup: float = knob(0.1, "fraction of the steps; the learning rate rises in them", least=0, most=1)
@@ -309,7 +309,7 @@ def save_student(pair: Pair, folder: Path) -> None:
     models.save_model(pair.student, pair.tokenizer, folder, state_dict)
 
 
-def main() -> None:
+def main() -> int | None:
     """Check everything that can be checked before the first step, then train."""
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
     schedule = partial(
@@ -321,8 +321,7 @@ def main() -> None:
         interval=knobs.popd_interval,
     )
     horizon_at = schedule(horizon=knobs.horizon)
-    if knobs.preset == "toy":
-        toy.build(knobs.world)
+    run_folder.build_toy(knobs)
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
@@ -330,7 +329,7 @@ def main() -> None:
         from extras import memory
 
         print(memory.dry_run(knobs, problems, max(map(horizon_at, range(knobs.steps))), device))
-        return
+        return None
     pair = load_pair(knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
@@ -363,12 +362,13 @@ def main() -> None:
     longest = max(map(horizon_at, range(knobs.steps)))
     shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
     with run.open(fresh=not knobs.resume, shape=shape):
-        run_folder.write_config(folder, asdict(knobs), device)
+        run_folder.write_config(folder, asdict(knobs), device, fingerprint.of_training(knobs, problems, test))
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade)
         run.save_student()
         summary |= {"seconds": run.seconds(), "after": grade(pair.student, "after")}
         report.finish(folder, summary)
+    return 0
 
 
 if __name__ == "__main__":

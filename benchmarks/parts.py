@@ -244,8 +244,11 @@ def main() -> None:
     for side in filter(None, (*knobs.sides, knobs.side)):
         if side not in SIDES[knobs.part]:
             raise BadInput(f"--part {knobs.part} has no side {side}: choose one of {SIDES[knobs.part]}")
-    if knobs.part == "rollouts" and not knobs.model:
-        raise BadInput("--part rollouts samples from a model: give --model")
+    needed = {"rollouts": ("model",), "logits": ("model", "teacher")}.get(knobs.part, ())
+    for name in needed:
+        if not getattr(knobs, name):
+            raise BadInput(f"--part {knobs.part} needs --{name}: give a hub name or a folder")
+    run_folder.check_file(out, "--out")
     if knobs.side:
         print(json.dumps(measure(knobs)))
     elif knobs.part == "evaluation":

@@ -26,10 +26,10 @@ def compare_sides(
     script: str, sides: Iterable[str], given: dict[str, Any], about: dict[str, Any], out: Path
 ) -> None:
     """Measure each side, print its row, which begins with `about`, and add it to the CSV file `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     for side in sides:
         row = about | {"side": side} | measure_apart(script, side, given)
         print(row, flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         run_folder.append_csv(out, [row])
 
 
@@ -59,7 +59,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak: allocated on a GPU, resident on a CPU (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
 
 
@@ -78,7 +78,7 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_memory(device)
 
 

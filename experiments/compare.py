@@ -31,8 +31,9 @@ from arms import ARMS, GROUPS, History
 
 import train
 from eval_math import evaluate
-from support import data, models, run_folder, toy
+from support import data, models, run_folder
 from support.batch_size import batch_that_fits
+from support.checkpoint import check_saving
 from support.cli import BadInput, Stopped, flag_of, knob, parse, run_main
 from support.scores import score_answers
 
@@ -118,8 +119,7 @@ class Setup(NamedTuple):
 
 def load(knobs: Knobs) -> Setup:
     """Build the toy world if it is needed, and load models and problems. Raises BadInput."""
-    if knobs.preset == "toy":
-        toy.build(knobs.world)
+    run_folder.build_toy(knobs)
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
@@ -221,6 +221,7 @@ def run_once(setup: Setup, name: str, knobs: Knobs, bar: tqdm) -> tuple[dict, li
 
 def compare(knobs: Knobs, path: Path) -> None:
     """Make the missing runs, seed by seed, so that an unfinished comparison is one too. Raises BadInput."""
+    run_folder.check_file(path, "--csv")
     shared = settings_of(knobs)
     curves = claims.curves_path(path)
     if curves.exists() and not path.exists():
@@ -234,9 +235,13 @@ def compare(knobs: Knobs, path: Path) -> None:
     if not wanted:
         print(f"all runs are in {path} already")
         return
-    for folder in (path.parent, Path(knobs.keep)):
-        folder.mkdir(parents=True, exist_ok=True)
+    if knobs.keep:
+        run_folder.check_creatable(Path(knobs.keep, "full-0"), "--keep")
     setup = load(knobs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if knobs.keep:
+        with tempfile.TemporaryDirectory() as folder:
+            check_saving(setup.pair, train.save_student, Path(folder))
     start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
     with tqdm(total=len(wanted), unit="run", mininterval=0.5) as bar:
         for name, seed in wanted:

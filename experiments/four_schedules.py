@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from support.cli import run_main
+from support.cli import Stopped, run_main
 from support.run_folder import append_csv, atomic_rename, read_csv
 
 TOPD = "--schedule topd --horizon 0.1"
@@ -27,15 +27,17 @@ RUNS += ["--schedule full --world closing", "--schedule topd --world closing"]  
 def train_row(flags: str, out: Path) -> dict:
     """Train with these flags in the run folder `out`: the row of the table."""
     command = [sys.executable, ROOT / "train.py", "--preset", "toy", *flags.split(), "--out", out]
-    subprocess.run(command, check=True)
-    summary = json.loads((out / "summary.json").read_text())
+    code = subprocess.run(command).returncode
+    if code:
+        raise Stopped(code, f"train.py {flags} failed, see above; no result was changed")
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     row = {"flags": flags}
     for name in ("before", "after", "teacher"):
         row |= {name: summary[name]["accuracy"], f"{name}_se": summary[name]["se"]}
     row |= {"n": summary["after"]["n"], "response_tokens": summary["response_tokens"]}
     metrics = read_csv(out / "metrics.csv")
     seconds = sum(float(step[name]) for step in metrics for name in ("rollout_s", "score_s", "update_s"))
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     return row | {"seconds": seconds, "hardware": config["environment"]["hardware"]}
 
 

@@ -336,20 +336,25 @@ def point(curve: str, at: int | str, value, interval, n) -> dict:
 
 
 def run_probe(name: str, argv: list[str]) -> str:
-    """Write rows as they are measured, so that those of a stopped probe can be drawn; returns the reading."""
+    """Write rows as they are measured, so that those of a stopped probe, OUT_part.csv, can be drawn.
+
+    OUT.csv is replaced when the probe has finished. Returns the reading.
+    """
     probe, knobs_class = PROBES[name]
     knobs = probe_setup.complete(knobs_class, parse(knobs_class, __doc__, argv))
     path = Path(knobs.out or ROOT / "results" / f"probe_{name}.csv")
     settings = knobs.settings(name)
     probe_setup.check_results(path, settings)
     hardware = run_folder.environment(models.find_device(knobs.device))["hardware"]
+    part = path.with_name(f"{path.stem}_part.csv")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with Grader(extract, has_box) as grader:
             for number, row in enumerate(probe(probe_setup.load(knobs, grader), knobs)):
                 if number == 0:
-                    path.unlink(missing_ok=True)  # it has the same settings
-                run_folder.append_csv(path, [row | settings | {"hardware": hardware}])
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    part.unlink(missing_ok=True)
+                run_folder.append_csv(part, [row | settings | {"hardware": hardware}])
+        run_folder.atomic_rename(part, path)
         return draw_probe(path)
     except OSError as error:
         raise Stopped(1, f"cannot write {path} ({error}): fix that, or name another --out") from error

@@ -136,6 +136,7 @@ def check_results(path: Path, settings: dict[str, str]) -> None:
     """Raises BadInput if `path` has results of other settings, which would be lost or mixed."""
     if path.suffix != ".csv":
         raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")
+    run_folder.check_file(path, "--out")
     for row in run_folder.read_csv(path) if path.exists() else []:
         for name, value in settings.items():
             if row.get(name) != value:

@@ -12,6 +12,7 @@ from torch.nn import Linear
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is transposed
 
 from support.cli import BadInput
+from support.models import first_line
 
 RANK, ALPHA = 32, 64
 
@@ -32,7 +33,11 @@ def add_adapters(student) -> None:
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=names)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same adapters for every run, and for one that is resumed
-        inject_adapter_in_model(config, student)  # also sets requires_grad
+        try:
+            inject_adapter_in_model(config, student)  # also sets requires_grad
+        except (ValueError, TypeError, AttributeError) as error:
+            what = f"peft cannot add adapters to {type(student).__name__} ({first_line(error)})"
+            raise BadInput(f"{what}: drop --low-memory, and lower --micro-batch instead") from error
     if any(hasattr(module, "parameter_name") for module in student.modules()):  # peft's wrapped experts
         what = f"peft adapts more of {type(student).__name__} than its linear layers"
         raise BadInput(f"{what}, which cannot be merged: drop --low-memory")

@@ -30,19 +30,19 @@ class Shape:
 
     @classmethod
     def of(cls, config, item: int) -> "Shape":
-        """The shape of a model; raises BadInput if its layers differ, or have no attention heads."""
+        """Raises BadInput for a model without attention, or whose layers differ in these numbers."""
         c = config.get_text_config()
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        optional = ("head_dim", "num_key_value_heads", "intermediate_size")
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+        optional = ("intermediate_size", "head_dim", "num_key_value_heads")
         try:
-            sizes = {name: getattr(c, name, None) for name in names + optional}
-        except RuntimeError as error:  # transformers' answer where layers differ
-            raise BadInput(f"{type(c).__name__} has layers of different sizes: name another model") from error
-        for name, size in sizes.items():
-            if not isinstance(size, int) and (size is not None or name in names):
-                raise BadInput(
-                    f"{type(c).__name__} has {name} {str(size)[:30]}, not one number: name another model"
-                )
+            sizes = {name: getattr(c, name, None) for name in names}
+            sizes |= {name: getattr(c, name, None) or 0 for name in optional}
+        except RuntimeError:  # transformers' answer where a setting differs from layer to layer
+            sizes = {"sizes": "that differ from layer to layer"}
+        unknown = [f"{name} {str(size)[:40]}" for name, size in sizes.items() if not isinstance(size, int)]
+        if unknown:
+            what = f"a model of type {c.model_type} is not supported (its config has {', '.join(unknown)})"
+            raise BadInput(f"{what}: choose a model whose layers all have attention and one size")
         head = sizes["head_dim"] or c.hidden_size // c.num_attention_heads
         return cls(
             layers=c.num_hidden_layers,

@@ -5,13 +5,15 @@ AdamW's state. Data order, sampling noise and schedules follow from the step. A 
 it is complete; the last two are kept, so that a damaged one can be skipped.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from support import report, run_folder
+from support import models, report, run_folder
 from support.cli import BadInput, Stopped
 
 # Ctrl-C, a scheduler's request, a closed terminal
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    """A sum that changes with every changed byte: what a disk returns must be what was written."""
-    total = 0
-    for tensor in tensors.values():
-        numbers = tensor.detach().reshape(-1).view(torch.uint8 if tensor.itemsize == 1 else torch.int32)
-        total += int(numbers.sum(dtype=torch.int64))
-    return total
+def digest(facts: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of the facts and of each tensor's name, dtype, shape and bytes, in the given order."""
+    found = hashlib.sha256(json.dumps(facts).encode())
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def check_saving(pair, save_student: Callable[[Any, Path], None], folder: Path) -> None:
+    """Save the student in `folder`, read it back and remove it again. Raises BadInput if that fails.
+
+    So a student that cannot be saved is refused before it is trained.
+    """
+    trial = folder / "trial"
+    try:
+        save_student(pair, trial)
+        models.load_tokenizer(str(trial))
+        models.load_model(str(trial), pair.student.dtype, torch.device("cpu"))
+    except models.LOADING_ERRORS as error:
+        if run_folder.is_out_of_memory(error):
+            raise
+        what = f"the student cannot be saved ({type(error).__name__}: {models.first_line(error)})"
+        raise BadInput(f"{what}: make room, name another --student, or drop --low-memory") from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(trial.with_suffix(".part"), ignore_errors=True)
 
 
 class CheckpointedRun(run_folder.Run):
@@ -55,12 +77,17 @@ class CheckpointedRun(run_folder.Run):
         self.save_pair = save_student
         self.save_every = save_every
         self.step = 0  # steps that are done
+        self.run_id: str | None = None
         self.bar: tqdm | None = None
 
     @contextmanager
     def open(self, fresh: bool, shape: str) -> Iterator[None]:
-        """Hold the folder. Out-of-memory and disk errors end in one line; `shape` says what did not fit."""
+        """Hold the folder. Out-of-memory and disk errors end in one line; `shape` says what did not fit.
+
+        Raises BadInput if the student cannot be saved; Stopped.
+        """
         with run_folder.exclusive(self.folder, fresh):
+            check_saving(self.pair, self.save_pair, self.folder)
             try:
                 yield
             except Exception as error:
@@ -74,7 +101,8 @@ class CheckpointedRun(run_folder.Run):
         def note(number: int, frame) -> None:
             signals.append(number)
             signal.signal(number, signal.SIG_DFL)
-            os.write(2, b"\nfinishing and saving this step; repeat to stop at once\n")
+            with suppress(OSError):  # standard error may be closed
+                os.write(2, b"\nfinishing and saving this step; repeat to stop at once\n")
 
         self.load(total)
         self.bar = tqdm(total=total, initial=self.step, mininterval=0.5)
@@ -148,10 +176,11 @@ class CheckpointedRun(run_folder.Run):
         """Write the state after `self.step` steps; the file gets its name when it is complete."""
         path = self.folder / f"checkpoint-{self.step:06d}.safetensors"
         tensors = self.tensors()
-        facts = {"step": self.step, "seconds": self.seconds(), "checksum": checksum(tensors)}
+        facts = {"step": self.step, "seconds": self.seconds(), "run_id": self.run_id}
+        state = facts | {"digest": digest(facts, sorted(tensors.items()))}
         part = path.with_suffix(".part")
         try:
-            save_file(tensors, part, {"state": json.dumps(facts)})
+            save_file(tensors, part, {"state": json.dumps(state)})
             run_folder.sync(self.folder / "metrics.csv")  # its rows up to this step are on the disk first
             run_folder.atomic_rename(part, path)
         finally:
@@ -160,26 +189,46 @@ class CheckpointedRun(run_folder.Run):
             old.unlink()
 
     def load(self, total: int) -> None:
-        """Restore the newest intact checkpoint, if there is one. Raises BadInput if all are damaged."""
+        """Restore the newest intact checkpoint, if there is one.
+
+        Raises BadInput if all are damaged, or if one is of another run.
+        """
+        self.run_id = run_folder.run_id_of(self.folder)
         paths = sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
         for path in paths:
             try:
                 self.read_checkpoint(path)
+            except BadInput:
+                raise
             except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 print(f"{path} is damaged ({error}): using the one before", file=sys.stderr, flush=True)
                 continue
+            self.check_rows()
             run_folder.drop_rows_after(self.folder, self.step, total)
             return
         if paths:
             raise BadInput(f"no checkpoint in {self.folder} is intact: start a new run")
         run_folder.drop_rows_after(self.folder, 0, total)
 
+    def check_rows(self) -> None:
+        """Raises BadInput unless metrics.csv has the rows of all steps that are done."""
+        path = self.folder / "metrics.csv"
+        rows = run_folder.read_csv(path) if path.is_file() else []
+        if [row.get("step") for row in rows[: self.step]] != [str(step) for step in range(self.step)]:
+            what = f"{path} lacks rows of the {self.step} steps that are done"
+            raise BadInput(f"{what}: restore the file, or start a new run")
+
     def read_checkpoint(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["state"])
-            names = list(file.keys())
-            if sum(checksum({name: file.get_tensor(name)}) for name in names) != facts["checksum"]:
-                raise ValueError("its checksum differs")
+            names = sorted(file.keys())
+            expected = facts.pop("digest", None)
+            # A run that an earlier version started has no id, and its checkpoints have no hash.
+            intact = expected == digest(facts, ((name, file.get_tensor(name)) for name in names))
+            if not intact and (expected or self.run_id):
+                raise ValueError("its hash differs")
+            if facts.get("run_id") != self.run_id:
+                raise BadInput(f"{path} is of another run: move it out of the folder")
             for name, weight in self.pair.masters.items():
                 weight.data.copy_(file.get_tensor(f"weight/{name}"))
                 keys = [n.split("/", 1)[0] for n in names if n.split("/", 1)[1] == name]

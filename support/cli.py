@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import errno
 import math
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TextIO, get_args, get_origin, get_type_hints
 
 
 class BadInput(ValueError):
@@ -38,6 +41,11 @@ def knob(
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **limits})
 
 
+@dataclasses.dataclass(frozen=True)
+class NoKnobs:
+    """The settings of a program that has none."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise BadInput(f"{message} (see {self.prog} --help)")
@@ -65,6 +73,29 @@ def parse(knobs_class: type, description: str, argv: list[str] | None = None) ->
     return given
 
 
+def recorded(knobs_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """All settings, from a file that holds them, checked as if they were given as flags. Raises BadInput."""
+    argv = []
+    hints = get_type_hints(knobs_class)
+    fields = dataclasses.fields(knobs_class)
+    for field in fields:
+        value, hint = values[field.name], hints[field.name]
+        several = get_origin(hint) is tuple
+        if isinstance(value, list) != several:
+            raise BadInput(f"{field.name} is {value!r}: give {'a list' if several else 'a single value'}")
+        for part in value if several else [value]:
+            kind = type(part)
+            if kind is type(field.default) and part == field.default:
+                continue
+            if kind is bool and hint is bool:
+                argv.append(flag_of(field.name if part else f"no_{field.name}"))
+            elif kind in (str, int, float) and hint is not bool:
+                argv.append(f"{flag_of(field.name)}={part}")
+            else:
+                raise BadInput(f"{field.name} is {part!r}, which is not a value of this setting")
+    return {field.name: field.default for field in fields} | parse(knobs_class, "", argv)
+
+
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -90,8 +121,11 @@ def flag_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
 
 
 def check_limits(field: dataclasses.Field, value: Any) -> None:
-    """Raises BadInput if a number is outside the limits of its field."""
+    """Raises BadInput if a number is outside the limits of its field, or a text is not valid Unicode."""
     least, most = field.metadata["least"], field.metadata["most"]
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and text != text.replace("\0", "").encode(errors="ignore").decode():
+            raise BadInput(f"{flag_of(field.name)} {text!r} holds a character that is not text: remove it")
     if least is None or value is None or value == field.metadata["word"]:
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -106,21 +140,87 @@ def number_or(word: str, kind: type) -> Callable[[str], Any]:
     """A converter to `kind` that leaves the text `word` as it is."""
 
     def convert(text: str) -> Any:
-        return text if word and text == word else kind(text)
+        if word and text == word:
+            return text
+        if kind in (int, float) and (not text.isascii() or "_" in text):
+            raise ValueError("a digit of another script, or 1_000")
+        return kind(text)
 
     convert.__name__ = kind.__name__ + (f" or {word}" if word else "")  # argparse names it in its error
     return convert
 
 
+class Output:
+    """A text stream whose failure does not end the program: its reader may be gone, or its disk full.
+
+    `error` is the first failure; what is written after it is dropped. None stands for a closed stream.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.error = OSError("it is closed") if stream is None else None
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.stream.reconfigure(errors="replace")  # a terminal without a character shows "?"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable, *args: Any) -> None:
+        try:
+            action(*args)
+        except OSError as error:
+            self.error = self.error or error
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())  # takes what the buffer still holds
+            os.close(null)
+
+
 def run_main(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit: code 2 and one line for wrong input, 130 after Ctrl-C. Bugs keep tracebacks."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller
-        stream.reconfigure(errors="replace")  # a terminal without a character shows "?" instead of failing
+    """Call `main` and exit: code 2 and one line for wrong input, 130 after Ctrl-C. Bugs keep tracebacks.
+
+    A `main` that returns None has printed its result: the code is 1 if the output could not be written. One
+    that returns 0 has its results in files, and ends the same whether its output is read or not.
+    """
+    before = sys.stdout, sys.stderr
+    output, _ = sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        sys.exit(main())
+        code = exit_code(main)
+        output.flush()
+        if code is None and output.error:
+            print(f"error: cannot write the output ({output.error})", file=sys.stderr)
+            code = 1
+        sys.exit(code)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def exit_code(main: Callable[[], int | None]) -> int | None:
+    """What `main` returns; for wrong input, a run that was stopped, and Ctrl-C a line and a code."""
+    try:
+        return main()
+    except SystemExit as stop:
+        return stop.code or None  # argparse has printed the help
     except (BadInput, Stopped) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(error.code if isinstance(error, Stopped) else 2)
+        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
+        return error.code if isinstance(error, Stopped) else 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {printable(str(error))}: give a shorter name", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters other than newline and tab as \x1b: a terminal would obey them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

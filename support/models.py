@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,24 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from support.batch_size import Shape
 from support.cli import BadInput
 
-LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+# Settings of a generation config that apply to sampling alone.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
+LOADING_ERRORS += (SafetensorError,)
 
 
 def load(auto_class: type, name: str, **options: Any) -> Any:
@@ -102,12 +113,22 @@ def save_model(model, tokenizer, folder: Path, state_dict: dict[str, Tensor] | N
     part, old = folder.with_suffix(".part"), folder.with_suffix(".old")
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(part, state_dict=state_dict)
+    saved = copy(model)
+    saved.generation_config = valid_generation_config(model.generation_config)
+    saved.save_pretrained(part, state_dict=state_dict)
     tokenizer.save_pretrained(part)
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def valid_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """The config without settings of sampling if it says not to sample: transformers refuses to save both."""
+    valid = deepcopy(config)
+    if not valid.do_sample:
+        valid.update(**dict.fromkeys(SAMPLING))
+    return valid
 
 
 def enable_checkpointing(model) -> None:

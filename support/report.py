@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support import data
-from support.cli import BadInput, run_main
+from support.cli import BadInput, printable, run_main
 from support.run_folder import append_csv, atomic_rename, read_csv, write_json
 from support.scores import difference, format_difference
 
@@ -85,7 +85,7 @@ def gap_text(tokenizer, tokens: Tensor, gap: Tensor, colour: bool, most: int = 1
     for i, nats in enumerate(gap[:most].tolist()):
         text = tokenizer.decode(tokens[: i + 1])  # of the whole prefix: a character may span two tokens,
         text = before if text.endswith("\ufffd") else text  # and is shown with the last of them
-        piece, before = text[len(before) :], text
+        piece, before = printable(text[len(before) :]), text
         if colour:
             light = 255 - int(min(max(-nats, 0.0), 3.0) * 60)
             piece = f"\033[38;2;0;0;0;48;2;255;{light};{light}m{piece}\033[0m"
@@ -118,6 +118,24 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
+def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict]:
+    """The rows of a run with numbers for what is drawn, and its summary, if it has one. Raises BadInput."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise BadInput(f"{folder} has no metrics.csv: name the folder of a run")
+    drawn = {"step": int, "horizon": int, "reverse_kl": float, "response_length": float}
+    summary = {}
+    try:
+        rows = [row | {name: kind(row[name]) for name, kind in drawn.items()} for row in read_csv(path)]
+        if (folder / "summary.json").exists():
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder} is not a run folder ({error!r}): name the folder of a run") from error
+    if not rows:
+        raise BadInput(f"{path} has no rows: name the folder of a run that has made a step")
+    return rows, summary
+
+
 def draw_curve(folder: Path) -> Path:
     """curve.png: reverse KL, accuracy and horizon by step. Raises BadInput if there is nothing to draw."""
     import matplotlib
@@ -125,16 +143,12 @@ def draw_curve(folder: Path) -> Path:
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        raise BadInput(f"{folder} has no metrics.csv: name the folder of a run")
-    rows = read_csv(path)
-    steps = [int(row["step"]) for row in rows]
-    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
+    rows, summary = read_run(folder)
+    steps = [row["step"] for row in rows]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    axes[0].plot(steps, [float(row["reverse_kl"]) for row in rows], color="#0072b2")
+    axes[0].plot(steps, [row["reverse_kl"] for row in rows], color="#0072b2")
     axes[0].set(title="reverse KL, nats per token", ylim=(0, None))
-    seen = [(int(r["step"]) + 1, float(r["accuracy"])) for r in rows if r["accuracy"]]
+    seen = [(row["step"] + 1, float(row["accuracy"])) for row in rows if row["accuracy"]]
     if summary.get("after"):
         seen.append((len(steps), summary["after"]["accuracy"]))
     if summary.get("before"):
@@ -147,8 +161,8 @@ def draw_curve(folder: Path) -> Path:
         axes[1].plot(*zip(*seen), color="#d55e00", marker="o", label="student")
         axes[1].legend(loc="center right")
     axes[1].set(title="held-out accuracy", ylim=(-0.02, 1.02))
-    axes[2].step(steps, [int(row["horizon"]) for row in rows], color="#0072b2", label="horizon")
-    axes[2].plot(steps, [float(row["response_length"]) for row in rows], color="#cc79a7", label="mean length")
+    axes[2].step(steps, [row["horizon"] for row in rows], color="#0072b2", label="horizon")
+    axes[2].plot(steps, [row["response_length"] for row in rows], color="#cc79a7", label="mean length")
     axes[2].set(title="response tokens", ylim=(0, None))
     axes[2].legend()
     for axis in axes:
@@ -161,9 +175,10 @@ def draw_curve(folder: Path) -> Path:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise BadInput(f"{len(sys.argv) - 1} arguments instead of one: python -m support.report RUN_FOLDER")
-    print(draw_curve(Path(sys.argv[1])))
+    folders = sys.argv[1:]
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise BadInput(f"one folder is needed, not {folders}: python -m support.report RUN_FOLDER")
+    print(draw_curve(Path(folders[0])))
 
 
 if __name__ == "__main__":

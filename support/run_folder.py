@@ -1,6 +1,6 @@
 """The run folder: its settings, its lock, and its files.
 
-config.json     every setting, library versions, git commit, hardware
+config.json     every setting, hashes of data and models, library versions, git commit, hardware
 metrics.csv     one row per step
 positions.csv   at some steps, the token statistics by position in the response
 eval_*.jsonl    every answer of an evaluation with its verdict: before, after, teacher, step_N
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import platform
+import secrets
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -25,9 +26,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+from transformers import AutoConfig
 
 from support import data, models, toy
-from support.cli import BadInput, Stopped, flag_of
+from support.cli import BadInput, Stopped, flag_of, recorded
 
 LOW_MEMORY = {"lr": 5e-5}  # ESR's learning rate for LoRA
 # The flags that --resume accepts. A run that grows has its learning rate and POPD's growth recomputed.
@@ -81,14 +83,15 @@ def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[st
     run.
     """
     path = Path(given["resume"], "config.json")
-    if not path.is_file():
+    if not given["resume"] or not path.is_file():
         raise BadInput(f"there is no {path}: name the folder of a run that was started")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        knobs = {field.name: found[field.name] for field in dataclasses.fields(knobs_class)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not the config of such a run ({error!r}): start a new one") from error
-    knobs = {name: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()}
+        names = [field.name for field in dataclasses.fields(knobs_class)]
+        knobs = recorded(knobs_class, {name: found[name] for name in names})
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{path} is not the config of such a run ({type(error).__name__}: {error})"
+        raise BadInput(f"{what}: restore it, or start a new one") from error
     for name in given.keys() - {"resume"}:
         if name not in safe and given[name] != knobs[name]:
             what = f"{flag_of(name)} {given[name]} would change the run, which has {knobs[name]}"
@@ -103,11 +106,43 @@ def new_folder(out: str, default: str) -> Path:
     if out:
         if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
             raise BadInput(f"output {out} already holds a run or a file: name another folder with --out")
+        check_creatable(Path(out), "--out")
         return Path(out)
     number = 1
     while Path("runs", f"{default}-{number}").exists():
         number += 1
     return Path("runs", f"{default}-{number}")
+
+
+def check_creatable(path: Path, flag: str) -> None:
+    """Raises BadInput if a file or folder `path` cannot be created, as far as can be seen without trying."""
+    path = path.absolute()
+    above = next(folder for folder in (path.parent, *path.parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(f"cannot create {path} ({above} is no folder, or read-only): name another {flag}")
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Raises BadInput if the file `path` cannot be written, as far as can be seen without trying."""
+    check_creatable(path, flag)
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise BadInput(f"{path} is no file that can be written: name another {flag}")
+
+
+def build_toy(knobs) -> None:
+    """Build the world of the preset toy, which takes a minute: first read what is named besides it."""
+    if knobs.preset != "toy":
+        return
+    own = toy.preset(knobs.world)
+    if not Path(own["data"]).exists():
+        if knobs.data != own["data"]:
+            data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
+        elif knobs.eval_data:
+            data.read_problems(knobs.eval_data, "test")
+        for name in {knobs.student, knobs.teacher} - set(own.values()):
+            models.load_tokenizer(name)
+            models.load(AutoConfig, name)
+    toy.build(knobs.world)
 
 
 @contextmanager
@@ -116,7 +151,7 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
 
     Raises BadInput if another run is in the folder or, where this one is `fresh`, was there; Stopped.
     """
-    created = [path for path in (folder, folder.parent) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,11 +210,37 @@ def environment(device: torch.device) -> dict[str, str]:
     return found
 
 
-def write_config(folder: Path, knobs: dict[str, Any], device: torch.device) -> None:
-    """Write config.json, and print a line with hardware, dtype and folder."""
-    content = knobs | {"environment": environment(device)}
-    write_json(folder / "config.json", content)
+def write_config(folder: Path, knobs: dict, device: torch.device, inputs: dict[str, str]) -> None:
+    """Write config.json, and print a line with hardware, dtype and folder.
+
+    `inputs` are those of `fingerprint.inputs`. Raises BadInput if the run was started with others.
+    """
+    check_inputs(folder, inputs)
+    path = folder / "config.json"
+    run_id = run_id_of(folder) if path.exists() else secrets.token_hex(8)
+    content = knobs | {"run_id": run_id, "inputs": inputs, "environment": environment(device)}
+    write_json(path, content)
     print(f"{content['environment']['hardware']}, {knobs['dtype']}; run folder {folder}", flush=True)
+
+
+def run_id_of(folder: Path) -> str | None:
+    """The random id of the run in `folder`; None if there is none, or if an earlier version wrote it."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("run_id") if path.exists() else None
+
+
+def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Raises BadInput, naming them, if inputs are not those with which the run in `folder` was started."""
+    path = folder / "config.json"
+    before = json.loads(path.read_text(encoding="utf-8")).get("inputs") if path.exists() else inputs
+    if before is None:
+        print(f"{path} was written by an earlier version: data and models cannot be checked", flush=True)
+        return
+    known = before if isinstance(before, dict) else {}
+    changed = [what for what in inputs if known.get(what) != inputs[what]]
+    if changed:
+        what = f"{', '.join(changed)} changed since the run was started"
+        raise BadInput(f"{what}: restore what changed, or start a new run")
 
 
 def atomic_rename(part: Path, path: Path) -> None:
@@ -202,8 +263,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows of a CSV file. Raises BadInput if it is not text."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path} is not a CSV file ({error}): restore it, or name another file") from error
 
 
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -239,7 +304,8 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
     """Drop what a run of `total` steps wrote after `step`, where it continues: it will be written again."""
     for path in (folder / "metrics.csv", folder / "positions.csv"):
         if path.exists():
-            rows = [row for row in read_csv(path) if None not in row.values() and int(row["step"]) < step]
+            whole = [row for row in read_csv(path) if None not in row.values() and row["step"].isdecimal()]
+            rows = [row for row in whole if int(row["step"]) < step]
             if rows:
                 write_csv(path.with_suffix(".part"), list(rows[0]), rows)
                 atomic_rename(path.with_suffix(".part"), path)

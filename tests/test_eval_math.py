@@ -43,6 +43,23 @@ def test_two_models_are_compared_on_the_same_problems(world, tmp_path, monkeypat
     assert "0 of 30 verdicts differ" in capsys.readouterr().out
 
 
+def test_every_model_has_a_label_of_its_own(world, tmp_path, monkeypatch):
+    """Those after the 26th were dropped in silence."""
+    labels = []
+
+    def record(name, label, *args):
+        labels.append(label)
+        answer = {"index": 0, "response": "5", "gold": "5", "verdict": "right", "extracted": "5"}
+        answer |= {"length": 1, "seconds": 1.0, "finished": True}
+        return {"test": [answer | dict.fromkeys(("correct", "correct_strict", "correct_last"), True)]}
+
+    monkeypatch.setattr(eval_math, "evaluate_model", record)
+    models = ["--model", world / "teacher"] * 28
+    main(monkeypatch, *models, "--data", world / "test.jsonl", "--out", tmp_path / "out")
+    assert labels[:2] + labels[25:] == ["A-teacher", "B-teacher", "Z-teacher", "A1-teacher", "B1-teacher"]
+    assert len(set(labels)) == 28
+
+
 def test_a_stopped_run_resumes_to_the_same_scores(world, tmp_path, monkeypatch, request):
     """Real kills at random moments, and an incomplete line. Sampled, so the noise must be the same too."""
     flags = ["--model", world / "teacher", "--data", world / "test.jsonl", "--limit", 60, "--samples", 2]

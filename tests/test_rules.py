@@ -61,6 +61,21 @@ def test_exercises_import_the_five_and_torch():
         assert packages(path) <= {*FIVE, "torch", "pytest"}, path
 
 
+def test_text_files_are_utf_8():
+    """Said wherever one is opened, as the default depends on the machine; toy.py writes ASCII alone."""
+    paths = [*ROOT.glob("*.py")]
+    for folder in ("support", "extras", "experiments", "benchmarks"):
+        paths += [path for path in (ROOT / folder).glob("*.py") if path.name != "toy.py"]
+    for path in paths:
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        for call in calls:
+            function = ast.unparse(call.func)
+            opens = function.endswith(("open", "read_text", "write_text"))
+            if opens and function not in ("os.open", "run.open", "safe_open", "subprocess.Popen"):
+                text = ast.unparse(call)
+                assert "encoding=" in text or "('rb')" in text, f"{path}: {text}"
+
+
 @pytest.mark.parametrize("name", FIVE)
 def test_extras_are_imported_under_a_condition(name):
     """A flag decides: inside a function and inside an `if`."""

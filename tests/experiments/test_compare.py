@@ -508,7 +508,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         ("--report --csv /nowhere/c.csv", "there is no /nowhere/c.csv"),
         ("--steps 1 --arms popd --csv /nowhere/c.csv", "never grows"),
         ("--csv /dev/null/c.csv", "name another --csv"),
-        ("--csv c.csv --keep /dev/null/kept", "name another --csv or --keep"),
+        ("--csv c.csv --keep /dev/null/kept", "name another --keep"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, flags, why):

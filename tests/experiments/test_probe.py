@@ -82,6 +82,32 @@ def test_decay_where_the_teacher_follows_any_beginning(wrong_student_right_teach
         assert found["difference", k] == (0 if k == 0 else -1)
 
 
+def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
+    """They were removed at its first row."""
+    monkeypatch.setattr(probe_setup, "load", lambda knobs, grader: None)
+    monkeypatch.setattr(probe, "draw_probe", lambda path: path.read_text())
+    out = tmp_path / "results" / "heldout.csv"
+
+    def finished(setup, knobs):
+        yield probe.point("mean", 1, 0.5, (0.4, 0.6), 3)
+
+    def stopped(setup, knobs):
+        yield probe.point("mean", 1, 0.7, (0.4, 0.6), 3)
+        raise KeyboardInterrupt
+
+    argv = [f"--out={out}", "--device=cpu", "--dtype=float32"]
+    monkeypatch.setitem(probe.PROBES, "heldout", (finished, probe.HeldoutKnobs))
+    before = probe.run_probe("heldout", argv)
+    monkeypatch.setitem(probe.PROBES, "heldout", (stopped, probe.HeldoutKnobs))
+    with pytest.raises(KeyboardInterrupt):
+        probe.run_probe("heldout", argv)
+    assert out.read_text() == before
+    assert read_csv(out.with_name("heldout_part.csv"))[0]["value"] == "0.7"
+    monkeypatch.setitem(probe.PROBES, "heldout", (finished, probe.HeldoutKnobs))
+    assert probe.run_probe("heldout", argv) == before
+    assert [path.name for path in out.parent.iterdir()] == ["heldout.csv"]
+
+
 def test_swap_where_the_first_token_decides(wrong_student_right_teacher):
     knobs = knobs_of(probe.SwapKnobs, prefixes="0 2 7", horizon=2)
     found = values(probe.swap(wrong_student_right_teacher, knobs))

@@ -78,6 +78,15 @@ def test_low_memory_without_peft(monkeypatch):
         lora.add_adapters(tiny())
 
 
+def test_a_model_that_peft_refuses_is_one_line(monkeypatch):
+    def refuse(config, model):
+        raise ValueError("no target modules\nwere found")
+
+    monkeypatch.setattr("peft.inject_adapter_in_model", refuse)
+    with pytest.raises(BadInput, match="adapters to Qwen2ForCausalLM .no target modules.: drop --low-memory"):
+        lora.add_adapters(tiny())
+
+
 def test_adapters_do_not_depend_on_the_global_generator():
     """A run that is killed before its first checkpoint starts again, with the same adapters."""
     drawn = []

@@ -2,19 +2,27 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import compare
+import four_schedules
+import parts
+import probe
 import pytest
+import steps
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nTextConfig, MambaConfig, Qwen2VLConfig
 
 import eval_math
+import schedules
 import train
-from support import toy
-from support.cli import run_main
+from support import report, toy
+from support.cli import BadInput, run_main
 
+ROOT = Path(train.__file__).parent
 GOOD = '{"question": "x=3, then +4 fiftytwo times", "answer": "1"}\n'
 
 
@@ -81,7 +89,72 @@ def here(tmp_path_factory, world):
     tokenizer.save_pretrained(here / "other")
     AutoModelForCausalLM.from_pretrained(world / "teacher").save_pretrained(here / "other")
     broken_models(here, world)
+    for name, kind in UNSUPPORTED.items():
+        shutil.copytree(world / "student", here / name)
+        kind().save_pretrained(here / name)
+    (here / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "x"}
+    (here / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    (here / "folder.jsonl").mkdir()
+    (here / "binary.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
+    (here / "binary").mkdir()
+    shutil.copy(here / "binary.csv", here / "binary" / "metrics.csv")
+    (here / "norows").mkdir()
+    (here / "norows" / "metrics.csv").write_text("step,horizon,reverse_kl,response_length,accuracy\n")
+    write_configs(here, world)
     return here
+
+
+UNSUPPORTED = {"mamba": MambaConfig, "gemma3n": Gemma3nTextConfig, "vision": Qwen2VLConfig}
+CONFIGS = [  # script, a change of config.json as JSON, what the line names
+    ("train", '{"steps": "many"}', "--steps: invalid int value: 'many'"),
+    ("train", '{"steps": 2.5}', "--steps"),
+    ("train", '{"steps": -1}', "below 1"),
+    ("train", '{"steps": 1000000000000000000000000000000}', "above"),
+    ("train", '{"steps": null}', "steps is None"),
+    ("train", '{"lr": NaN}', "not a finite number"),
+    ("train", '{"lr": 1e400}', "not a finite number"),
+    ("train", '{"lr": [1]}', "give a single value"),
+    ("train", '{"data": {"train": "x"}}', "not a value of this setting"),
+    ("train", '{"data": 1}', "cannot read data 1"),
+    ("train", '{"data": "a\\u0000b"}', "not text"),
+    ("train", '{"instruction": "\\ud800"}', "not text"),
+    ("train", '{"schedule": "sometimes"}', "'sometimes'"),
+    ("train", '{"preset": "huge"}', "'huge'"),
+    ("train", '{"checkpointing": "yes"}', "checkpointing is 'yes'"),
+    ("train", '{"seed": true}', "seed is True"),
+    ("train", '{"horizon": "soon"}', "'soon'"),
+    ("train", '{"horizon": 0}', "horizon 0"),
+    ("train", '{"dtype": "int8"}', "'int8'"),
+    ("train", '{"device": "abacus"}', "abacus"),
+    ("train", '{"temperature": 0}', "below 0.01"),
+    ("train", "[" * 100_000, "not the config"),
+    ("train", "[]", "not the config"),
+    ("train", "null", "not the config"),
+    ("train", "{", "not the config"),
+    ("eval_math", '{"model": "x"}', "give a list"),
+    ("eval_math", '{"model": []}', "nothing to evaluate"),
+    ("eval_math", '{"model": [1, null]}', "model is None"),
+    ("eval_math", '{"benchmark": ["gsm9k"]}', "gsm9k"),
+    ("eval_math", '{"samples": 0}', "below 1"),
+    ("eval_math", '{"samples": 4}', "add --temperature"),
+    ("eval_math", '{"top_p": "most"}', "'most'"),
+    ("eval_math", '{"thinking": 1}', "thinking is 1"),
+    ("eval_math", '{"batch_size": {}}', "batch_size is {}"),
+]
+
+
+def write_configs(here, world):
+    """A folder config0, config1, ... for each row of CONFIGS."""
+    of_train = vars(train.Knobs()) | toy.preset("opening") | {"preset": "toy"}
+    of_eval = vars(eval_math.Knobs()) | {"model": [str(world / "teacher")], "data": [str(world)]}
+    for number, (script, change, _) in enumerate(CONFIGS):
+        folder = here / f"config{number}"
+        folder.mkdir()
+        if change.startswith('{"'):
+            config = json.dumps(of_train if script == "train" else of_eval)
+            change = f"{config[:-1]}, {change[1:]}"  # of two equal names the second counts
+        (folder / "config.json").write_text(change)
 
 
 ASK = "--model={world}/teacher --data={world}/test.jsonl"
@@ -178,8 +251,154 @@ BAD = [  # script, flags, what the line names
     ("eval_math", "--regrade={here}/broken.jsonl", "line 2"),
     ("toy", "--world=middle", "middle"),
     ("toy", "--wrld=opening", "--wrld"),
+    ("toy", "opening", "opening"),
+    ("train", "extra", "extra"),
+    ("train", "--steps=", "''"),
+    ("train", "--steps=-0", "below 1"),
+    ("train", "--steps=1e3", "'1e3'"),
+    ("train", "--steps=0x10", "'0x10'"),
+    ("train", "--steps=1_000", "'1_000'"),
+    ("train", "--steps=١", "invalid int value"),
+    ("train", f"--steps={10**30}", "above"),
+    ("train", f"--batch-size={10**30}", "above"),
+    ("train", f"--rollouts-per-prompt={10**30}", "above"),
+    ("train", f"--max-new-tokens={10**30}", "exceed the context"),
+    ("train", "--max-new-tokens=0", "below 1"),
+    ("train", "--micro-batch=0", "below 1"),
+    ("train", "--lr=1e400", "not a finite number"),
+    ("train", "--lr=inf", "not a finite number"),
+    ("train", "--lr=-1", "below 0"),
+    ("train", "--lr=1_0", "'1_0'"),
+    ("train", "--lr=", "''"),
+    ("train", "--lr=0x1p3", "'0x1p3'"),
+    ("train", "--temperature=1e400", "not a finite number"),
+    ("train", "--temperature=-0", "below"),
+    ("train", "--warmup=1.5", "above 1"),
+    ("train", "--beta2=-0.1", "below 0"),
+    ("train", "--clip=0", "below"),
+    ("train", "--seed=-1", "below 0"),
+    ("train", "--eval-limit=-1", "below 0"),
+    ("train", "--eval-every=-1", "below 0"),
+    ("train", "--eval-temperature=-1", "below 0"),
+    ("train", "--eval-batch=0", "below 1"),
+    ("train", "--save-every=-1", "below 0"),
+    ("train", "--show-every=x", "'x'"),
+    ("train", "--decay=linear", "linear"),
+    ("train", "--divergence=kl", "'kl'"),
+    ("train", "--preset=", "''"),
+    ("train", "--horizon=1e400", "horizon inf"),
+    ("train", "--horizon=-0", "horizon -0"),
+    ("train", "--horizon=1.5", "horizon 1.5"),
+    ("train", "--horizon=", "''"),
+    ("train", f"--horizon={10**30}", "horizon 1e+30"),
+    ("train", "--schedule=full --horizon=0.5", "not full"),
+    ("train", "--schedule=full --horizon=auto", "does not stop"),
+    ("train", "--schedule=esr --popd-interval=3", "do not apply to esr"),
+    ("train", "--schedule=popd --popd-growth=-1", "never grows"),
+    ("train", "--world=closing --preset=qwen", "--world closing"),
+    ("train", "--low-memory=3", "ignored explicit argument '3'"),
+    ("train", "--no-steps", "--no-steps"),
+    ("train", "--student=", "cannot load"),
+    ("train", "--teacher=", "cannot load"),
+    ("train", "--data=", "has no train"),
+    ("train", "--data={here}/folder.jsonl", "has no train"),
+    ("train", "--data={here}/test.jsonl --eval-data={here}/missing.jsonl", "missing.jsonl does not exist"),
+    ("train", "--student={here}/one.jsonl", "one.jsonl"),
+    ("train", "--student={here}/adapter", "cannot load"),
+    ("train", "--student={here}/mamba --dry-run", "type mamba is not supported"),
+    ("train", "--student={here}/gemma3n --dry-run", "type gemma3n_text is not supported"),
+    ("train", "--student={here}/vision --dry-run", "Qwen2VLConfig"),
+    ("train", "--instruction=\udcff", "not text"),
+    ("train", f"--out={'n' * 300}", "shorter name"),
+    ("train", f"--data={'n' * 300}", "nnn"),
+    ("train", f"--student=/{'n' * 300}", "nnn"),
+    ("train", f"--resume={'n' * 300}", "nnn"),
+    ("train", "--out={here}/one.jsonl/x", "cannot create"),
+    ("train", "--resume=", "name the folder"),
+    ("train", "--resume={here}/one.jsonl", "name the folder"),
+    ("train", "--resume={here}/missing", "name the folder"),
+    ("train", "--resume", "expected one argument"),
+    ("eval_math", "extra", "extra"),
+    ("eval_math", f"{ASK} --limit=-1", "below 0"),
+    ("eval_math", f"{ASK} --limit=1_0", "'1_0'"),
+    ("eval_math", f"{ASK} --samples={10**30}", "above"),
+    ("eval_math", f"{ASK} --temperature=nan", "not a finite number"),
+    ("eval_math", f"{ASK} --seed={2**33}", "above"),
+    ("eval_math", f"{ASK} --out={{here}}/one.jsonl/x", "cannot create"),
+    ("eval_math", f"{ASK} --out={'n' * 300}", "shorter name"),
+    ("eval_math", "--model= --data={world}/test.jsonl", "cannot load"),
+    ("eval_math", "--model={here}/adapter --data={world}/test.jsonl", "cannot load"),
+    ("eval_math", "--resume=", "name the folder"),
+    ("eval_math", "--resume={here}/one.jsonl", "name the folder"),
+    ("eval_math", "--resume={here}/missing --limit=3", "name the folder"),
+    ("eval_math", "--regrade=", "no graded answers"),
+    ("eval_math", "--regrade={here}", "no graded answers"),
+    ("eval_math", "--regrade={here}/latin.jsonl", "line 2"),
+    ("eval_math", "--regrade={here}/binary.csv", "line 1"),
+    ("schedules", "--bogus", "--bogus"),
+    ("schedules", "full", "full"),
+    ("report", "", "one folder is needed"),
+    ("report", "--bogus", "--bogus"),
+    ("report", "{here}/nothing {here}/used", "one folder is needed"),
+    ("report", "{here}/missing", "no metrics.csv"),
+    ("report", "{here}/one.jsonl", "no metrics.csv"),
+    ("report", "{here}/used", "no rows"),
+    ("report", "{here}/norows", "no rows"),
+    ("report", "{here}/binary", "not a CSV file"),
+    ("four_schedules", "--bogus", "--bogus"),
+    ("four_schedules", "extra", "extra"),
+    ("four_schedules", "--out={here}/one.jsonl/x", "name another --out"),
+    ("compare", "--bogus", "--bogus"),
+    ("compare", "--arms=best", "best"),
+    ("compare", "--group=none", "none"),
+    ("compare", "--seeds=0", "below 1"),
+    ("compare", "--minutes=-1", "below 0"),
+    ("compare", "--minutes=nan", "not a finite number"),
+    ("compare", "--curve-points=0", "below 1"),
+    ("compare", "--eval-limit=1", "below 2"),
+    ("compare", "--resume=x", "--resume does not apply"),
+    ("compare", "--world=closing --student=x", "--world closing"),
+    ("compare", "--csv={here}/nothing --arms=full", "name another --csv"),
+    ("compare", "--csv={here}/one.jsonl/x.csv", "name another --csv"),
+    ("compare", "--csv={here}/c.csv --keep={here}/one.jsonl/x", "name another --keep"),
+    ("compare", "--csv={here}/c.csv --preset=toy --data={here}/missing.jsonl", "does not exist"),
+    ("compare", "--report --csv={here}/missing.csv", "missing.csv"),
+    ("compare", "--report --csv={here}/binary.csv", "not a CSV file"),
+    ("probe", "nothing", "no probe 'nothing'"),
+    ("probe", "draw", "draw needs a file"),
+    ("probe", "draw {here}/missing.csv", "missing.csv"),
+    ("probe", "draw {here}/binary.csv", "binary.csv"),
+    ("probe", "draw {here}/one.jsonl", "one.jsonl"),
+    ("probe", "decay --bogus", "--bogus"),
+    ("probe", "decay --problems=1", "below 2"),
+    ("probe", "decay --student=x", "give all three"),
+    ("probe", "decay --temperature=inf", "not a finite number"),
+    ("probe", "decay --out={here}/one.jsonl/x.csv", "name another --out"),
+    ("probe", "decay --out={here}/binary.csv", "not a CSV file"),
+    ("probe", "cascade --trained=x", "needs --trained"),
+    ("probe", "profile --share=2", "above 1"),
+    ("probe", "swap --prefixes=x", "--prefixes 'x'"),
+    ("parts", "--bogus", "--bogus"),
+    ("parts", "--part=nothing", "nothing"),
+    ("parts", "--sides=plain", "no side plain"),
+    ("parts", "--repeats=0", "below 1"),
+    ("parts", "--part=rollouts", "needs --model"),
+    ("parts", "--part=logits --model=x", "needs --teacher"),
+    ("parts", "--part=evaluation --data={here}/missing.jsonl --out={here}/e.csv", "does not exist"),
+    ("parts", "--out={here}/nothing", "name another --out"),
+    ("parts", "--side=ours --device=abacus", "abacus"),
+    ("steps", "--bogus", "--bogus"),
+    ("steps", "--sides=best", "best"),
+    ("steps", "--tokens=0", "below 1"),
+    ("steps", "--growth=2", "below --tokens"),
+    ("steps", "--growth=256 --sides=naive", "drop --sides"),
+    ("steps", "--endless", "--endless"),
+    ("steps", "--out={here}/one.jsonl/x.csv", "name another --out"),
+    ("steps", "--side=ours --student={here}/missing --data={world}", "does not exist"),
 ]
-MAINS = {"train": train.main, "eval_math": eval_math.main, "toy": toy.main}
+BAD += [(script, f"--resume={{here}}/config{i}", names) for i, (script, _, names) in enumerate(CONFIGS)]
+SCRIPTS = (train, eval_math, schedules, toy, report, four_schedules, compare, probe, parts, steps)
+MAINS = {script.__name__.rpartition(".")[2]: script.main for script in SCRIPTS}
 
 
 def files(folder):
@@ -191,17 +410,72 @@ def test_bad_input_is_one_line_and_changes_nothing(here, world, monkeypatch, cap
     for library in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(here)
-    before = files(here)
+    before = files(here) | files(ROOT / "results")
     argv = [flag.format(here=here, world=world) for flag in flags.split()]
-    argv = ["--preset", "toy", *argv] if script == "train" else argv
+    fresh = script == "train" and not flags.startswith("--resume")
+    argv = ["--preset", "toy", *argv] if fresh else argv
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     with pytest.raises(SystemExit) as stop:
         run_main(MAINS[script])
     line = capsys.readouterr().err
     assert stop.value.code == 2
     assert line.count("\n") == 1 and line.startswith("error: ") and names in line, line
-    assert files(here) == before
+    assert files(here) | files(ROOT / "results") == before
 
 
 def test_there_are_many():
-    assert len(BAD) >= 80
+    assert len(BAD) >= 250
+
+
+EXPENSIVE = [
+    "--schedule=esr --horizon=0",
+    "--data=missing.jsonl",
+    "--eval-data=missing.jsonl",
+    "--student=./missing",
+    "--teacher=./other --student=./missing",
+    "--device=abacus",
+    "--out=used",
+    "--out=one.jsonl/x",
+    "--steps=0",
+    "--data=broken.jsonl",
+    "--student=./badconfig",
+]
+
+
+@pytest.mark.parametrize("script", ["train", "compare"])
+@pytest.mark.parametrize("flags", EXPENSIVE)
+def test_wrong_flags_are_found_before_the_toy_world_is_built(here, tmp_path, monkeypatch, script, flags):
+    """Without a cache it takes a minute."""
+    if script == "compare" and flags.startswith(("--schedule", "--out")):
+        flags = "--arms=esr --esr-tokens=0" if "esr" in flags else flags.replace("--out", "--csv")
+
+    def build(world):
+        raise AssertionError("the toy world is built")
+
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(toy, "CACHE", tmp_path)
+    monkeypatch.setattr(toy, "build", build)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--preset=toy", *flags.split()])
+    with pytest.raises(BadInput):
+        MAINS[script]()
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, ROOT / "schedules.py", "--bogus"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unrecognized arguments: --bogus") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_help_changes_nothing(here, monkeypatch, capsys, script):
+    if script == "report":
+        pytest.skip("it has no flags")
+    before = files(here) | files(ROOT / "results")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        run_main(MAINS[script])
+    assert not stop.value.code and capsys.readouterr().out
+    assert files(here) | files(ROOT / "results") == before

@@ -17,10 +17,14 @@ import psutil
 import pytest
 import torch
 from conftest import pair_of, tiny
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig
 
 import train
-from support import data, report, run_folder
-from support.checkpoint import SIGNALS, CheckpointedRun
+from extras import lora
+from support import data, models, report, run_folder
+from support.checkpoint import SIGNALS, CheckpointedRun, check_saving
 from support.cli import BadInput, Stopped
 
 ROOT = Path(train.__file__).parent
@@ -216,18 +220,81 @@ def test_a_checkpoint_holds_tensors_alone(finished):
     assert kinds == {"weight", "exp_avg", "exp_avg_sq", "step"}
 
 
-@pytest.mark.parametrize("fault", ["cut", "flipped", "empty", "text"])
+def flipped(content: bytes, place: int, bit: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+
+
+FAULTS = {
+    "cut": lambda content: content[:-9],
+    "flipped": lambda content: flipped(content, len(content) - 5000, 0),
+    "swapped": lambda content: content[:-8192] + content[-4096:] + content[-8192:-4096],
+    "step": lambda content: content.replace(b'\\"step\\": 6', b'\\"step\\": 7'),
+    "empty": lambda content: b"",
+    "text": lambda content: b"no tensors",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_checkpoint_is_skipped(saved, monkeypatch, capsys, fault):
-    """Cut short, a byte changed, empty: it is recognised and reported, and the one before is used."""
+    """It is recognised and reported, and the one before is used."""
     before = weights(saved)
     path = saved / "checkpoint-000006.safetensors"
     content = path.read_bytes()
-    flipped = content[:-5000] + bytes([content[-5000] ^ 1]) + content[-4999:]
-    path.write_bytes({"cut": content[:-9], "flipped": flipped, "empty": b"", "text": b"no tensors"}[fault])
+    damaged = FAULTS[fault](content)
+    assert damaged != content
+    path.write_bytes(damaged)
     main(monkeypatch, f"--resume {saved}")
     assert "checkpoint-000006.safetensors is damaged" in capsys.readouterr().err
     assert weights(saved) == before
     assert len(metrics(saved)) == 6
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """In the header, whose step was once not part of the checksum, and in the tensors."""
+    pair = pair_of(tiny(), tiny(seed=1))
+    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.save_student, 1)
+    run.run_id = "id"
+    run.save()
+    path = tmp_path / "checkpoint-000000.safetensors"
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    rng = random.Random(0)
+    places = [*range(8), *rng.sample(range(8, header), 200), *rng.sample(range(header, len(content)), 20)]
+    for place in places:
+        path.write_bytes(flipped(content, place, rng.randrange(8)))
+        with pytest.raises((SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)):
+            run.read_checkpoint(path)
+    path.write_bytes(content)
+    run.read_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(saved, world, tmp_path, monkeypatch):
+    """Also if that run had the same settings; a copy of the whole folder is the same run."""
+    main(monkeypatch, f"{SHORT} --steps 3 --eval-limit 0 --out {tmp_path}/other")
+    shutil.copy(tmp_path / "other" / "checkpoint-000003.safetensors", saved / "checkpoint-000009.safetensors")
+    with pytest.raises(BadInput, match="checkpoint-000009.safetensors is of another run"):
+        main(monkeypatch, f"--resume {saved}")
+    (saved / "checkpoint-000009.safetensors").unlink()
+    main(monkeypatch, f"--resume {saved}")
+
+
+def test_a_run_of_an_earlier_version_is_continued_unchecked(saved, monkeypatch, capsys):
+    """Its config.json has no hashes and no id, and its checkpoints have no hash: one line says so."""
+    config = json.loads((saved / "config.json").read_text())
+    del config["inputs"], config["run_id"]
+    (saved / "config.json").write_text(json.dumps(config))
+    for path in saved.glob("checkpoint-*"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = json.loads(file.metadata()["state"])
+        save_file(
+            tensors, path, {"state": json.dumps({"step": facts["step"], "seconds": 1.0, "checksum": 5})}
+        )
+    before = weights(saved)
+    for said in (1, 0):  # the first continuation records the inputs
+        main(monkeypatch, f"--resume {saved}")
+        assert capsys.readouterr().out.count("data and models cannot be checked") == said
+    assert weights(saved) == before
 
 
 def test_without_an_intact_checkpoint_the_run_is_refused(saved, monkeypatch):
@@ -378,9 +445,65 @@ def test_checkpoint_of_a_student_that_is_trained_in_part(tmp_path):
     first.pair.student(input_ids=torch.arange(9)[None]).logits.square().sum().backward()
     first.optimizer.step()
     first.step = 1
+    run_folder.append_csv(tmp_path / "metrics.csv", [{"step": 0}])
     first.save()
     second.load(2)
     assert second.step == 1
     saved, loaded = first.tensors(), second.tensors()
     assert saved.keys() == loaded.keys() and not any("layers.0." in name for name in saved)
     assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_student_that_can_be_saved_passes_and_leaves_nothing(world, tmp_path, tied, adapters):
+    student = tiny(tie_word_embeddings=tied)
+    if adapters:
+        lora.add_adapters(student)
+    pair = train.replace(
+        pair_of(student, tiny(seed=1)), tokenizer=AutoTokenizer.from_pretrained(world / "student")
+    )
+    check_saving(pair, train.save_student, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [AttributeError("no base_layer"), ValueError("invalid"), OSError("full")])
+def test_what_cannot_be_saved_is_refused_before_the_first_step(world, tmp_path, monkeypatch, error):
+    """It failed when all steps were done, and the student was lost."""
+
+    def fail(model, tokenizer, folder, state_dict):
+        (folder.with_suffix(".part")).mkdir()
+        raise error
+
+    monkeypatch.setattr(models, "save_model", fail)
+    with pytest.raises(BadInput, match=f"the student cannot be saved .*{error}"):
+        main(monkeypatch, f"{SHORT} --out {tmp_path}/runs/a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_saved_in_part_is_refused_before_the_first_step(world, tmp_path, monkeypatch):
+    save_model = models.save_model
+
+    def lose_a_weight(model, tokenizer, folder, state_dict):
+        weights = dict(model.state_dict())
+        del weights["model.norm.weight"]
+        save_model(model, tokenizer, folder, weights)
+
+    monkeypatch.setattr(models, "save_model", lose_a_weight)
+    with pytest.raises(BadInput, match="cannot be saved .*lacks 1 weights, such as model.norm.weight"):
+        main(monkeypatch, f"{SHORT} --out {tmp_path}/run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_generation_config_that_contradicts_itself_is_saved_without_the_contradiction(
+    world, tmp_path, monkeypatch
+):
+    """Greedy with a temperature: published models have it, and transformers refuses to save it."""
+    shutil.copytree(world / "student", tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    content = json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6, "top_k": 20}
+    path.write_text(json.dumps(content | {"repetition_penalty": 1.1}))
+    main(monkeypatch, f"{SHORT} --steps 1 --eval-limit 0 --student {tmp_path}/model --out {tmp_path}/run")
+    saved = GenerationConfig.from_pretrained(tmp_path / "run" / "student")
+    assert (saved.temperature, saved.top_k, saved.repetition_penalty) == (None, None, 1.1)
+    saved.validate(strict=True)

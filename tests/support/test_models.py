@@ -153,6 +153,16 @@ def test_a_smaller_teacher_is_allowed_and_reported(world, capsys):
     assert "teacher is smaller" in capsys.readouterr().out
 
 
+def test_a_tokenizer_that_needs_a_missing_library_is_one_line():
+    class Tokenizer:
+        @staticmethod
+        def from_pretrained(name, **options):
+            raise ImportError("needs sentencepiece\npip install it")
+
+    with pytest.raises(BadInput, match="cannot load x/y .needs sentencepiece.: give"):
+        models.load(Tokenizer, "x/y")
+
+
 def test_a_saved_model_replaces_the_one_before(world, tmp_path):
     """The folder gets its name when it is complete; leftovers of a save that was killed do not matter."""
     tokenizer = models.load_tokenizer(str(world / "student"))

@@ -22,6 +22,13 @@ def test_gap_text_shows_a_character_of_two_tokens_once():
     assert text == "a[-1.0]é[-2.0]!"
 
 
+def test_gap_text_escapes_what_a_terminal_would_obey():
+    """A model may write the sequence that clears the screen."""
+    tokens = torch.tensor(list("\x1b[2Jé\r\n".encode()))
+    text = report.gap_text(Bytes(), tokens, torch.zeros(len(tokens)), colour=False)
+    assert text == r"\x1b[2Jé\x0d" + "\n"
+
+
 def test_gap_text_is_redder_the_lower_the_teachers_probability_and_is_cut():
     tokens = torch.tensor(list(b"abcdef"))
     gap = torch.tensor([1.0, 0.0, -1.0, -3.0, -9.0, 0.0])

@@ -8,6 +8,7 @@ import torch
 from conftest import pair_of, tiny
 from tqdm import tqdm
 
+import eval_math
 import train
 from rollout import rollout
 from support import run_folder, toy
@@ -100,6 +101,57 @@ def test_exclusive_does_not_touch_the_folder_of_a_run_that_has_written_nothing_y
     with pytest.raises(BadInput, match="was started in"), run_folder.exclusive(here / "run", fresh=True):
         raise AssertionError("a folder that was empty when it was chosen")
     assert (here / "run" / "config.json").exists()
+
+
+def test_exclusive_removes_every_folder_it_created_and_no_other(here):
+    """Also those above the run's; a run that a neighbour has written there meanwhile stays."""
+    (here / "there").mkdir()
+    with pytest.raises(BadInput), run_folder.exclusive(here / "there" / "a" / "b" / "c", fresh=True):
+        raise BadInput("before the first file")
+    assert [path.name for path in here.rglob("*")] == ["there"]
+    with pytest.raises(BadInput), run_folder.exclusive(here / "runs" / "mine", fresh=True):
+        (here / "runs" / "done").mkdir()
+        (here / "runs" / "done" / "config.json").write_text("{}")
+        raise BadInput("before the first file")
+    assert sorted(path.name for path in here.rglob("*")) == ["config.json", "done", "runs", "there"]
+
+
+def test_a_second_evaluation_on_one_folder_leaves_that_of_the_first(here, world, monkeypatch):
+    """Whether the first has written its config.json yet or not, and at each moment the second may begin."""
+    flags = f"--model {world}/teacher --data {world}/test.jsonl --limit 2 --out {here}/out"
+    monkeypatch.setattr("sys.argv", ["eval_math.py", *flags.split()])
+    for written in (False, True):
+        with run_folder.exclusive(here / "out", fresh=True):
+            if written:
+                (here / "out" / "config.json").write_text("{}")
+            before = sorted(here.rglob("*"))
+            with pytest.raises(BadInput, match="already holds a run"):
+                eval_math.main()
+            with monkeypatch.context() as patch, pytest.raises(BadInput, match="another run is writing"):
+                # It was free when the second one chose it.
+                patch.setattr(run_folder, "new_folder", lambda out, default: Path(out))
+                eval_math.main()
+            assert sorted(here.rglob("*")) == before
+
+
+def test_a_run_without_its_metrics_is_refused(here):
+    """The rows of the steps that are done could not be written again."""
+    pair = pair_of(tiny(), tiny(seed=1))
+    run = CheckpointedRun(here, pair, train.adamw(pair, train.Knobs()), train.save_student, 1)
+    run.step = 2
+    run.save()
+    rows = [{"step": step, "loss": 0.5} for step in range(3)]
+    for kept in ([], rows[:1], rows[1:], [rows[0], rows[2]]):
+        (here / "metrics.csv").unlink(missing_ok=True)
+        if kept:
+            run_folder.append_csv(here / "metrics.csv", kept)
+        with pytest.raises(BadInput, match="lacks rows of the 2 steps that are done"):
+            run.load(4)
+        assert not kept or len(run_folder.read_csv(here / "metrics.csv")) == len(kept)
+    (here / "metrics.csv").unlink()
+    run_folder.append_csv(here / "metrics.csv", rows)
+    run.load(4)
+    assert [row["step"] for row in run_folder.read_csv(here / "metrics.csv")] == ["0", "1"]
 
 
 def test_append_csv_rewrites_a_file_that_lacks_a_column(tmp_path):

@@ -1,0 +1,50 @@
+"""Output that ends early: a run finishes, a program that only prints has exit code 1, and no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import schedules
+from support import cli
+
+ROOT = Path(schedules.__file__).parent
+ENDS = ["| true", "> /dev/full", ">&-"]  # how a shell ends the output early
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def shell(command):
+    command = ["bash", "-c", f"set -o pipefail; {sys.executable} {command}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ASCII)
+
+
+@pytest.mark.parametrize("flags", ["", "--help"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_program_that_only_prints_ends_with_one_line(flags, end):
+    done = shell(f"schedules.py {flags} {end}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot write the output (") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("end", ["2>&-", "2> /dev/full"])
+def test_an_error_that_nobody_can_read_keeps_its_exit_code(end):
+    done = shell(f"schedules.py --bogus {end}")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize("end", ["| head -1", ">&- 2> /dev/full"])
+def test_a_run_finishes_whoever_reads_its_output(world, tmp_path, end):
+    flags = "--preset toy --steps 2 --eval-limit 2 --eval-every 0 --max-new-tokens 20"
+    done = shell(f"train.py {flags} --out {tmp_path}/run {end}")
+    assert done.returncode == 0, done.stderr
+    for noise in ("Traceback", "Exception ignored", "arning"):  # of a library either
+        assert noise not in done.stderr
+    for name in ("summary.json", "curve.png", "student/config.json"):
+        assert (tmp_path / "run" / name).exists(), name
+
+
+def test_control_characters_are_escaped():
+    text = "\x1b[2J\x1b]0;title\x07 a\tb\nc\r\x9b1m é \x7f"
+    assert cli.printable(text) == r"\x1b[2J\x1b]0;title\x07 a" + "\tb\nc" + r"\x0d\x9b1m é \x7f"
