@@ -107,14 +107,14 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a CSV file with a header. All cells are text, empty ones None, and 5.0 is 5."""
+    """The rows of a CSV file with a header. All cells are text, and 5.0 is 5."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise BadInput(f"data {path} names a column twice: rename one of {', '.join(header)}")
         for number, cells in enumerate(filter(None, reader), 1):
-            cells = [cell[:-2] if re.fullmatch(r"-?\d+\.0", cell) else cell or None for cell in cells]
+            cells = [cell[:-2] if re.fullmatch(r"-?\d+\.0", cell) else cell for cell in cells]
             if len(cells) == len(header):
                 yield f"row {number}", dict(zip(header, cells))
             else:
