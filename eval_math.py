@@ -13,6 +13,7 @@ import json
 import re
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from rollout import Rollout, keep_top_p, model_inputs, rollout, sampling_noise
 from support import data, fingerprint, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob, parse, run_main
-from support.grading import LONGEST_ANSWER, Grader, compare
+from support.grading import LONGEST_ANSWER, Grader, is_blank, one_grader, without_prose, without_reasoning
 
 # The text after each problem.
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -50,7 +51,9 @@ BENCHMARKS = {  # name: (hub data set, its split, instruction)
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of each \boxed{...}, in closing order; empty and overlong ones are skipped."""
+    r"""The contents of each \boxed{...}, in closing order; blank and overlong ones are skipped."""
+    if r"\boxed" not in text and r"\fbox" not in text:
+        return []
     found = []
     opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
     for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<escaped>\\[{}])|(?P<brace>[{}])", text):
@@ -58,8 +61,8 @@ def boxed(text: str) -> list[str]:
             opened.append((bool(match["box"]), match.end()))
         elif match["brace"] == "}" and opened:
             is_box, start = opened.pop()
-            content = text[start : match.start()].strip()
-            if is_box and 0 < len(content) <= LONGEST_ANSWER:
+            content = text[start : min(match.start(), start + LONGEST_ANSWER + 1)].strip()
+            if is_box and len(content) <= LONGEST_ANSWER and not is_blank(content):
                 found.append(content)
     return found
 
@@ -67,19 +70,21 @@ def boxed(text: str) -> list[str]:
 def after_hashes(text: str) -> list[str]:
     """GSM8K's notation, "#### x"; a heading of a section has no digit."""
     found = re.findall(r"(?<!#)####(?!#)[ \t]*(\S[^\n]{0,200})", text)
-    return [answer for answer in found if re.search(r"\d", answer.split()[0])]
+    return [answer.strip(" *") for answer in found if re.search(r"\d", answer.split()[0])]
 
 
 def after_phrase(text: str) -> list[str]:
     """What follows "the answer is", "answer:" or "answer =", up to the end of the sentence."""
-    end = r"\.\s|\.?\**[ \t]{0,20}$|\n|,\s(?=[a-z]{2})"
-    found = re.findall(rf"answer(?: is|:| =)[\s:*]{{0,20}}(.{{1,200}}?)(?:{end})", text, re.I | re.M)
-    return [answer.strip(" *.") for answer in found]
+    starts = islice(re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I), 100)
+    end = re.compile(r"\.\s|\.?\*{0,9}[ \t]{0,20}$|\n|,\s(?=[a-z]{2})", re.M)
+    pieces = [text[start.end() : start.end() + 240] for start in starts]
+    found = [without_prose(piece[: end.search(piece).start()].lstrip(" *").rstrip(" *.")) for piece in pieces]
+    return [answer for answer in found if answer and len(answer) <= 200]
 
 
 def last_number(text: str) -> list[str]:
     """The last of "42", "-$1,042.50", "3/4"."""
-    return re.findall(r"(?<![\d.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)[-1:]
+    return re.findall(r"(?<![\d.])[-−]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)[-1:]
 
 
 def extract(response: str, last_box: bool = False) -> str | None:
@@ -89,6 +94,7 @@ def extract(response: str, last_box: bool = False) -> str | None:
     student that has not learned to stop continues after its answer and repeats boxes; `last_box` shows the
     effect.
     """
+    response = without_reasoning(response)
     for rule in (boxed, after_hashes, after_phrase, last_number):
         found = rule(response)
         if found and rule is boxed and last_box:
@@ -99,13 +105,12 @@ def extract(response: str, last_box: bool = False) -> str | None:
 
 
 def has_box(response: str) -> bool:
-    return bool(boxed(response))
+    return bool(boxed(without_reasoning(response)))
 
 
 def is_correct(response: str, answer: str) -> bool:
     """Whether the final answer of `response` equals `answer`."""
-    found = extract(response)
-    return found is not None and compare(found, answer) == "right"
+    return one_grader(extract, has_box).verdict(response, answer)["correct"]
 
 
 def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:

@@ -1,8 +1,24 @@
-"""Whether an extracted answer equals the gold answer: by text, by number, then by math-verify.
+r"""Whether an extracted answer equals the gold answer: by text, by exact number, then with math-verify.
 
 `Grader` compares in worker processes (`python support/grading.py`), because no signal interrupts a
 computation in C: a worker that hangs is killed. No torch and no import of this project, so that workers start
-fast.
+fast. Where mathematics does not decide, this table does:
+
+| kind | rule |
+|---|---|
+| units | one that is left out is accepted, on either side; two must be the same; none is converted |
+| percent | 50\% is 50 and 1/2; without a sign, 50 is not 1/2 |
+| decimals | equal an irrational number within 1e-6 of its value, and a fraction exactly |
+| lists, sets | in any order, "or" and "and" are commas; tuples, intervals and matrices in their order |
+| names | in x = 5, f(x) = 2x, x \in (0, 1) the name may be left out, but two names must be the same |
+| choices | the letter decides, as in (B) 12; where one has no letter, the text after it |
+| bases | 101_2 needs its base, and is not converted |
+| a:b | the fraction a/b; longer ratios are compared as text |
+| words | compared as text, upper and lower case alike; so is all that math-verify cannot read whole |
+| gold unreadable | the texts differ, and math-verify cannot read the gold: not correct, and reported |
+| several boxes | the first that is not blank counts; `correct_last` shows the last |
+| reasoning | only what follows the last </think> is graded; an unclosed <think> has no answer |
+| prose | around a single formula or number it is dropped; other prose with numbers is no answer |
 """
 
 import json
@@ -12,108 +28,308 @@ import re
 import subprocess
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import cache, lru_cache
+from itertools import accumulate
 
 LONGEST_ANSWER = 500  # characters of an answer; longer text is not compared
-UNICODE = {"−": "-", "–": "-", "²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34"}
-UNICODE |= {"×": r"\times ", "·": r"\cdot ", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "°": ""}
-UNICODE |= {"≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt "}
-# A number and its unit, "18 dollars", "5 \\text{ cm}^2", "7km"; but "3 pi" and "2 million" are other numbers.
-NO_UNIT = r"pi\b|and\b|or\b|times|dozen|hundred|thousand|[mb]illion"
-WORDS = rf"(?!{NO_UNIT})[A-Za-z]{{2}}[A-Za-z/ ]*"
-IN_TEXT = rf"\\(?:text|mathrm|mbox)\s*\{{[~\s]*((?!{NO_UNIT})[^{{}}\d]*)\}}(?:\^\{{?\d\}}?)?"
-AMOUNT = re.compile(rf"([-+]?[\d.,/]*\d)\s*(?:{IN_TEXT}|(?<=\s)({WORDS})|([ckm]m|kg|ft))")
+LONGEST_RESPONSE = 200_000  # characters of a response; what follows is not searched for an answer
+LOST = ("timed out", "worker died", "failed")  # verdicts about the grader, not about the answer
+
+# Other spellings of the same: signs, then patterns and their replacements.
+SIGNS = {"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "×": r"\times ", "·": r"\cdot "}
+SIGNS |= {"÷": "/", "⁄": "/", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "∪": r"\cup ", "∈": r"\in "}
+SIGNS |= {"≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "≈": r"\approx ", "√": r"\sqrt ", "∛": r"\sqrt[3] "}
+SIGNS |= {"°": r"^\circ ", "∅": r"\emptyset ", "′": "'", "″": "''", "\u00a0": " ", "\u202f": " "}
+SIGNS |= dict.fromkeys("−–‐‑﹣", "-") | {chr(0xFEE0 + i): chr(i) for i in range(33, 127)}  # full width
+SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
+SPELLINGS = (
+    (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: f"^{{{found[0].translate(SMALL)}}}"),
+    (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda found: f"_{{{found[0].translate(SMALL)}}}"),
+    (r"\\(?:left|right|displaystyle|boldsymbol|mathbf|bm|underline)(?![a-z])|(?<!\\)\\[!:;]|\*\*", ""),
+    (r"(?<!\\)\\[, ]|\\q?quad(?![a-z])|~", " "),
+    (r"\\(?:mbox|mathrm|text(?:bf|it|rm|up))(?![a-z])", r"\\text"),
+    (r"\\text\s*(?:\{\s*(\(?\w\)?|[-\d.,\s]*\d)\s*\}|(\w))", r" \1\2"),  # \mathrm e, \text{13}, \textbf{(C)}
+    (r"(?:,\s*)?(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
+    (r"\{,\}", ","),
+    (r"\\(?:[dtcs]|nice)frac(?![a-z])", r"\\frac"),
+    (r"\b[Ii]nfinity\b", r"\\infty "),
+    (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
+    (r"\\sqrt\s*(\[\d\])?\s*(\d+|\((?:[^()]|\([^()]*\))*\))", r"\\sqrt\1{\2}"),
+    (r"\\lg(?![a-z])", r"\\log"),
+    (r"\bC\((\d+),\s*(\d+)\)|\{?(\w+)\s*\\choose\s*(\w+)\}?", r"\\binom{\1\3}{\2\4}"),
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d{1,50})\}?", lambda found: from_repeating(*found.groups())),
+    (r"\\\{\s*[a-z]\s*(?::|\||\\mid)([^{}]*)\\\}", r"\1"),  # {x : x > 1}
+    (r"^\s*\](.*)\[\s*$", r"(\1)"),  # ]0, 1[
+    (r"^\s*\\approx", ""),
+)
+WRAPPED = re.compile(r"\$(.*)\$|\\\[(.*)\\\]|\\\((.*)\\\)|(?:\\text\s*)?\{(.*)\}", re.S)
+NAME = re.compile(  # "x =", "f(x) =", "(x, y) =", "x \in", "m\angle A =", "\text{Area} ="
+    r"(?:^|(?<=,))\s*((?:m?\s*\\angle\s*)?\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))?|\\text\s*\{[^{}]*\}"
+    r"|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
+)
+CHOICE = re.compile(r"(?:option )?(?:\(([a-j])\)|([a-j])(?=[).:]|$))[).:]?\s*((?![-+*/^=_,]).*)", re.I | re.S)
+
+UNITS = """m meter metre, km kilometer kilometre, cm centimeter centimetre, mm millimeter millimetre, yd yard,
+in inch inche, ft foot feet, mi mile, g gram, kg kilogram, mg milligram, lb pound £, oz ounce, l liter litre,
+ml milliliter millilitre, h hr hour, min minute, s sec second, $ usd dollar, ¢ cent, € eur euro, ₹ rupee,
+° circ deg degree, ^2 square sq, ^3 cubic, / per"""
+UNIT_NAMES = {name: names.split()[0] for names in UNITS.split(",") for name in names.split()}
+SHORT_UNITS = r"(?:cm|mm|km|kg|mg|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![A-Za-z])"
+NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
+AMOUNT = re.compile(  # a number or formula, and the unit after it
+    rf"(.*?(?:[\d)}}!%]|\\pi))(\s*(?:'{{1,2}}|\\?\$|[€£₹¢])|\s*\\text\s*\{{(?!{NO_UNIT})[^{{}}\d]*\}}"
+    rf"|\s*\^\s*\{{?\s*\\circ\s*\}}?\s*(?:\\text\s*)?\{{?[CF]?\}}?|{SHORT_UNITS}"
+    rf"|\s+\(?(?!{NO_UNIT})(?:{SHORT_UNITS}|[aApP]\.?[mM]\b|[mghsl]\b|[A-Za-z]{{3,}})[A-Za-z./ ]*\)?)"
+    r"(\^\{?[23]\}?)?",
+    re.S,
+)
+MONEY = re.compile(r"(-?)\s*(\\?\$|[€£₹]|USD)\s*(-?[\d.].*)", re.S)
+
+DECIMAL = r"(?:(?:\d{1,3}(?:[ ,]\d{3})+|\d+)(?:\.\d*)?|\.\d+)"
+POWER = r"10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?"
+TIMES_POWER = rf"\s*(?:\\times|\\cdot|\*)\s*{POWER}|\s*e([-+]?\d{{1,4}})"
+SCIENTIFIC = re.compile(rf"([-+]?{DECIMAL})(?:{TIMES_POWER})?|{POWER}", re.I)
+FRAC = rf"\\frac\s*(?:\{{\s*(-?{DECIMAL})\s*\}}|(\d))\s*(?:\{{\s*(-?{DECIMAL})\s*\}}|(\d))"
+FRACTION = re.compile(
+    rf"([-+]?)\s*(?:(\d+)(?:\s+(?=\d)|\s*(?=\\)))?(?:{FRAC}|({DECIMAL})\s*[/:]\s*({DECIMAL}))"
+)
+# Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
+NOT_MATHEMATICS = re.compile(
+    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
+    r"|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
+)
+BLANK = re.compile(r"(?:\\[hv]?phantom\s*\{[^{}]*\}|\\text\s*\{|\\q?quad|\\[,;: ]|[?_.…~{}\s]|answer)*", re.I)
+
+
+def without_reasoning(response: str) -> str:
+    """What follows the last </think>; nothing if a <think> was not closed."""
+    text = response.rpartition("</think>")[2]
+    return "" if "<think>" in text else text[:LONGEST_RESPONSE]
+
+
+def is_blank(answer: str) -> bool:
+    r"""Whether it only marks where an answer goes: \boxed{?}, \boxed{\phantom{2}}, \boxed{answer}."""
+    return BLANK.fullmatch(answer) is not None
+
+
+def without_prose(sentence: str) -> str | None:
+    """The answer in the rest of a sentence: 12 in "therefore 12", but None in "add 2 and 3"."""
+    if not re.match(r"(?!sqrt|sin|cos|tan|log)[A-Za-z]{3,}[ ,]", sentence):
+        return sentence or None
+    formulas = re.findall(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]", sentence)
+    formulas = formulas or re.findall(r"[-−]?\$?\d[\d,./]*", sentence)
+    if len(formulas) == 1:
+        return formulas[0]
+    return None if formulas or sentence.endswith(":") else sentence
 
 
 def compare(found: str, gold: str) -> str:
-    """'right', 'wrong', or 'gold unreadable' where the texts differ and math-verify cannot read the gold."""
-    if (quick := compare_quickly(found, gold)) is not None:
-        return quick
-    from math_verify import parse, verify
-
-    gold_math = parse(f"${clean(gold)[0]}$", parsing_timeout=2)
-    if all(isinstance(expression, str) for expression in gold_math):
+    """'right', 'wrong' or 'gold unreadable'. It may take forever, and math-verify may raise anything."""
+    verdict, found, gold = compare_quickly(found, gold)
+    if verdict:
+        return verdict
+    gold_read, found_read = read(gold), read(found)
+    if gold_read is None:
         return "gold unreadable"
-    found_math = parse(f"${clean(found)[0]}$", parsing_timeout=2)
-    equal = verify(gold_math, found_math, timeout_seconds=2)  # gold first: verify is not symmetric
-    return "right" if equal else "wrong"
+    return "right" if found_read is not None and equal(gold_read, found_read) else "wrong"
 
 
-def compare_quickly(found: str, gold: str) -> str | None:
-    """By text and by number, which decides most answers in microseconds; None where math-verify is needed."""
-    if len(found) > LONGEST_ANSWER:
-        return "wrong"
-    if without_spaces(found) == without_spaces(gold):
-        return "right"
-    units = clean(found)[1], clean(gold)[1]
-    if all(units) and units[0][0] != units[1][0]:
-        return "wrong"  # 2 hours are not 2 minutes; cm may be spelled out
-    ours, theirs = plain(found), plain(gold)
-    if ours == theirs:
-        return "right"
-    if re.fullmatch(r"[a-j]", theirs) and (choice := re.match(r"\(?([a-j])[).:](?!.*\([a-j]\))", ours)):
-        return "right" if choice[1] == theirs else "wrong"
-    if "_" in theirs and "_" in ours and ours.rpartition("_")[2] != theirs.rpartition("_")[2]:
-        return "wrong"  # 11 in base 2 and in base 3: math-verify drops the base
-    numbers = number(ours), number(theirs)
-    if None in numbers or (numbers[0] != numbers[1] and "%" in found + gold):
+def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
+    """The verdict by text and by number, in microseconds; or None, and the two formulas to compare."""
+    if found.strip() == gold.strip():
+        return "right", found, gold
+    if max(len(found), len(gold)) > LONGEST_ANSWER:
+        return "wrong" if len(gold) <= LONGEST_ANSWER else "gold unreadable", found, gold
+    found, gold = tidy(found), tidy(gold)
+    ours, theirs = CHOICE.fullmatch(found), CHOICE.fullmatch(gold)
+    if ours and theirs and not re.search(r"\([a-j]\)", ours[3] + theirs[3], re.I):
+        same = (ours[1] or ours[2]).lower() == (theirs[1] or theirs[2]).lower()
+        return "right" if same else "wrong", found, gold
+    gold = theirs[3] if theirs and theirs[3] else gold
+    names = NAME.findall(found), NAME.findall(gold)
+    if names[0] == names[1] or not (all(names) or "=" in found and "=" in gold):
+        found, gold = NAME.sub("", found), NAME.sub("", gold)
+    (found, unit), (gold, other_unit) = split_unit(found), split_unit(gold)
+    if unit and other_unit and unit != other_unit:
+        return "wrong", found, gold
+    same = same_number(found, gold)
+    found, gold = found.rstrip("%\\ "), gold.rstrip("%\\ ")
+    if same or squeeze(found) == squeeze(gold):
+        return "right", found, gold
+    set_and_tuple = sorted(text.lstrip("\\")[:1] for text in (found, gold)) == ["(", "{"]
+    if same is False or set_and_tuple or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
+        return "wrong", found, gold
+    return None, found, gold
+
+
+def tidy(text: str) -> str:
+    """One spelling of signs, fonts, spaces and roots, without what surrounds the answer."""
+    text = unwrap("".join(SIGNS.get(sign, sign) for sign in text).replace("\n", " "))
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(pattern, replacement, text)
+    return unwrap(text)
+
+
+def unwrap(text: str) -> str:
+    r"""Without $...$, \[...\], {...} or \text{...} around the whole, and punctuation at its ends."""
+    text = text.lstrip(" =*").rstrip(" .,;*")
+    wrapped = WRAPPED.fullmatch(text)
+    inner = "".join(filter(None, wrapped.groups())) if wrapped else ""
+    depths = accumulate((sign == "{") - (sign == "}") for sign in inner)
+    return unwrap(inner) if inner and min(depths) >= 0 else text
+
+
+def from_repeating(whole: str, once: str, period: str) -> str:
+    r"""0.1\overline{6} -> \frac{15}{90}"""
+    nines = 10 ** len(period) - 1
+    return rf"\frac{{{int(whole + once or 0) * nines + int(period)}}}{{{10 ** len(once) * nines}}}"
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """A number or formula, and its unit or money sign in one spelling: ("5", "cm^2") from "5 square cm"."""
+    unit = ""
+    if money := MONEY.fullmatch(text.strip()):
+        text, unit = money[1] + money[3], money[2]
+    amount = AMOUNT.fullmatch(text)
+    if amount and (r"\circ" not in amount[2] or number(amount[1]) is not None):  # not in \sin 30^\circ
+        text, unit = amount[1], f"{unit} {amount[2]}{amount[3] or ''}"
+    words = re.findall(r"[a-z]+|[$€£₹¢°/']|\d", re.sub(r"\\text|units?\b|\.", "", unit.lower()))
+    names = [UNIT_NAMES.get(word) or UNIT_NAMES.get(word.removesuffix("s"), word) for word in words]
+    names = ["^" + name if name.isdigit() else name for name in names]
+    names.sort(key=lambda name: name[0] == "^")  # square cm is cm^2
+    return text.strip(), "".join(names) if names and names[0][0] != "^" else ""
+
+
+def squeeze(text: str) -> str:
+    r"""Text without spaces (but between two digits), \text and needless braces, in lower case."""
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).lower()
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)|(?<=[a-z])\.", "", text))
+
+
+def same_number(found: str, gold: str) -> bool | None:
+    """Whether two numbers are exactly equal, as fractions or as percentages; None if one is not a number."""
+    ours, theirs = number(found.rstrip("%\\ ")), number(gold.rstrip("%\\ "))
+    if ours is None or theirs is None:
         return None
-    return "right" if numbers[0] == numbers[1] else "wrong"
+    percent = found.endswith("%") - gold.endswith("%")
+    return theirs in (ours, ours / 100**percent if percent >= 0 else ours * 100)
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a decimal, of a/b and of 1.5e3, texts as `plain` leaves them; None for anything else."""
-    if fraction := re.fullmatch(r"(-?)\\frac(\d|\{\d+\})(\d|\{\d+\})", text):
-        sign, above, below = (part.strip("{}") for part in fraction.groups())
-        text = f"{sign}{above}/{below}"
-    if re.fullmatch(
-        r"[+-]?(\d{1,100}(\.\d{0,100})?|\.\d{1,100})(e[+-]?\d{1,3})?|-?\d{1,100}/\d*[1-9]\d*", text
-    ):
-        return Fraction(text)
+    r"""The exact value of 1,234.5, 1.6 \times 10^{5}, 1.6e5, \frac{3}{4}, 3/4, 3:4 and 2 1/3; else None."""
+    if match := SCIENTIFIC.fullmatch(text.strip()):
+        decimal, *powers = match.groups()
+        power = int("".join(filter(None, powers)) or 0)
+        return Fraction(re.sub("[ ,]", "", decimal or "1")) * Fraction(10) ** power
+    if match := FRACTION.fullmatch(text.strip()):
+        sign, whole, *parts = match.groups()
+        above, below = (Fraction(re.sub("[ ,]", "", part)) for part in parts if part)
+        return None if below == 0 else int(sign + "1") * (int(whole or 0) + above / below)
     return None
 
 
-def from_repeating(match: re.Match) -> str:
-    r"""0.1\overline{6} -> \frac{15}{90}"""
-    whole, once, period = match.groups()
-    scale = 10 ** len(once)
-    value = int(whole + once or 0) * (10 ** len(period) - 1) + int(period)
-    return rf"\frac{{{value}}}{{{scale * (10 ** len(period) - 1)}}}"
-
-
-def clean(text: str) -> tuple[str, str]:
-    """Text for math-verify, Unicode signs as LaTeX, no money sign; and apart the unit after a number."""
-    text = unicodedata.normalize("NFKC", "".join(UNICODE.get(sign, sign) for sign in text))
-    text = re.sub(r"\\?\$|[£€]|\\[,!;]|\\(?:left|right)(?![a-z])|\^\s*\{?\\circ\}?", "", text)
-    text = re.sub(r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1 ", text)
-    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = text.replace("{,}", ",").strip().rstrip(".")
-    text = re.sub(r"(\d{0,50})\.(\d{0,50})\\overline\{?(\d{1,50})\}?", from_repeating, text)
-    text = re.sub(r"^(-?\d{1,50}) (\d{1,50})/(\d{1,50})$", r"\1\\frac{\2}{\3}", text)  # 2 1/3
-    unit = ""
-    if amount := AMOUNT.fullmatch(text):
-        text, unit = amount[1], (amount[2] or amount[3] or amount[4] or "").strip().lower()
-    if re.fullmatch(
-        r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text
-    ):  # thousands; in (1,234) the comma parts two numbers
-        text = text.replace(",", "")
-    return text, unit
-
-
 def plain(text: str) -> str:
-    """Text without what never changes an answer: sizes, spaces, text wrappers, percent sign, case."""
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", clean(text)[0])
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = without_spaces(re.sub(r"\\?%|\\ ", "", text))
-    return re.sub(r"\{(\w)\}", r"\1", text).lower().removesuffix(".")
+    """The same text for answers with the same number or the same formula, for a vote."""
+    if len(text) > LONGEST_ANSWER:
+        return text
+    text = split_unit(NAME.sub("", tidy(text)))[0].rstrip("%\\ ")
+    value = number(text)
+    return squeeze(text) if value is None else str(value)
 
 
-def without_spaces(text: str) -> str:
-    """But those between two digits: 2 1/3 is not 21/3."""
-    return re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
+@lru_cache(maxsize=1000)  # golds recur
+def read(text: str):
+    """The sympy object of a formula, or None where latex2sympy cannot read all of it."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from sympy import I, Symbol
+
+    rules = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+    is_complex = re.search(r"(?<![A-Za-z])i(?![A-Za-z])", text) is not None
+    if sum(map(text.count, "([{")) != sum(map(text.count, ")]}")):
+        return None
+    try:
+        formula = latex2sympy(text, is_real=not is_complex, convert_degrees=True, normalization_config=rules)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # its syntax errors have no class of their own
+        return None
+    return formula.subs(Symbol("i", real=False), I) if is_complex else formula
+
+
+def equal(gold, found) -> bool:
+    """Whether two sympy objects are equal: part by part, numbers by value, the rest by math-verify."""
+    import sympy
+    from math_verify import verify
+
+    if isinstance(gold, sympy.Eq) != isinstance(found, sympy.Eq):  # 5 = 2 + 3 and 5, but not x + y = 5 and 5
+        if any(side.lhs.free_symbols for side in (gold, found) if isinstance(side, sympy.Eq)):
+            return False
+        gold, found = (side.rhs if isinstance(side, sympy.Eq) else side for side in (gold, found))
+    gold, found = inequality_as_set(gold), inequality_as_set(found)
+    (kind, parts), (other_kind, others) = parts_of(gold), parts_of(found)
+    if kind and kind == other_kind:
+        if kind == "list":
+            return len(parts) == len(others) and all(any(equal(a, b) for b in others) for a in parts)
+        return len(parts) == len(others) and all(map(equal, parts, others))
+    if isinstance(gold, sympy.Expr) and isinstance(found, sympy.Expr):
+        return equal_values(gold, found)
+    if isinstance(gold, sympy.Expr) or isinstance(found, sympy.Expr):  # and {5} is 5
+        return len(parts + others) == 1 and equal(*(parts or (gold,)), *(others or (found,)))
+    return verify(gold, found, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+
+
+def parts_of(formula) -> tuple:
+    """What kind of list it is, and its parts; (None, ()) if it is none."""
+    import sympy
+
+    if isinstance(formula, sympy.MatrixBase):
+        return "tuple" if 1 in formula.shape else formula.shape, tuple(formula)
+    if isinstance(formula, sympy.Interval):
+        closed = not formula.left_open, not formula.right_open
+        return closed if any(closed) else "tuple", (formula.start, formula.end)
+    kinds = [
+        name
+        for name, kind in (("tuple", sympy.Tuple), ("list", sympy.FiniteSet))
+        if isinstance(formula, kind)
+    ]
+    return (kinds[0], formula.args) if kinds else (None, ())
+
+
+def inequality_as_set(formula):
+    """The set of an inequality in one variable, or of a list of them ("x < 1 or x > 2"); else unchanged."""
+    import sympy
+
+    parts = formula.args if isinstance(formula, sympy.FiniteSet) else (formula,)
+    inequalities = all(
+        isinstance(part, (sympy.Rel, sympy.And)) and not isinstance(part, sympy.Eq) for part in parts
+    )
+    if inequalities and parts and len(formula.free_symbols) == 1:
+        return sympy.Union(*(part.as_set() for part in parts))
+    return formula
+
+
+def equal_values(gold, found) -> bool:
+    """Exactly; if one has a decimal and the other is irrational, within 1e-6 of the value."""
+    import sympy
+
+    tolerance = 1e-6 if gold.has(sympy.Float) or found.has(sympy.Float) else 1e-15
+    gold, found = (sympy.nsimplify(side.doit(), rational=True) for side in (gold, found))
+    if (
+        gold == found
+        or (gold.is_Rational and found.is_Rational)
+        or False in (gold.is_finite, found.is_finite)
+    ):
+        return gold == found
+    if gold.free_symbols or found.free_symbols:
+        point = {
+            x: sympy.Rational(37 + 10 * i, 100) for i, x in enumerate(gold.free_symbols | found.free_symbols)
+        }
+        there = sympy.N((gold - found).subs(point))  # differing there, they need not be simplified
+        return not (there.is_finite and abs(there) > 1e-6) and sympy.simplify(gold - found) == 0
+    return bool(abs(sympy.N(gold - found, 20)) <= tolerance * abs(sympy.N(gold, 20)))
 
 
 class Grader:
@@ -170,10 +386,12 @@ class Grader:
         }
 
     def compare(self, found: str, gold: str) -> str:
-        """`compare` in a worker; 'timed out' or 'worker died' where it gave no verdict."""
-        quick = compare_quickly(found, gold)
-        if quick is not None:
-            return quick
+        """`compare` in a worker, tried once more in case of a failure."""
+        verdict = compare_quickly(found, gold)[0] or self.ask_worker(found, gold)
+        return self.ask_worker(found, gold) if verdict in ("worker died", "failed") else verdict
+
+    def ask_worker(self, found: str, gold: str) -> str:
+        """The verdict of a worker, or one of LOST."""
         worker = self.workers.get() or subprocess.Popen(
             [sys.executable, __file__], stdin=-1, stdout=-1, stderr=-3, text=True, start_new_session=True
         )
@@ -194,6 +412,12 @@ class Grader:
         return "worker died" if in_time else "timed out"
 
 
+@cache
+def one_grader(extract: Callable[..., str | None], has_box: Callable[[str], bool]) -> Grader:
+    """The grader of single answers, which keeps its worker until this process ends."""
+    return Grader(extract, has_box, workers=1)
+
+
 def work() -> None:
     """Read a line [found, gold], write a line with the verdict, within 4 GB of memory."""
     if sys.platform == "linux":
@@ -201,7 +425,11 @@ def work() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     for line in sys.stdin:
-        print(json.dumps(compare(*json.loads(line))), flush=True)
+        try:
+            verdict = compare(*json.loads(line))
+        except Exception:  # whatever goes wrong in math-verify says nothing about the answer
+            verdict = "failed"
+        print(json.dumps(verdict), flush=True)
 
 
 if __name__ == "__main__":

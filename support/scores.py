@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support import data
 from support.cli import BadInput
-from support.grading import Grader, plain
+from support.grading import LOST, Grader, plain
 
 Z = 1.96  # standard errors in half a 95 % interval
 
@@ -52,7 +52,7 @@ def score_answers(records: list[dict]) -> dict | None:
         "p95_length": lengths[math.ceil(0.95 * len(lengths)) - 1],
         "tokens_per_second": sum(lengths) / max(sum(r["seconds"] for r in records), 1e-9),
         "unreadable_gold": sorted({r["gold"] for r in records if r["verdict"] == "gold unreadable"}),
-        "lost": sum(r["verdict"] in ("timed out", "worker died") for r in records),
+        "lost": sum(r["verdict"] in LOST for r in records),
         "samples": (k := len(groups[0])),
     }
     if k > 1:
@@ -145,7 +145,9 @@ def warnings_of(s: dict) -> list[str]:
             f"{len(golds)} gold answers that math-verify cannot parse, compared as text only: {named}"
         )
     if s["lost"]:
-        found.append(f"{s['lost']} answers were lost (the grader timed out or died) and count as wrong")
+        found.append(
+            f"{s['lost']} answers were lost (the grader timed out, died or failed) and count as wrong"
+        )
     return found
 
 

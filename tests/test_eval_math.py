@@ -15,7 +15,7 @@ import eval_math
 from eval_math import boxed, extract, has_box, is_correct
 from rollout import Rollout, rollout
 from support import cli, data
-from support.grading import Grader
+from support.grading import Grader, compare_quickly, plain
 
 ROOT = Path(eval_math.__file__).parent
 
@@ -159,6 +159,24 @@ EXTRACTED = [  # response, its answer
     ("", None),
     (r"\boxed{42", "42"),
     (r"\boxed{" + "x" * 501 + "}", None),
+    # not an answer: go on to the next candidate
+    ("The answer is therefore 14.", "14"),
+    ("The answer is clearly $\\frac{1}{4}$ here.", "$\\frac{1}{4}$"),
+    ("To get the answer: multiply 7 by 2. The product is 14.", "14"),
+    ("The answer is obtained by doubling 7 and adding 0, so 14.", "14"),
+    ("The answer is the product of both:\n7 * 2 = 14", "14"),
+    (r"The answer is \[14\]", r"\[14\]"),
+    ("The answer is:\n$$\n.5\n$$", ".5"),
+    ("#### **14**", "14"),
+    (r"fill \boxed{\phantom{14}} and \boxed{?} and \boxed{\quad}: \boxed{14}", "14"),
+    (r"The form is \boxed{answer}, so \boxed{\text{ }} \boxed{14}", "14"),
+    (r"\boxed{\boldsymbol{14}}", r"\boldsymbol{14}"),
+    # reasoning
+    (r"<think>\boxed{3}? No.</think> So \boxed{14}.", "14"),
+    (r"\boxed{3} <think>a</think> \boxed{4} <think>b</think> 14", "14"),
+    (r"\boxed{3} was the prompt's <think></think> 14", "14"),
+    (r"<think>It is \boxed{14}, or", None),
+    (r"<think>one</think> \boxed{3} <think>It is \boxed{14}", None),
 ]
 HOSTILE = [
     r"\boxed{9^{9^{9^{9}}}}",
@@ -195,10 +213,55 @@ def test_first_box_and_last_box():
 
 
 @pytest.mark.parametrize("response", HOSTILE)
-def test_hostile_text_is_wrong_in_bounded_time(response):
+def test_hostile_text_is_not_right_in_bounded_time(response, monkeypatch):
+    with Grader(extract, has_box, workers=1, seconds=4) as grader:
+        monkeypatch.setattr(eval_math, "one_grader", lambda *rules: grader)
+        started = time.time()
+        assert not is_correct(response, "42")
+        assert time.time() - started < 10
+
+
+ENDLESS = [
+    "answer is ",
+    r"\boxed{",
+    r"\boxed{?}",
+    r"\boxed{5}",
+    "{",
+    "}",
+    "9",
+    "9,",
+    "1.1",
+    "9/",
+    "#### ",
+    "#### 5 ",
+]
+ENDLESS += ["answer is $", "*", "~", " ", "\n", "\\", "−½", "-$", "<think>", "x", "."]
+
+
+@pytest.mark.parametrize("start", ["", "answer is ", "answer is therefore ", r"\boxed{5", "####"])
+def test_a_megabyte_is_searched_in_linear_time(start):
+    """In the main process, where no clock runs: extraction, and the comparison by text and number."""
+    for text in ENDLESS:
+        response = start + text * (1_000_000 // len(text))
+        started = time.time()
+        found, _, _ = extract(response), extract(response, last_box=True), has_box(response)
+        compare_quickly(found or "", "42")
+        assert time.time() - started < 5, text
+
+
+def test_an_overlong_unit_is_read_in_linear_time():
     started = time.time()
-    assert not is_correct(response, "42")
-    assert time.time() - started < 10
+    for text in [
+        "5" + "~" * 20_000 + "cm",
+        "5 " + "ab " * 160,
+        r"\text{" * 80,
+        "{" * 250 + "}" * 250,
+        "x=" * 240,
+    ]:
+        compare_quickly(text, "42")
+        compare_quickly("42", text)
+        plain(text)
+    assert time.time() - started < 5
 
 
 def test_correct_by_three_rules():
