@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from opd import log_probs, token_logp
 from rollout import Rollout, keep_top_p, model_inputs, rollout, sampling_noise
-from support import data, fingerprint, models, run_folder, scores
+from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob, parse, run_main
 from support.grading import LONGEST_ANSWER, Grader, is_blank, one_grader, without_prose, without_reasoning
@@ -287,7 +287,7 @@ def main() -> int | None:
     # A, B, ..., Z, A1, B1, ...
     labels = [f"{chr(65 + i % 26)}{i // 26 or ''}-{Path(name).name}" for i, name in enumerate(knobs.model)]
     with run_folder.exclusive(folder, fresh=not knobs.resume):
-        inputs = fingerprint.inputs({f"problems of {n}": found for n, found in problems.items()}, knobs.model)
+        inputs = run_folder.input_hashes(problems, knobs.model)
         run_folder.check_inputs(folder, inputs)
         records = {}
         for label, name in zip(labels, knobs.model):

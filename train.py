@@ -19,7 +19,7 @@ from eval_math import INSTRUCTION, evaluate
 from opd import DIVERGENCES, Divergence, OutputHead, opd_backward, reverse_kl
 from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
-from support import data, fingerprint, models, report, run_folder, toy
+from support import data, models, report, run_folder, toy
 from support.batch_size import batch_that_fits
 from support.checkpoint import CheckpointedRun
 from support.cli import knob, parse, run_main
@@ -362,7 +362,9 @@ def main() -> int | None:
     longest = max(map(horizon_at, range(knobs.steps)))
     shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
     with run.open(fresh=not knobs.resume, shape=shape):
-        run_folder.write_config(folder, asdict(knobs), device, fingerprint.of_training(knobs, problems, test))
+        run_folder.write_config(
+            folder, asdict(knobs), device, run_folder.training_inputs(knobs, problems, test)
+        )
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade)
         run.save_student()

@@ -6,7 +6,6 @@ Writes results/toy.csv, one row per run, and TOPD's curve, results/toy_topd.png,
 One seed says nothing about which schedule is best: this shows that all four work, and what they cost.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from support.cli import Stopped, run_main
+from support.cli import NoKnobs, Stopped, parse, run_main
 from support.run_folder import append_csv, atomic_rename, read_csv
 
 TOPD = "--schedule topd --horizon 0.1"
@@ -42,7 +41,7 @@ def train_row(flags: str, out: Path) -> dict:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and no other flag
+    parse(NoKnobs, __doc__)
     results = ROOT / "results"
     with tempfile.TemporaryDirectory(dir=results) as folder:
         table = Path(folder, "toy.csv")

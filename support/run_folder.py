@@ -11,6 +11,7 @@ student/        an ordinary Hugging Face folder
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -213,7 +214,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def write_config(folder: Path, knobs: dict, device: torch.device, inputs: dict[str, str]) -> None:
     """Write config.json, and print a line with hardware, dtype and folder.
 
-    `inputs` are those of `fingerprint.inputs`. Raises BadInput if the run was started with others.
+    `inputs` are its `input_hashes`. Raises BadInput if the run was started with others.
     """
     check_inputs(folder, inputs)
     path = folder / "config.json"
@@ -227,6 +228,45 @@ def run_id_of(folder: Path) -> str | None:
     """The random id of the run in `folder`; None if there is none, or if an earlier version wrote it."""
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")).get("run_id") if path.exists() else None
+
+
+def input_hashes(contents: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """A hash of each of `contents`, which JSON can express, and of each model's tokenizer and weights.
+
+    Raises BadInput if a tokenizer or a config cannot be loaded.
+    """
+    found = {what: hash_of_json(content) for what, content in contents.items()}
+    for name in dict.fromkeys(names):
+        tokenizer = models.load_tokenizer(name)
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        found[f"tokenizer of {name}"] = hash_of_json([vocabulary, tokenizer.chat_template])
+        found[f"weights of {name}"] = hash_of_weights(name)
+    return found
+
+
+def training_inputs(knobs, problems: list, test: list) -> dict[str, str]:
+    """Those of a training run, which reads the questions alone of the `problems` that it trains on."""
+    contents = {f"training problems of {knobs.data}": [problem.question for problem in problems]}
+    contents |= {f"held-out problems of {knobs.eval_data or knobs.data}": test}
+    return input_hashes(contents, (knobs.student, knobs.teacher))
+
+
+def hash_of_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def hash_of_weights(name: str) -> str | None:
+    """A hash of config and weights in the folder `name`, or the commit of the hub model `name`."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return models.load(AutoConfig, name)._commit_hash
+    found = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        found.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                found.update(chunk)
+    return found.hexdigest()
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:

@@ -347,7 +347,6 @@ BAD = [  # script, flags, what the line names
     ("report", "{here}/binary", "not a CSV file"),
     ("four_schedules", "--bogus", "--bogus"),
     ("four_schedules", "extra", "extra"),
-    ("four_schedules", "--out={here}/one.jsonl/x", "name another --out"),
     ("compare", "--bogus", "--bogus"),
     ("compare", "--arms=best", "best"),
     ("compare", "--group=none", "none"),
