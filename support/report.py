@@ -1,11 +1,13 @@
-"""What a run shows: an answer with the teacher's gap on each token, a table, and a curve.
+"""What a run shows: an answer with the teacher's gap on each token, a table, what it means, and a curve.
 
 python -m support.report RUN_FOLDER      draws the curve again
 """
 
 import json
+import math
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,13 +34,20 @@ def in_short(row: dict[str, Any]) -> dict[str, Any]:
 def show_rollout(
     folder: Path, bar: tqdm, step: int, tokenizer, rollouts, statistics: dict[str, Tensor]
 ) -> None:
-    """Print the step's first answer with the teacher's gap on each token, and append to positions.csv."""
+    """Print the step's first answer with the teacher's gap on each token.
+
+    Appends it to rollouts.jsonl, and the statistics by position to positions.csv.
+    """
     of_first = statistics["row"] == 0
     place = statistics["position"][of_first]
     gap = (statistics["teacher_logp"] - statistics["student_logp"])[of_first]
     colour = sys.stdout.isatty()
     text = gap_text(tokenizer, rollouts.tokens[0][place], gap, colour)
     bar.write(f"step {step}, log p_teacher - log p_student {'in red' if colour else 'in brackets'}: {text}")
+    record = {"step": step, "prompt": rollouts.prompts[0], "response": rollouts.tokens[0][place].tolist()}
+    record["text"] = gap_text(tokenizer, rollouts.tokens[0][place], gap, colour=False)
+    with (folder / "rollouts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
     length = rollouts.tokens.shape[1]
     names = ("reverse_kl", "student_entropy", "teacher_entropy", "agreement")
     means = {}
@@ -62,7 +71,7 @@ def offending_rows(tokenizer, rollouts, statistics: dict[str, Tensor]) -> dict[s
 
 
 def finish(folder: Path, summary: dict) -> None:
-    """summary.json, curve.png and the table."""
+    """summary.json, curve.png, the table, and what it means."""
     rows = read_csv(folder / "metrics.csv")
     summary |= {"response_tokens": sum(int(row["response_tokens"]) for row in rows), "steps": len(rows)}
     if summary["before"]:
@@ -71,6 +80,11 @@ def finish(folder: Path, summary: dict) -> None:
     write_json(folder / "summary.json", summary)
     draw_curve(folder)
     print(table(summary))
+    print("\n".join(advice(rows, summary)))
+    if (folder / "rollouts.jsonl").exists():
+        shown = data.read_jsonl(folder / "rollouts.jsonl")
+        for step, text in {record["step"]: record["text"] for record in shown[:1] + shown[-1:]}.items():
+            print(f"step {step}, log p_teacher - log p_student in brackets: {text}")
     print(f"curve: {folder / 'curve.png'}, student: {folder / 'student'}")
 
 
@@ -118,12 +132,37 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
+def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
+    """What happened and what to try next, in at most three lines; docs/running.md has the rules."""
+    few = -(-len(rows) // 10)
+    first, last = (fmean(float(row["reverse_kl"]) for row in part) for part in (rows[:few], rows[-few:]))
+    way = "rose: lower --lr, or raise --batch-size" if last > first else "fell"
+    found = [f"The reverse KL of the first and last {few} steps is {first:.3f} and {last:.3f}: it {way}."]
+    before, after, teacher = (summary[name] for name in ("before", "after", "teacher"))
+    if not before:
+        return found
+    low, high = summary["change"]["interval"]
+    if low > 0:
+        found.append("Accuracy rose: the interval of the change is above 0.")
+    elif high < 0:
+        found.append("Accuracy fell: lower --lr, and read the answers in eval_after.jsonl.")
+    else:
+        seen = f"with {before['n']} problems, only changes of about {(high - low) / 2:.0%} can be seen"
+        found.append(f"The change of accuracy is within noise: {seen}; raise --eval-limit.")
+    if teacher["accuracy"] <= before["accuracy"]:
+        found.append("The teacher is not better than the student was: check --instruction and --teacher.")
+    elif after["truncated"] > 0.1:
+        found.append(f"{after['truncated']:.0%} of the answers were cut: raise --max-new-tokens.")
+    return found
+
+
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict]:
     """The rows of a run with numbers for what is drawn, and its summary, if it has one. Raises BadInput."""
     path = folder / "metrics.csv"
     if not path.is_file():
         raise BadInput(f"{folder} has no metrics.csv: name the folder of a run")
-    drawn = {"step": int, "horizon": int, "reverse_kl": float, "response_length": float}
+    drawn = {"step": int, "horizon": int}
+    drawn |= dict.fromkeys(("reverse_kl", "response_length", "truncated"), float)
     summary = {}
     try:
         rows = [row | {name: kind(row[name]) for name, kind in drawn.items()} for row in read_csv(path)]
@@ -137,7 +176,10 @@ def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict]:
 
 
 def draw_curve(folder: Path) -> Path:
-    """curve.png: reverse KL, accuracy and horizon by step. Raises BadInput if there is nothing to draw."""
+    """curve.png: reverse KL, accuracy with 95 % intervals, horizon and length, truncated rollouts, by step.
+
+    Raises BadInput if there is nothing to draw.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
@@ -145,7 +187,7 @@ def draw_curve(folder: Path) -> Path:
 
     rows, summary = read_run(folder)
     steps = [row["step"] for row in rows]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     axes[0].plot(steps, [row["reverse_kl"] for row in rows], color="#0072b2")
     axes[0].set(title="reverse KL, nats per token", ylim=(0, None))
     seen = [(row["step"] + 1, float(row["accuracy"])) for row in rows if row["accuracy"]]
@@ -158,13 +200,17 @@ def draw_curve(folder: Path) -> Path:
             if summary.get(key):
                 axes[1].axhline(summary[key]["accuracy"], color=colour, linestyle=":", label=label)
     if seen:
-        axes[1].plot(*zip(*seen), color="#d55e00", marker="o", label="student")
+        n = summary["before"]["n"] if summary.get("before") else math.inf  # of a stopped run: no intervals
+        half = [1.96 * math.sqrt(p * (1 - p) / n) for _, p in seen]
+        axes[1].errorbar(*zip(*seen), yerr=half, color="#d55e00", marker="o", capsize=3, label="student")
         axes[1].legend(loc="center right")
     axes[1].set(title="held-out accuracy", ylim=(-0.02, 1.02))
     axes[2].step(steps, [row["horizon"] for row in rows], color="#0072b2", label="horizon")
     axes[2].plot(steps, [row["response_length"] for row in rows], color="#cc79a7", label="mean length")
     axes[2].set(title="response tokens", ylim=(0, None))
     axes[2].legend()
+    axes[3].plot(steps, [row["truncated"] for row in rows], color="#000000")
+    axes[3].set(title="fraction of rollouts cut by the horizon", ylim=(-0.02, 1.02))
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 config.json     every setting, hashes of data and models, library versions, git commit, hardware
 metrics.csv     one row per step
 positions.csv   at some steps, the token statistics by position in the response
+rollouts.jsonl  at the same steps, one answer: its ids, and its text with the teacher's gap
 eval_*.jsonl    every answer of an evaluation with its verdict: before, after, teacher, step_N
 summary.json    scores before and after, the teacher's, and the change on the same problems
 curve.png       drawn from metrics.csv
@@ -351,6 +352,11 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
                 atomic_rename(path.with_suffix(".part"), path)
             else:
                 path.unlink()
+    path = folder / "rollouts.jsonl"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        path.write_text("".join(kept), encoding="utf-8")
     for path in folder.glob("eval_step_*.jsonl"):
         if int(path.stem.rpartition("_")[2]) > step:
             path.unlink()

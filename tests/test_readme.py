@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 
 import claims
@@ -156,6 +157,12 @@ def test_benchmark_tables():
     for row in rows_of("bench_logits"):
         cells = [f"{float(row['reverse_kl']):.4f}", f"{float(row['bf16_error']):.1%}"]
         assert "| " + " | ".join(cells) + " |" in RESULTS
+
+
+def test_families():
+    counts = Counter(row["verdict"] for row in rows_of("families"))
+    cells = f"{counts['right']} right, {counts['refused']} refused in one line, {counts['wrong']} wrong"
+    assert f"| {sum(counts.values())} | {cells}; {counts['not built']} could not be made small |" in RESULTS
 
 
 def test_comparisons_are_what_compare_prints():

@@ -56,9 +56,33 @@ def test_table_with_and_without_an_evaluation():
     assert [line.split()[-1] for line in report.table(SUMMARY).splitlines()[1:4]] == ["-"] * 3
 
 
+FELL, ROSE = ([{"reverse_kl": str(x)} for x in xs] for xs in ((3, 2, 1, 0.5), (0.5, 1, 2, 3)))
+BETTER = {"accuracy": 0.8, "se": 0.1, "truncated": 0.0, "n": 20}
+WORSE = BETTER | {"accuracy": 0.2}
+
+
+@pytest.mark.parametrize(
+    "rows, teacher, change, cut, words",
+    [
+        (FELL, BETTER, [0.1, 0.5], 0, ["it fell", "Accuracy rose"]),
+        (ROSE, BETTER, [-0.5, -0.1], 0, ["lower --lr, or raise", "Accuracy fell"]),
+        (FELL, BETTER, [-0.1, 0.3], 0, ["it fell", "with 20 problems, only changes of about 20%"]),
+        (FELL, WORSE, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "teacher is not better"]),
+        (FELL, BETTER, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "50% of the answers were cut"]),
+    ],
+)
+def test_advice(rows, teacher, change, cut, words):
+    after = WORSE | {"truncated": cut}
+    summary = {"before": WORSE, "after": after, "teacher": teacher, "change": {"interval": change}}
+    lines = report.advice(rows, summary)
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines))
+    assert report.advice(rows, dict.fromkeys(("before", "after", "teacher"))) == lines[:1]
+
+
 def test_curve_of_a_run_without_an_evaluation_and_of_no_run(tmp_path):
     """A stopped run has rows and no summary."""
-    columns = {"accuracy": "", "reverse_kl": 0.5, "horizon": 4, "response_length": 3.5}
+    columns = {"accuracy": "", "reverse_kl": 0.5, "horizon": 4, "response_length": 3.5, "truncated": 1.0}
     run_folder.append_csv(tmp_path / "metrics.csv", [{"step": step} | columns for step in range(3)])
     assert report.draw_curve(tmp_path).read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(BadInput, match="no metrics.csv"):
