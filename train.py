@@ -80,6 +80,7 @@ class Knobs:
     resume: str = knob("", "run folder to continue; its settings are used, --steps may grow")
     save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", least=0)
     show_every: int = knob(10, "steps between rollouts shown with the teacher's gap; 0: none", least=0)
+    tracker: str = knob("", "also log there; must be installed", choices=("tensorboard", "wandb"))
     seed: int = knob(0, "of data order and sampling", least=0, most=2**32)
     dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
@@ -362,13 +363,17 @@ def main() -> int | None:
     longest = max(map(horizon_at, range(knobs.steps)))
     shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
     with run.open(fresh=not knobs.resume, shape=shape):
-        run_folder.write_config(
-            folder, asdict(knobs), device, run_folder.training_inputs(knobs, problems, test)
-        )
+        if knobs.tracker:
+            from extras import tracker
+
+            run.track = tracker.start(knobs.tracker, folder, asdict(knobs))
+        hashes = run_folder.training_inputs(knobs, problems, test)
+        run_folder.write_config(folder, asdict(knobs), device, hashes)
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade)
         run.save_student()
         summary |= {"seconds": run.seconds(), "after": grade(pair.student, "after")}
+        run.track(knobs.steps, summary)
         report.finish(folder, summary)
     return 0
 

@@ -78,6 +78,7 @@ class CheckpointedRun(run_folder.Run):
         self.save_every = save_every
         self.step = 0  # steps that are done
         self.run_id: str | None = None
+        self.track: Callable[[int, dict[str, Any]], None] = lambda step, row: None
         self.bar: tqdm | None = None
 
     @contextmanager
@@ -131,6 +132,7 @@ class CheckpointedRun(run_folder.Run):
         row = super().log(rollouts, statistics, **columns)
         self.rows.clear()  # the file keeps them
         run_folder.append_csv(self.folder / "metrics.csv", [row])
+        self.track(self.step, row)
         self.bar.set_postfix(report.in_short(row), refresh=False)
         return row
 

@@ -1,0 +1,49 @@
+"""Trackers, read back with their own readers; without network."""
+
+import sys
+
+import pytest
+
+import train
+from extras import tracker
+from support import run_folder
+from support.cli import BadInput
+
+
+def trained(monkeypatch, folder, name):
+    flags = f"--preset toy --steps 2 --show-every 0 --eval-limit 0 --tracker {name} --out {folder}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    train.main()
+    return run_folder.read_csv(folder / "metrics.csv")
+
+
+def test_tensorboard(world, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = trained(monkeypatch, tmp_path / "run", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for column in ("reverse_kl", "horizon", "response_tokens"):
+        values = [event.value for event in events.Scalars(column)]
+        assert values == pytest.approx([float(row[column]) for row in rows], rel=1e-4)
+    assert events.Scalars("response_tokens")[0].step == 0
+
+
+def test_wandb_offline(world, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trained(monkeypatch, tmp_path / "run", "wandb")
+    files = list((tmp_path / "run" / "wandb").rglob("*.wandb"))
+    assert len(files) == 1 and b"reverse_kl" in files[0].read_bytes()
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="^--tracker wandb is not installed .*: pip install wandb$"):
+        tracker.start("wandb", tmp_path, {})
+
+
+def test_numbers_of_nested_scores():
+    summary = {"before": {"accuracy": 0.5, "warnings": ["x"]}, "teacher": None, "seconds": 3, "step": 7}
+    assert tracker.numbers(summary) == {"before/accuracy": 0.5, "seconds": 3.0}
