@@ -287,7 +287,8 @@ def main() -> int | None:
     # A, B, ..., Z, A1, B1, ...
     labels = [f"{chr(65 + i % 26)}{i // 26 or ''}-{Path(name).name}" for i, name in enumerate(knobs.model)]
     with run_folder.exclusive(folder, fresh=not knobs.resume):
-        inputs = run_folder.input_hashes(problems, knobs.model)
+        contents = {f"problems of {name}": found for name, found in problems.items()}
+        inputs = run_folder.input_hashes(contents, knobs.model)
         run_folder.check_inputs(folder, inputs)
         records = {}
         for label, name in zip(labels, knobs.model):
