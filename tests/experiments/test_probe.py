@@ -86,7 +86,7 @@ def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
     """They were removed at its first row."""
     monkeypatch.setattr(probe_setup, "load", lambda knobs, grader: None)
     monkeypatch.setattr(probe, "draw_probe", lambda path: path.read_text())
-    out = tmp_path / "results" / "decay.csv"
+    out = tmp_path / "results" / "profile.csv"
 
     def finished(setup, knobs):
         yield probe.point("mean", 1, 0.5, (0.4, 0.6), 3)
@@ -96,16 +96,16 @@ def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     argv = [f"--out={out}", "--device=cpu", "--dtype=float32"]
-    monkeypatch.setitem(probe.PROBES, "decay", (finished, probe.DecayKnobs))
-    before = probe.run_probe("decay", argv)
-    monkeypatch.setitem(probe.PROBES, "decay", (stopped, probe.DecayKnobs))
+    monkeypatch.setitem(probe.PROBES, "profile", (finished, probe.ProfileKnobs))
+    before = probe.run_probe("profile", argv)
+    monkeypatch.setitem(probe.PROBES, "profile", (stopped, probe.ProfileKnobs))
     with pytest.raises(KeyboardInterrupt):
-        probe.run_probe("decay", argv)
+        probe.run_probe("profile", argv)
     assert out.read_text() == before
-    assert read_csv(out.with_name("decay_part.csv"))[0]["value"] == "0.7"
-    monkeypatch.setitem(probe.PROBES, "decay", (finished, probe.DecayKnobs))
-    assert probe.run_probe("decay", argv) == before
-    assert [path.name for path in out.parent.iterdir()] == ["decay.csv"]
+    assert read_csv(out.with_name("profile_part.csv"))[0]["value"] == "0.7"
+    monkeypatch.setitem(probe.PROBES, "profile", (finished, probe.ProfileKnobs))
+    assert probe.run_probe("profile", argv) == before
+    assert [path.name for path in out.parent.iterdir()] == ["profile.csv"]
 
 
 def test_swap_where_the_first_token_decides(wrong_student_right_teacher):
