@@ -95,11 +95,9 @@ def gap_text(tokenizer, tokens: Tensor, gap: Tensor, colour: bool, most: int = 1
     Without colour, gaps beyond half a nat follow their token in brackets. After `most` tokens the text is
     cut.
     """
-    pieces, before = [], ""
-    for i, nats in enumerate(gap[:most].tolist()):
-        text = tokenizer.decode(tokens[: i + 1])  # of the whole prefix: a character may span two tokens,
-        text = before if text.endswith("\ufffd") else text  # and is shown with the last of them
-        piece, before = printable(text[len(before) :]), text
+    pieces = []
+    for text, nats in zip(token_texts(tokenizer, tokens[:most]), gap.tolist()):
+        piece = printable(text)
         if colour:
             light = 255 - int(min(max(-nats, 0.0), 3.0) * 60)
             piece = f"\033[38;2;0;0;0;48;2;255;{light};{light}m{piece}\033[0m"
@@ -107,6 +105,22 @@ def gap_text(tokenizer, tokens: Tensor, gap: Tensor, colour: bool, most: int = 1
             piece += f"[{nats:+.1f}]"
         pieces.append(piece)
     return "".join(pieces) + (" ..." if len(gap) > most else "")
+
+
+def token_texts(tokenizer, tokens: Tensor) -> list[str]:
+    """The text that each of (R,) tokens adds to those before it.
+
+    A character may span several tokens: the last of them adds it, the others add an empty text.
+    """
+    texts, start, end = [], 0, 0  # tokens[start:end] is the context: some tokenizers drop a leading space
+    for i in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[start:i])
+        if text.endswith("\ufffd"):  # an incomplete character
+            texts.append("")
+        else:
+            texts.append(text[len(tokenizer.decode(tokens[start:end])) :])
+            start, end = end, i
+    return texts
 
 
 def mean_by_position(values: Tensor, positions: Tensor, length: int) -> Tensor:

@@ -1,0 +1,208 @@
+"""A page that shows a run token by token: one HTML file that needs neither a server nor the network.
+
+    python -m extras.view RUN            writes RUN/view.html; RUN is a finished run
+
+To each of a few held-out problems: the answer of the student before training and of the student after it,
+and with --teacher the teacher's own. All answers to a problem are sampled with the same noise, at the
+temperature of training and at full length, and every token is scored by all three models.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import train
+from eval_math import decode_answers, extract, has_box
+from opd import reverse_kl
+from rollout import Rollout, rollout, sampling_noise
+from schedules import make_schedule
+from support import data, models, run_folder
+from support.cli import BadInput, knob, parse, run_main
+from support.grading import Grader
+from support.report import token_texts
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+TOP = 5  # tokens of each distribution that are shown
+UNITS = {"kl": 1e4, "logp": 1e3, "entropy": 1e3, "p": 1e3}  # the page holds whole numbers of 1 / UNITS
+PICTURES = {chr(i): chr(0x2400 + i) for i in range(32)} | {"\n": "\u21b5\n", "\t": "\u21e5"}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    out: str = knob("", "the file; default: RUN/view.html", group="the page")
+    answers: int = knob(8, "held-out problems", least=1, most=100)
+    data: str = knob("", "file, folder or hub data set instead of the run's held-out problems")
+    teacher: bool = knob(False, "also show the teacher's own answers")
+    device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
+
+
+def visible(text: str) -> str:
+    """`text` with every character that would not show, or that would act on others, as a visible one."""
+    shown = (PICTURES.get(c) or (c if c.isprintable() else f"\u27e8U+{ord(c):04X}\u27e9") for c in text)
+    return "".join(shown)
+
+
+class Texts:
+    """The table of all texts of a page, each stored once."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.index: dict[str, int] = {}
+
+    def add(self, text: str) -> int:
+        return self.index.setdefault(visible(text), len(self.index))
+
+    def add_token(self, token: int) -> int:
+        """A token on its own; one that is no whole character is shown with its id."""
+        text = self.tokenizer.decode([token])
+        return self.add(f"{text} id {token}" if "\ufffd" in text else text)
+
+
+@torch.no_grad()
+def score(pair: train.Pair, rollouts: Rollout, temperature: float = 1.0) -> dict[str, Tensor]:
+    """What `train.score` returns of each token, (N,) each, and the most likely tokens of both models.
+
+    `student_ids`, `student_p`, `teacher_ids` and `teacher_p` are (N, TOP), the most likely first.
+    """
+    parts: dict[str, list[Tensor]] = {"student_ids": [], "student_p": [], "teacher_ids": [], "teacher_p": []}
+
+    def recorded(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
+        for name, logp in (("student", student_logp), ("teacher", teacher_logp)):
+            values, ids = logp.topk(min(TOP, logp.shape[-1]))
+            parts[f"{name}_ids"].append(ids)
+            parts[f"{name}_p"].append(values.exp())
+        return reverse_kl(student_logp, teacher_logp, tokens)
+
+    _, statistics = train.score(pair, rollouts, divergence=recorded, temperature=temperature)
+    return statistics | {name: torch.cat(part) for name, part in parts.items()}
+
+
+def whole(values: Tensor, unit: float) -> list[int]:
+    return (values.double() * unit).round().long().flatten().tolist()
+
+
+def answer(texts: Texts, writer: str, rollouts: Rollout, row: int, scores: dict[str, dict]) -> dict[str, Any]:
+    """One answer as the page reads it; `scores` holds what `score` returns with each of the two students."""
+    tokens = rollouts.tokens[row][rollouts.response_mask[row]]
+    found: dict[str, Any] = {"writer": writer, "finished": bool(rollouts.finished[row])}
+    found["tokens"] = [texts.add(text) for text in token_texts(texts.tokenizer, tokens)]
+    found |= {name: {} for name in (*UNITS, "ids")}
+    for model, name, role in (
+        ("before", "before", "student"),
+        ("after", "after", "student"),
+        ("teacher", "after", "teacher"),
+    ):
+        of_row = scores[name]["row"] == row
+        values = {key: value[of_row] for key, value in scores[name].items()}
+        if role == "student":
+            found["kl"][model] = whole(values["reverse_kl"], UNITS["kl"])
+        for key in ("logp", "entropy", "p"):
+            found[key][model] = whole(values[f"{role}_{key}"], UNITS[key])
+        found["ids"][model] = [texts.add_token(token) for token in values[f"{role}_ids"].flatten().tolist()]
+    return found
+
+
+def problems_with_answers(
+    pairs: dict[str, train.Pair], problems: list[data.Problem], run: train.Knobs, with_teacher: bool
+) -> dict[str, Any]:
+    """All problems with their answers, and the table of texts that they refer to."""
+    before = pairs["before"]
+    prompts = data.render(before.tokenizer, problems, run.instruction, run.system_prompt)
+    models.check_context([before.student, before.teacher], prompts, run.max_new_tokens)
+    noise = sampling_noise([(run.seed, "view", i) for i in range(len(problems))], run.max_new_tokens)
+    writers = {name: pair.student for name, pair in pairs.items()}
+    writers |= {"teacher": before.teacher} if with_teacher else {}
+    texts = Texts(before.tokenizer)
+    shown: list[dict[str, Any]] = []
+    for problem in problems:
+        gold = visible(problem.answer or "")
+        shown.append({"question": visible(problem.question), "gold": gold, "answers": []})
+    for writer, model in writers.items():
+        rollouts = rollout(
+            model, prompts, run.max_new_tokens, before.eos_ids, noise, run.temperature, before.vocab_size
+        )
+        scores = {name: score(pair, rollouts, run.temperature) for name, pair in pairs.items()}
+        responses = [decoded["response"] for decoded in decode_answers(rollouts, before.tokenizer)]
+        with Grader(extract, has_box) as grader:
+            for row, (problem, response) in enumerate(zip(problems, responses)):
+                found = answer(texts, writer, rollouts, row, scores)
+                if problem.answer is not None:
+                    found["verdict"] = grader.verdict(response, problem.answer)["verdict"]
+                shown[row]["answers"].append(found)
+    return {"texts": list(texts.index), "problems": shown}
+
+
+def page(content: dict[str, Any]) -> str:
+    """The template with `content` in it as JSON, in which no "<" can end the script element."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    before, after = TEMPLATE.read_text(encoding="utf-8").split("{{data}}")
+    return before + text + after
+
+
+def write(text: str, out: Path) -> None:
+    """Write a file that replaces an older one only when it is complete. Raises BadInput."""
+    part = out.with_name(out.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        run_folder.atomic_rename(part, out)
+    except OSError as error:
+        raise BadInput(f"cannot write {out} ({error}): name another file with --out") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
+    """The flags, the run's settings, and its folder. Raises BadInput."""
+    named = bool(argv) and not argv[0].startswith("-")
+    knobs = Knobs(**parse(Knobs, __doc__, argv[named:]))
+    if not named:
+        raise BadInput("no run is named: python -m extras.view RUN, with flags after it")
+    folder = Path(argv[0])
+    run = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(folder)}))
+    if not (folder / "student").is_dir():
+        what = f"{folder} has no student, because the run has not finished"
+        raise BadInput(f"{what}: continue it with python train.py --resume {folder}")
+    if not (knobs.data or run.eval_limit):
+        raise BadInput(f"{folder} held out no problems (--eval-limit 0): name some with --data")
+    return dataclasses.replace(knobs, out=knobs.out or str(folder / "view.html")), run, folder
+
+
+def load_pairs(run: train.Knobs, folder: Path, device: torch.device) -> dict[str, train.Pair]:
+    """The student before and after the run, both with the same teacher."""
+    names = {"before": run.student, "after": str(folder / "student")}
+    before, after = (train.load_pair(name, run.teacher, run.dtype, device) for name in names.values())
+    after = dataclasses.replace(after, teacher=before.teacher, teacher_head=before.teacher_head)
+    return {"before": before, "after": after}
+
+
+def main() -> None:
+    knobs, run, folder = settings(sys.argv[1:])
+    out = Path(knobs.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise BadInput(f"--out {out} is a folder, or in a folder that does not exist: name a file")
+    device = models.find_device(knobs.device)
+    layout = data.Layout(run.question_column, run.answer_column, run.skip_bad_rows)
+    if knobs.data:
+        problems = data.read_problems(knobs.data, "test", need_answers=False)
+    else:
+        _, problems = data.train_and_test(run.data, run.eval_data, run.eval_limit, run.seed, layout)
+    horizon_at = make_schedule(
+        run.schedule, run.max_new_tokens, run.steps, run.horizon, run.popd_growth, run.popd_interval
+    )
+    pairs = load_pairs(run, folder, device)
+    facts = {"run": folder.resolve().name, "horizon": horizon_at(0), "top": TOP, "units": UNITS}
+    for name in ("student", "teacher", "schedule", "steps", "max_new_tokens", "temperature"):
+        facts[name] = getattr(run, name)
+    content = problems_with_answers(pairs, problems[: knobs.answers], run, knobs.teacher)
+    write(page({"facts": facts} | content), out)
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    run_main(main)
