@@ -27,6 +27,25 @@ def test_gap_text_escapes_what_a_terminal_would_obey():
     tokens = torch.tensor(list("\x1b[2Jé\r\n".encode()))
     text = report.gap_text(Bytes(), tokens, torch.zeros(len(tokens)), colour=False)
     assert text == r"\x1b[2Jé\x0d" + "\n"
+class Pieces:
+    """A tokenizer that drops the space before the first token, as SentencePiece does."""
+
+    def decode(self, tokens):
+        return "".join((" a", " b", "c")[i] for i in tokens).removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    "tokenizer, tokens, texts",
+    [
+        (Bytes(), "é!".encode(), ["", "é", "!"]),
+        (Bytes(), "a😀b".encode(), ["a", "", "", "", "😀", "b"]),
+        (Bytes(), "a😀".encode()[:3], ["a", "", ""]),  # cut by the horizon
+        (Pieces(), [0, 1, 2, 1], ["a", " b", "c", " b"]),
+        (Bytes(), b"", []),
+    ],
+)
+def test_the_text_that_each_token_adds(tokenizer, tokens, texts):
+    assert report.token_texts(tokenizer, torch.tensor(list(tokens), dtype=torch.long)) == texts
 
 
 def test_gap_text_is_redder_the_lower_the_teachers_probability_and_is_cut():
