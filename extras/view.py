@@ -30,7 +30,7 @@ from support.report import token_texts
 TEMPLATE = Path(__file__).with_suffix(".html")
 TOP = 5  # tokens of each distribution that are shown
 UNITS = {"kl": 1e4, "logp": 1e3, "entropy": 1e3, "p": 1e3}  # the page holds whole numbers of 1 / UNITS
-PICTURES = {chr(i): chr(0x2400 + i) for i in range(32)} | {"\n": "\u21b5\n", "\t": "\u21e5"}
+SIGNS = {"\n": "\u21b5\n", "\t": "\u21e5"}
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ class Knobs:
 
 
 def visible(text: str) -> str:
-    """`text` with every character that would not show, or that would act on others, as a visible one."""
-    shown = (PICTURES.get(c) or (c if c.isprintable() else f"\u27e8U+{ord(c):04X}\u27e9") for c in text)
-    return "".join(shown)
+    """`text` with each character that would not show, or would act on others, replaced by a visible one."""
+    return "".join(SIGNS.get(c) or (c if c.isprintable() else f"\u27e8U+{ord(c):04X}\u27e9") for c in text)
 
 
 class Texts:

@@ -109,7 +109,7 @@ def test_the_numbers_are_those_of_train_score_and_of_the_models(run, tmp_path, m
     "text, shown",
     [
         ("a\nb", "a↵\nb"),
-        ("\t\r\x00\x1b", "⇥␍␀␛"),
+        ("\t\r\x00", "⇥⟨U+000D⟩⟨U+0000⟩"),
         ("\x7f\u202e\u200b\ud800", "⟨U+007F⟩⟨U+202E⟩⟨U+200B⟩⟨U+D800⟩"),
         (" <b> & é 😀\\n", " <b> & é 😀\\n"),
     ],
