@@ -31,7 +31,7 @@ class Shape:
     @classmethod
     def of(cls, config, item: int) -> "Shape":
         """Raises BadInput for a model without attention, or whose layers differ in these numbers."""
-        c = config.get_text_config()
+        c = config.get_text_config(decoder=True)
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
         optional = ("intermediate_size", "head_dim", "num_key_value_heads")
         try:

@@ -78,7 +78,7 @@ def check_architecture(model) -> None:
     """Raises BadInput if the model is not a text-only causal LM: a stack of attention layers and a head."""
     name = type(model).__name__
     config = model.config
-    if config.get_text_config() is not config:
+    if config.get_text_config(decoder=True) is not config:
         raise BadInput(f"{name} is not a text-only causal LM: name a model without image or audio parts")
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder is model:
@@ -209,7 +209,7 @@ def shared_vocabulary(student: str, teacher: str, student_tokenizer, teacher_tok
             f"({len(student_entries ^ teacher_entries)} entries differ): "
             "a teacher scores token ids, so choose one of the student's family"
         )
-    sizes = [load(AutoConfig, name).get_text_config().vocab_size for name in (student, teacher)]
+    sizes = [load(AutoConfig, name).get_text_config(decoder=True).vocab_size for name in (student, teacher)]
     if sizes[0] != sizes[1]:
         print(f"vocabularies of {sizes[0]} and {sizes[1]} rows, one tokenizer: using the first {min(sizes)}")
     return min(sizes)
@@ -245,7 +245,7 @@ def end_of_turn(tokenizer) -> int | None:
 
 def context_length(model) -> int:
     """The longest sequence that the model has positions for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
 
 
 def check_context(models: list, prompts: list[list[int]], max_new_tokens: int) -> None:

@@ -27,6 +27,8 @@ def test_gap_text_escapes_what_a_terminal_would_obey():
     tokens = torch.tensor(list("\x1b[2Jé\r\n".encode()))
     text = report.gap_text(Bytes(), tokens, torch.zeros(len(tokens)), colour=False)
     assert text == r"\x1b[2Jé\x0d" + "\n"
+
+
 class Pieces:
     """A tokenizer that drops the space before the first token, as SentencePiece does."""
 
