@@ -20,7 +20,10 @@ from support.cli import BadInput, NoKnobs, parse, run_main
 
 
 def linear(step: int, steps: int, budget: int, start: int, growth: int, interval: int) -> int:
-    """The horizon in tokens at `step`: the formula of all four schedules. With growth 0, H = H0."""
+    """The horizon in tokens at `step`, from 0 to steps - 1: the formula of all four schedules.
+
+    With growth 0, that of schedules that do not grow, H = H0.
+    """
     return min(budget, start + growth * (step // interval))
 
 

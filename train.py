@@ -189,7 +189,8 @@ def score(
             teacher_temperature=teacher_temperature,
         )
         loss += part_loss.item()
-        statistics.append(part | {"row": row.new_tensor(rows)[row], "position": position})
+        row_of_step = row.new_tensor(rows)[row]  # (N,) rows of all rollouts, not of the micro-batch
+        statistics.append(part | {"row": row_of_step, "position": position})
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
 
 
@@ -241,7 +242,7 @@ def train(
                 teacher_temperature=teacher_temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if step == 0 and sampler is rollout:
+            if step == 0 and sampler is rollout:  # is the sampled distribution the one in the loss?
                 sampled = rollouts.logp[statistics["row"], statistics["position"]]
                 models.check_sampler(pair.student, sampled, statistics["student_logp"])
 

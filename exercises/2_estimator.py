@@ -6,8 +6,8 @@ estimate the *gradient* of the reverse KL to the teacher q, which is
     sum_v (log p(v) - log q(v)) grad p(v) = average over y from p of (log p(y) - log q(y)) grad log p(y)
 
 because grad p = p grad log p (the other terms of the derivative sum to zero). The loss -A log p(y) has this
-if the teacher likes y more than the student does: y then becomes likelier. The loss's value means nothing.
-if the teacher likes y more than the student does: then y becomes more likely. The loss's value means nothing.
+gradient on average, with the advantage A = log q(y) - log p(y) detached: a number, positive if the teacher
+likes y more than the student does; y then becomes more likely. The loss's value means nothing.
 The real one is `opd.sampled_reverse_kl`; in reinforcement learning it is called a policy gradient.
 """
 

@@ -84,7 +84,8 @@ class Names:
 
     def __call__(self, token: int) -> str:
         text = self.tokenizer.decode([int(token)])
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).strip() or repr(text)
+        text = text.replace(" ", "\u2423")  # an open box: "step" and " step" are two tokens
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     def top(self, logp: Tensor, k: int) -> str:
         values, ids = logp.exp().topk(k)
@@ -108,35 +109,39 @@ def answer_table(names: Names, tokens: Tensor, student: Tensor, teacher: Tensor,
 
 def token_table(names: Names, student: Tensor, teacher: Tensor, top: int) -> str:
     """The terms of one token's reverse KL and the gradients, for the `top` tokens with the largest terms."""
-    p, q = student.exp(), teacher.exp()
-    rows = {"p": p, "q": q, "p (log p - log q)": p * (student - teacher)} | gradients(student, teacher)
-    chosen = rows["p (log p - log q)"].abs().topk(top).indices.tolist()
+    terms = student.exp() * (student - teacher)
+    rows = {"p": student.exp(), "log p": student, "log q": teacher, "p (log p - log q)": terms}
+    rows |= gradients(student, teacher)
+    chosen = terms.abs().topk(top).indices.tolist()
     width = max(map(len, rows))
     head = [names(token)[:11] for token in chosen] + ["others", "sum"]
     lines = [" " * width + "".join(f"{name:>12}" for name in head)]
     for name, values in rows.items():
         cells = [values[token].item() for token in chosen]
-        total = values.sum().item()
-        cells += [total - sum(cells), total]
-        lines.append(f"{name:{width}}" + "".join(f"{cell:12.5f}" for cell in cells))
+        if not name.startswith("log"):  # a sum of logarithms says nothing
+            total = values.sum().item()
+            cells += [total - sum(cells), total]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:12.6f}" for cell in cells))
     return "\n".join(lines)
 
 
 CHECK = """
-To check by hand: in each column of the table multiply p by log(p / q), the natural logarithm. The sum of the
-products is the reverse KL, {kl:.5f} nats. The gradient of a logit is its own product minus p times that sum:
-for {name!r} {term:.5f} - {p:.5f} * {kl:.5f} = {gradient:.5f}. It is {sign}, so the update {moves} this logit.
-Where p is almost 1, the gradient is almost 0, however large the KL is: the student never samples what the
-teacher would prefer. k1 = log p(y) - log q(y) has the right value, but its gradient is zero on average: as a
-loss it teaches nothing. The gradient of k3 is p - q, that of the forward KL: another objective."""
+To check by hand, for token {number}: in each column but the last two multiply p by (log p - log q). These
+products, those of the other tokens included, sum to the reverse KL, {kl:.6f} nats. The gradient of a logit is
+its own product minus p times that sum: for {name!r} {term:.6f} - {p:.6f} * {kl:.6f} = {gradient:.6f}.
+It is {sign}, so the update {moves} this logit. Where p is almost 1, the gradient is almost 0, however large
+the KL is: the student never samples what the teacher would prefer. It changes when an earlier token does.
+k1 = log p(y) - log q(y) has the right value, but its gradient is zero on average: as a loss it teaches
+nothing. The gradient of k3 is p - q, that of the forward KL: another objective."""
 
 
-def hand_check(names: Names, student: Tensor, teacher: Tensor) -> str:
+def hand_check(names: Names, student: Tensor, teacher: Tensor, number: int) -> str:
     terms = student.exp() * (student - teacher)
     token = int(terms.abs().argmax())
     kl, p = terms.sum().item(), student[token].exp().item()
     gradient = terms[token].item() - p * kl
     return CHECK.format(
+        number=number,
         kl=kl,
         name=names(token),
         term=terms[token].item(),
@@ -177,12 +182,13 @@ def main() -> None:
     )
     print(answer_table(names, tokens, student, teacher, knobs.top))
     print(f"\nThe loss is the mean of the reverse KL over the tokens: {kl.mean():.5f} nats.")
-    worst = int(kl.argmax())
-    print(
-        f"\nToken {worst + 1}, {names(tokens[worst])!r}, in terms of the vocabulary; gradients of the logits:"
-    )
-    print(token_table(names, student[worst], teacher[worst], knobs.top))
-    print(hand_check(names, student[worst], teacher[worst]))
+    gradient = (student.exp() * (student - teacher - kl[:, None])).norm(dim=-1)  # of each token's logits
+    by_gradient = gradient.argsort(descending=True).tolist()
+    for i in (by_gradient[0], int(kl.argmax())) if by_gradient[0] != int(kl.argmax()) else by_gradient[:1]:
+        size = f"a reverse KL of {kl[i]:.3f} nats and a gradient of norm {gradient[i]:.4f}"
+        print(f"\nToken {i + 1}, {names(tokens[i])!r}, has {size}. By terms of the vocabulary:")
+        print(token_table(names, student[i], teacher[i], knobs.top))
+    print(hand_check(names, student[by_gradient[0]], teacher[by_gradient[0]], by_gradient[0] + 1))
 
     update(pair, rollouts, knobs.lr)
     student, teacher = log_probs_of(pair, rollouts)

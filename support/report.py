@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from support import data
 from support.cli import BadInput, printable, run_main
-from support.run_folder import append_csv, atomic_rename, read_csv, write_json
+from support.run_folder import PLACES, append_csv, atomic_rename, read_csv, write_json
 from support.scores import difference, format_difference
 
 
@@ -49,7 +49,7 @@ def show_rollout(
     with (folder / "rollouts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     length = rollouts.tokens.shape[1]
-    names = ("reverse_kl", "student_entropy", "teacher_entropy", "agreement")
+    names = [name for name in statistics if name not in PLACES]
     means = {}
     for name in names:
         means[name] = mean_by_position(statistics[name], statistics["position"], length).tolist()
@@ -83,8 +83,8 @@ def finish(folder: Path, summary: dict) -> None:
     print("\n".join(advice(rows, summary)))
     if (folder / "rollouts.jsonl").exists():
         shown = data.read_jsonl(folder / "rollouts.jsonl")
-        for step, text in {record["step"]: record["text"] for record in shown[:1] + shown[-1:]}.items():
-            print(f"step {step}, log p_teacher - log p_student in brackets: {text}")
+        for record in (shown[0], shown[-1]) if len(shown) > 1 else ():
+            print(f"step {record['step']}, log p_teacher - log p_student in brackets: {record['text']}")
     print(f"curve: {folder / 'curve.png'}, student: {folder / 'student'}")
 
 
@@ -131,32 +131,36 @@ def mean_by_position(values: Tensor, positions: Tensor, length: int) -> Tensor:
 
 def table(summary: dict) -> str:
     """Three rows: student before, student after, teacher; and what it cost."""
+    tokens, minutes = summary["response_tokens"], summary["seconds"] / 60
+    cost = f"{tokens:,} tokens sampled in {summary['steps']} steps, {minutes:.1f} minutes"
+    if not summary["before"]:
+        return cost
     lines = [f"{'':16}{'accuracy':>10}{'+- se':>8}{'truncated':>11}{'length':>8}{'n':>6}"]
     for name, key in (("student before", "before"), ("student after", "after"), ("teacher", "teacher")):
         s = summary[key]
-        if s is None:
-            lines.append(f"{name:16}{'-':>10}")
-        else:
-            row = f"{name:16}{s['accuracy']:>10.1%}{s['se']:>8.1%}{s['truncated']:>11.1%}"
-            lines.append(row + f"{s['mean_length']:>8.0f}{s['n']:>6}")
+        row = f"{name:16}{s['accuracy']:>10.1%}{s['se']:>8.1%}{s['truncated']:>11.1%}"
+        lines.append(row + f"{s['mean_length']:>8.0f}{s['n']:>6}")
     if "change" in summary:
         lines.append(f"change          {format_difference(summary['change'])}")
-    tokens, minutes = summary["response_tokens"], summary["seconds"] / 60
-    lines.append(f"{tokens:,} tokens sampled in {summary['steps']} steps, {minutes:.1f} minutes")
-    return "\n".join(lines)
+    return "\n".join([*lines, cost])
 
 
 def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
     """What happened and what to try next, in at most three lines; docs/running.md has the rules."""
     few = -(-len(rows) // 10)
     first, last = (fmean(float(row["reverse_kl"]) for row in part) for part in (rows[:few], rows[-few:]))
-    way = "rose: lower --lr, or raise --batch-size" if last > first else "fell"
-    found = [f"The reverse KL of the first and last {few} steps is {first:.3f} and {last:.3f}: it {way}."]
+    found = [f"The reverse KL of the first and last {few} steps is {first:.3f} and {last:.3f} nats a token"]
+    if rows[0]["horizon"] != rows[-1]["horizon"]:
+        found[0] += ", of other tokens, as the horizon changed: positions.csv has it by position."
+    else:
+        found[0] += ": it rose; lower --lr, or raise --batch-size." if last > first else ": it fell."
     before, after, teacher = (summary[name] for name in ("before", "after", "teacher"))
     if not before:
         return found
     low, high = summary["change"]["interval"]
-    if low > 0:
+    if low == high:
+        found.append(f"No verdict changed on {before['n']} problems: raise --eval-limit, or train longer.")
+    elif low > 0:
         found.append("Accuracy rose: the interval of the change is above 0.")
     elif high < 0:
         found.append("Accuracy fell: lower --lr, and read the answers in eval_after.jsonl.")
