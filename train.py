@@ -60,6 +60,7 @@ class Knobs:
     batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
+    sampler: str = knob("plain", "of training; continuous: transformers'", choices=("plain", "continuous"))
     lr: float = knob(5e-6, "peak learning rate", least=0)
     warmup: float = knob(0.1, "fraction of the steps; the learning rate rises in them", least=0, most=1)
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
@@ -206,13 +207,17 @@ def train(
     knobs: Knobs,
     run: run_folder.Run,
     grade: Callable[[object, str], dict] | None = None,  # (model, name) -> held-out scores
-    sampler: Callable[..., Rollout] = rollout,  # another source of rollouts with the same arguments
+    sampler: Callable[..., Rollout] | None = None,  # rollouts of any source; default: knobs.sampler
     loss_mask: Callable[[int, Rollout], Tensor] | None = None,  # (B, R) bool; default: all response tokens
     divergence: Divergence | None = None,  # default: knobs.divergence
     teacher_temperature: float | None = None,
 ) -> None:
     """The training loop; `run` is what surrounds it. The last four arguments are for experiments."""
     divergence = DIVERGENCES[knobs.divergence] if divergence is None else divergence
+    students_own = sampler is None  # it records the log-probabilities that the student scores
+    sampler = rollout if students_own else sampler
+    if students_own and knobs.sampler == "continuous":
+        from extras.continuous import continuous_rollout as sampler
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
 
@@ -242,7 +247,7 @@ def train(
                 teacher_temperature=teacher_temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if step == 0 and sampler is rollout:  # is the sampled distribution the one in the loss?
+            if step == 0 and students_own:
                 sampled = rollouts.logp[statistics["row"], statistics["position"]]
                 models.check_sampler(pair.student, sampled, statistics["student_logp"])
 
