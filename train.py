@@ -249,7 +249,7 @@ def train(
             )
             if step == 0 and students_own:
                 sampled = rollouts.logp[statistics["row"], statistics["position"]]
-                models.check_sampler(pair.student, sampled, statistics["student_logp"])
+                models.check_sampler(pair.student, sampled, statistics["student_logp"], knobs.sampler)
 
         # 3. One AdamW step. A non-finite loss or gradient ends the run before the weights move.
         with run.timed("update_s"):

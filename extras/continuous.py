@@ -21,7 +21,7 @@ from support.models import first_line
 from support.run_folder import is_out_of_memory
 
 PAGE = 256  # tokens of a row in one page of the cache
-MOST_TOKENS = 8192  # in one pass, the engine's own default
+MOST_TOKENS = 2048  # in one pass: without flash attention, its mask has as many rows, of the cache's length
 MOST_ROWS = 1024
 
 
@@ -79,7 +79,7 @@ def sampling_config(model, eos_ids: set[int], temperature: float, vocab_size: in
 
 def engine_config(model, prompts: list[list[int]], horizon: int, seed: int) -> ContinuousBatchingConfig:
     """A cache in which every row fits at its full length; by default it is 0.8 to 0.9 of the free memory."""
-    pages = [math.ceil((len(prompt) + horizon) / PAGE) + 1 for prompt in prompts]
+    pages = [math.ceil((len(prompt) + horizon) / PAGE) + 1 for prompt in prompts]  # one to spare
     return ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=sum(pages),

@@ -176,7 +176,7 @@ def check_head(model, hidden_states: Callable, head: Callable[[Tensor], Tensor])
 SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
-def check_sampler(model, sampled: Tensor, scored: Tensor) -> None:
+def check_sampler(model, sampled: Tensor, scored: Tensor, sampler: str = "plain") -> None:
     """Compare the log-probabilities recorded while sampling with those of one pass over the text, (N,) each.
 
     They are the same numbers, unless cache, padding or positions are wrong, or the model is random. Raises
@@ -187,7 +187,8 @@ def check_sampler(model, sampled: Tensor, scored: Tensor) -> None:
     if gap.mean() > SAMPLER_TOLERANCE[model.dtype]:
         what = f"{type(model).__name__} samples from another distribution than a pass over the text gives"
         size = f"log-probabilities differ by {gap.mean():.2g} nats on average, by {gap.max():.2g} at most"
-        raise BadInput(f"{what}, {size}: name another model")
+        remedy = "name another model" if sampler == "plain" else f"drop --sampler {sampler}"
+        raise BadInput(f"{what}, {size}: {remedy}")
 
 
 def check_finite(model, logp: Tensor, questions: list[str]) -> None:
