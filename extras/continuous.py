@@ -22,7 +22,6 @@ from support.run_folder import is_out_of_memory
 
 PAGE = 256  # tokens of a row in one page of the cache
 MOST_TOKENS = 2048  # in one pass: without flash attention, its mask has as many rows, of the cache's length
-MOST_ROWS = 1024
 
 
 @torch.no_grad()
@@ -48,9 +47,9 @@ def continuous_rollout(
         say_slow()
     noise = torch.rand(len(prompts), horizon) if noise is None else noise
     seed = random.Random(noise.cpu().numpy().tobytes()).getrandbits(32)
-    sampling = sampling_config(model, eos_ids, temperature, vocab_size)
+    sampling = sampling_config(model, horizon, eos_ids, temperature, vocab_size)
     with torch.random.fork_rng():  # the engine seeds the global generators
-        outputs = generate(model, prompts, horizon, sampling, engine_config(model, prompts, horizon, seed))
+        outputs = generate(model, prompts, sampling, engine_config(model, prompts, horizon, seed))
     tokens = pad_sequence([torch.tensor(output.generated_tokens) for output in outputs], batch_first=True)
     logp = pad_sequence([torch.tensor(output.logprobs) for output in outputs], batch_first=True)
     lengths = torch.tensor([len(output.generated_tokens) for output in outputs])
@@ -64,7 +63,9 @@ def say_slow() -> None:
     print("--sampler continuous is made for GPUs: on a CPU it is slower than plain", flush=True)
 
 
-def sampling_config(model, eos_ids: set[int], temperature: float, vocab_size: int | None) -> GenerationConfig:
+def sampling_config(
+    model, horizon: int, eos_ids: set[int], temperature: float, vocab_size: int | None
+) -> GenerationConfig:
     """The distribution of `rollout.rollout`; the checkpoint's own config is not used."""
     rows = model.get_output_embeddings().weight.shape[0]
     return GenerationConfig(
@@ -72,6 +73,7 @@ def sampling_config(model, eos_ids: set[int], temperature: float, vocab_size: in
         temperature=temperature or 1.0,
         top_k=0,
         top_p=1.0,
+        max_new_tokens=horizon,
         eos_token_id=sorted(eos_ids),
         suppress_tokens=list(range(vocab_size or rows, rows)) or None,
     )
@@ -83,8 +85,6 @@ def engine_config(model, prompts: list[list[int]], horizon: int, seed: int) -> C
     return ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=sum(pages),
-        max_blocks_per_request=max(pages) + max(pages) % 2,  # even, as the engine's own
-        max_requests_per_batch=min(MOST_ROWS, len(prompts)),
         max_batch_tokens=min(MOST_TOKENS, sum(map(len, prompts))),
         safety_margin=0.0,  # so no row has to wait for room
         return_logprobs=True,
@@ -93,13 +93,7 @@ def engine_config(model, prompts: list[list[int]], horizon: int, seed: int) -> C
     )
 
 
-def generate(
-    model,
-    prompts: list[list[int]],
-    horizon: int,
-    sampling: GenerationConfig,
-    engine: ContinuousBatchingConfig,
-) -> list:
+def generate(model, prompts: list, sampling: GenerationConfig, engine: ContinuousBatchingConfig) -> list:
     """A GenerationOutput for each prompt, in their order. Raises BadInput if the engine fails.
 
     `model.generate_batch` is not used: it starts the engine's thread first and adds the rows then, so which
@@ -111,7 +105,7 @@ def generate(
         manager = model.init_continuous_batching(sampling, engine)
     except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a family's own kind
         raise refusal(model, first_line(error)) from error
-    names = manager.add_requests(prompts, max_new_tokens=horizon)
+    names = manager.add_requests(prompts)
     outputs = {}
     gc.freeze()  # the engine collects garbage twice: a second each if it searches all objects of the program
     try:

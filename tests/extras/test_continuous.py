@@ -238,7 +238,7 @@ def test_out_of_memory_is_not_the_familys_fault(error):
 def test_the_cache_is_as_large_as_the_rows_need():
     config = continuous.engine_config(tiny(), [[5] * 300, [5]], 100, seed=0)
     assert config.num_blocks == (2 + 1) + (1 + 1)
-    assert config.max_requests_per_batch == 2 and config.max_batch_tokens == 301
+    assert config.max_batch_tokens == 301
 
 
 def test_a_run(world, tmp_path, monkeypatch, capsys):
@@ -264,9 +264,11 @@ def test_another_distribution_is_refused_before_the_first_update(dtype, wrong, m
         train.train(pair, train.adamw(pair, knobs), PROMPTS, lambda step: 9, knobs, run)
 
     step()
-    monkeypatch.setattr(
-        continuous, "sampling_config", lambda model, ends, _, size: right(model, ends, wrong, size)
-    )
+
+    def changed(model, horizon, ends, temperature, size):
+        return right(model, horizon, ends, wrong, size)
+
+    monkeypatch.setattr(continuous, "sampling_config", changed)
     match = "samples from another distribution .*: drop --sampler continuous$"
     with pytest.raises(BadInput, match=match):
         step()
