@@ -43,6 +43,8 @@ def continuous_rollout(
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        raise refusal(model, "its paged attention ignores attn_logit_softcapping")
     if model.device.type == "cpu":
         say_slow()
     noise = torch.rand(len(prompts), horizon) if noise is None else noise

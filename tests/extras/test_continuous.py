@@ -34,7 +34,12 @@ SIZES = {
 FAMILIES = {
     "Qwen2": {},
     "Llama": {},
-    "Gemma2": {"head_dim": 4, "sliding_window": 5, "final_logit_softcapping": 2.0},
+    "Gemma2": {
+        "head_dim": 4,
+        "sliding_window": 5,
+        "final_logit_softcapping": 2.0,
+        "attn_logit_softcapping": None,  # with one it is refused, see below
+    },
     "SmolLM3": {"no_rope_layers": [1, 0]},
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [8, 4], [9, 10, 11, 12], [5, 6, 7, 8, 9, 10, 11], [0]]
@@ -81,7 +86,7 @@ def test_greedy_is_generates_greedy(family):
         options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": sorted(ends)}
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert written(ro)[row] == out[0, len(prompt) :].tolist()
-    assert largest_gap(model, ro) < 1e-3
+    assert largest_gap(model, ro) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -89,7 +94,7 @@ def test_greedy_is_generates_greedy(family):
 def test_sampled_logp_is_that_of_a_pass_over_the_text(family, temperature):
     model = build(family)
     ro = continuous_rollout(model, PROMPTS, 12, {END}, NOISE, temperature=temperature)
-    assert largest_gap(model, ro, temperature) < 1e-3
+    assert largest_gap(model, ro, temperature) < 1e-4
     assert ro.response_mask.shape == ro.tokens.shape == ro.logp.shape and ro.logp.dtype == torch.float32
     assert (ro.tokens[~ro.response_mask] == 0).all() and (ro.logp[~ro.response_mask] == 0).all()
 
@@ -210,7 +215,8 @@ def of_class(name, **settings):
     return model(model.config_class(**(SIZES | settings))).eval()
 
 
-REFUSED = {  # the first at once, the others when they run
+REFUSED = {  # the first two at once, the others when they run
+    "Gemma2ForCausalLM": lambda: of_class("Gemma2ForCausalLM", head_dim=4),  # log-probabilities would be off
     "MambaForCausalLM": lambda: of_class("MambaForCausalLM"),
     "GPT2LMHeadModel": lambda: of_class("GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=4),
     "OPTForCausalLM": lambda: of_class("OPTForCausalLM", ffn_dim=32, word_embed_proj_dim=16),
