@@ -60,7 +60,7 @@ class Knobs:
     batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
-    sampler: str = knob("plain", "of training; continuous: transformers'", choices=("plain", "continuous"))
+    sampler: str = knob("plain", "of rollouts in training", choices=("plain", "continuous"))
     lr: float = knob(5e-6, "peak learning rate", least=0)
     warmup: float = knob(0.1, "fraction of the steps; the learning rate rises in them", least=0, most=1)
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
@@ -247,7 +247,7 @@ def train(
                 teacher_temperature=teacher_temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if step == 0 and students_own:
+            if step == 0 and students_own:  # is the sampled distribution the one in the loss?
                 sampled = rollouts.logp[statistics["row"], statistics["position"]]
                 models.check_sampler(pair.student, sampled, statistics["student_logp"], knobs.sampler)
 
