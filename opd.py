@@ -130,7 +130,7 @@ class OutputHead:
     bias: Tensor | None
     scale: float  # a constant factor of the logits
     softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
-    vocab_size: int  # V, the ids that student and teacher share
+    vocab_size: int  # V, the ids that student and teacher share; the model's own if they share none
 
     @classmethod
     def of(cls, model, vocab_size: int) -> "OutputHead":
@@ -144,7 +144,7 @@ class OutputHead:
             bias=getattr(linear, "bias", None),
             scale=scale,
             softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=vocab_size,
+            vocab_size=min(vocab_size, len(linear.weight)),
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:

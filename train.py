@@ -46,7 +46,7 @@ class Knobs:
     )
     world: str = knob("opening", "the toy preset's world", choices=toy.WORLDS)
     student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
-    teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "hub name or folder; same tokenizer as the student's")
+    teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "another tokenizer needs --divergence sampled")
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
     eval_data: str = knob("", "held-out problems; default: test split of --data, or part of a single file")
     question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
@@ -103,7 +103,7 @@ class Pair:
     student_head: OutputHead
     teacher_head: OutputHead
     tokenizer: object
-    vocab_size: int  # ids that both models score
+    vocab_size: int  # ids that both models score; with two tokenizers those of the larger vocabulary
     eos_ids: set[int]  # ids that end a response
 
     @torch.no_grad()
@@ -211,8 +211,9 @@ def train(
     loss_mask: Callable[[int, Rollout], Tensor] | None = None,  # (B, R) bool; default: all response tokens
     divergence: Divergence | None = None,  # default: knobs.divergence
     teacher_temperature: float | None = None,
+    scorer: Callable[..., tuple[float, dict[str, Tensor]]] = score,
 ) -> None:
-    """The training loop; `run` is what surrounds it. The last four arguments are for experiments."""
+    """The training loop; `run` is what surrounds it. The last five are for experiments and extras."""
     divergence = DIVERGENCES[knobs.divergence] if divergence is None else divergence
     students_own = sampler is None  # it records the log-probabilities that the student scores
     sampler = rollout if students_own else sampler
@@ -238,7 +239,7 @@ def train(
 
         # 2. The teacher scores every token; gradients accumulate in the student's fp32 masters.
         with run.timed("score_s"):
-            loss, statistics = score(
+            loss, statistics = scorer(
                 pair,
                 rollouts,
                 loss_mask=loss_mask(step, rollouts) if loss_mask else None,
@@ -280,11 +281,12 @@ def load_pair(
     device: torch.device,
     checkpointing: bool = False,
     low_memory: bool = False,
+    differ: bool = False,  # whether their tokenizers may differ
 ) -> Pair:
     """Load both models. Raises BadInput if one cannot be loaded, or if their tokenizers differ."""
     tokenizer = models.load_tokenizer(student_name)
     teacher_tokenizer = models.load_tokenizer(teacher_name)
-    vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer)
+    vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer, differ)
     dtype = getattr(torch, dtype_name)
     if device.type == "cpu" and dtype == torch.bfloat16:
         print(
@@ -301,7 +303,7 @@ def load_pair(
     if checkpointing:
         models.enable_checkpointing(student)
     # The teacher may end its answers with an id that the student's list lacks; the student learns to use it.
-    eos_ids = models.eos_ids(tokenizer, student, teacher)
+    eos_ids = models.eos_ids(tokenizer, student, *([] if differ else [teacher]))
     student.generation_config.eos_token_id = sorted(eos_ids)
     return make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
 
@@ -337,14 +339,22 @@ def main() -> int | None:
 
         print(memory.dry_run(knobs, problems, max(map(horizon_at, range(knobs.steps))), device))
         return None
-    pair = load_pair(knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory)
+    names = knobs.student, knobs.teacher
+    differ = models.tokenizers_differ(*names, knobs.divergence)
+    pair = load_pair(*names, knobs.dtype, device, knobs.checkpointing, knobs.low_memory, differ)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
+    scorer = score
+    reads = dict.fromkeys((pair.student, pair.teacher), (pair.tokenizer, test_prompts, test, pair.eos_ids))
+    if differ:
+        from extras.other_tokenizer import prepare
+
+        scorer, reads[pair.teacher] = prepare(pair, hidden_states, prompts, problems, test, knobs)
     if knobs.horizon == "auto":
         from extras import profile_horizon
 
-        knobs = replace(knobs, horizon=profile_horizon.choose(score, pair, prompts, knobs))
+        knobs = replace(knobs, horizon=profile_horizon.choose(scorer, pair, prompts, knobs))
         horizon_at = schedule(horizon=knobs.horizon)
 
     def grade(model, name: str) -> dict | None:
@@ -352,13 +362,10 @@ def main() -> int | None:
             return None
         records = evaluate(
             model,
-            pair.tokenizer,
-            test_prompts,
-            test,
-            pair.eos_ids,
+            *reads[model],  # tokenizer, prompts, problems, ends
             path=folder / f"eval_{name}.jsonl",
             max_new_tokens=knobs.max_new_tokens,
-            batch_size=batch_that_fits(model, test_prompts, knobs.max_new_tokens, knobs.eval_batch),
+            batch_size=batch_that_fits(model, reads[model][1], knobs.max_new_tokens, knobs.eval_batch),
             seed=knobs.seed,
             temperature=knobs.eval_temperature,
         )
@@ -376,7 +383,7 @@ def main() -> int | None:
         hashes = run_folder.training_inputs(knobs, problems, test)
         run_folder.write_config(folder, asdict(knobs), device, hashes)
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        train(pair, optimizer, prompts, horizon_at, knobs, run, grade)
+        train(pair, optimizer, prompts, horizon_at, knobs, run, grade, scorer=scorer)
         run.save_student()
         summary |= {"seconds": run.seconds(), "after": grade(pair.student, "after")}
         run.track(knobs.steps, summary)

@@ -200,8 +200,24 @@ def check_finite(model, logp: Tensor, questions: list[str]) -> None:
         raise BadInput(f"{what}: raise --temperature, use --dtype float32, or repair the weights")
 
 
-def shared_vocabulary(student: str, teacher: str, student_tokenizer, teacher_tokenizer) -> int:
-    """The number of ids that both models score. Raises BadInput if an id means different tokens to them."""
+def tokenizers_differ(student: str, teacher: str, divergence: str) -> bool:
+    """Whether an id means different tokens to the two. Raises BadInput if so, unless for `sampled`."""
+    entries = [set(load_tokenizer(name).get_vocab().items()) for name in (student, teacher)]
+    if entries[0] != entries[1] and divergence != "sampled":
+        what = f"{student} and {teacher} have different tokenizers, and {divergence} needs one vocabulary"
+        raise BadInput(f"{what}: add --divergence sampled, or name a teacher of the student's family")
+    return entries[0] != entries[1]
+
+
+def shared_vocabulary(
+    student: str, teacher: str, student_tokenizer, teacher_tokenizer, differ: bool = False
+) -> int:
+    """The number of ids that both models score; if they may `differ`, the size of the larger vocabulary.
+
+    Raises BadInput if an id means different tokens to them and they may not.
+    """
+    if differ:
+        return max(load(AutoConfig, name).get_text_config().vocab_size for name in (student, teacher))
     if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         student_entries = set(student_tokenizer.get_vocab().items())
         teacher_entries = set(teacher_tokenizer.get_vocab().items())
