@@ -218,22 +218,22 @@ def log_q(model, prompt, tokens):
 
 
 def test_with_a_student_of_bytes_the_gradient_is_that_of_the_reverse_kl_of_texts(small_probe):
-    """Student {a, b, end}, teacher {a, b, ab, end}, at most three tokens: all 15 responses, weighted.
+    """Student {a, b, 2 ends}, teacher {a, b, ab, 2 ends}, up to three tokens: all 22 responses, weighted.
 
     The teacher's probability that a text begins with s is that of all its tokenizations that cover s, which
-    are the tokenizer's own. The ends of the teacher are two.
+    are the tokenizer's own.
     """
-    student, teacher = tiny(0, vocab_size=3), tiny(1, vocab_size=5, eos_token_id=4)
-    pair = train.make_pair(student, teacher.requires_grad_(False), None, 5, {2}, torch.float32)
+    student, teacher = tiny(0, vocab_size=4), tiny(1, vocab_size=5, eos_token_id=4)
+    pair = train.make_pair(student, teacher.requires_grad_(False), None, 5, {2, 3}, torch.float32)
     prompt, ends = [1, 0], [3, 4]
     score = scorer_of(SMALL, LARGE, [prompt], ends)
     encode = Vocabulary(LARGE).encode
-    responses = [(*s, 2) for n in range(3) for s in product((0, 1), repeat=n)]
+    responses = [(*s, end) for end in (2, 3) for n in range(3) for s in product((0, 1), repeat=n)]
     responses += list(product((0, 1), repeat=3))
     total, mass = 0, 0.0
     for response in responses:
         tokens = torch.tensor([response])
-        finished = torch.tensor([response[-1] == 2])
+        finished = torch.tensor([response[-1] > 1])
         rollouts = Rollout([prompt], tokens, torch.ones_like(tokens, dtype=torch.bool), None, finished)
         _, statistics, grad = gradient(pair, score, rollouts)
         p = statistics["student_logp"].sum().exp().item()
@@ -261,6 +261,7 @@ def test_with_a_student_of_bytes_the_gradient_is_that_of_the_reverse_kl_of_texts
             text = "".join("ab"[t] for t in before)
             reached, logp = log_q(student, prompt, [*before])
             target = torch.stack([begins(text + "a"), begins(text + "b"), begins(text, ended=True)])
+            logp = torch.cat([logp[:2], logp[2:].logsumexp(0, keepdim=True)])
             kl = (logp.exp() * (logp - (target - begins(text)))).sum()
             loss += reached.exp().detach() * kl
     for master in pair.masters.values():
