@@ -10,13 +10,18 @@ where I holds the token z_{j+1} if it ends at o, and each token that begins with
 spelling of it, if the student's token a ends where z_j does. The student's spelling of a token is the
 student's token of the same bytes, else its tokenization of them. Where I is empty, the student's token is
 joined with the next one. A chunk of tokens from o to o' has the advantage A = F(o') - F(o) - log p(chunk),
-detached, and the loss is the mean of -A log p(y) over the tokens. With equal tokenizers this is
-`opd.sampled_reverse_kl`, with a student whose tokens are bytes the gradient is that of the reverse KL to the
-teacher's law of texts, if the teacher's tokenization of a text does not depend on what follows it.
+detached, and the loss is the mean of -A log p(y) over the scored tokens. All ends of a side are one event.
 
-Otherwise it is biased: z depends on the whole text, so a boundary can tell the teacher what comes next, and
-the probability that the teacher gives to other tokenizations of a text is lost. All ends of one side count as
-the same event. A test enumerates small vocabularies, with the size of the bias.
+What holds: with equal tokenizers, and one end, this is `opd.sampled_reverse_kl`. With a student whose tokens
+are bytes, the gradient is that of the reverse KL to the teacher's law of texts, if the teacher's tokens up to
+a place do not depend on what follows the next one. Otherwise it is biased: z depends on the whole text, so a
+boundary can tell the teacher what comes next, and other tokenizations of the text are left out. The largest
+expected gradient of a logit where both models have the same law of texts, which should be 0, by enumeration
+for a teacher with the tokens {a, b, ab}:
+
+    student                 {a, b}   {a, b, ba}   {a, b, bb}
+    this                         0         0.18         0.11
+    common boundaries alone   0.09         0.20         0.14
 """
 
 import json
