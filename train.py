@@ -339,18 +339,21 @@ def main() -> int | None:
 
         print(memory.dry_run(knobs, problems, max(map(horizon_at, range(knobs.steps))), device))
         return None
-    names = knobs.student, knobs.teacher
-    differ = models.tokenizers_differ(*names, knobs.divergence)
-    pair = load_pair(*names, knobs.dtype, device, knobs.checkpointing, knobs.low_memory, differ)
+    differ = models.tokenizers_differ(knobs.student, knobs.teacher, knobs.divergence)
+    pair = load_pair(
+        knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory, differ
+    )
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
     scorer = score
-    reads = dict.fromkeys((pair.student, pair.teacher), (pair.tokenizer, test_prompts, test, pair.eos_ids))
+    # What each model is evaluated with: tokenizer, prompts, problems, ids that end an answer.
+    own = (pair.tokenizer, test_prompts, test, pair.eos_ids)
+    evaluated_with = {pair.student: own, pair.teacher: own}
     if differ:
         from extras.other_tokenizer import prepare
 
-        scorer, reads[pair.teacher] = prepare(pair, hidden_states, prompts, problems, test, knobs)
+        scorer, evaluated_with[pair.teacher] = prepare(pair, hidden_states, prompts, problems, test, knobs)
     if knobs.horizon == "auto":
         from extras import profile_horizon
 
@@ -360,12 +363,16 @@ def main() -> int | None:
     def grade(model, name: str) -> dict | None:
         if not test:
             return None
+        tokenizer, texts, held_out, eos_ids = evaluated_with[model]
         records = evaluate(
             model,
-            *reads[model],  # tokenizer, prompts, problems, ends
+            tokenizer,
+            texts,
+            held_out,
+            eos_ids,
             path=folder / f"eval_{name}.jsonl",
             max_new_tokens=knobs.max_new_tokens,
-            batch_size=batch_that_fits(model, reads[model][1], knobs.max_new_tokens, knobs.eval_batch),
+            batch_size=batch_that_fits(model, texts, knobs.max_new_tokens, knobs.eval_batch),
             seed=knobs.seed,
             temperature=knobs.eval_temperature,
         )
