@@ -1,0 +1,387 @@
+"""When is truncation safe? Horizons against the place in an answer where student and teacher part.
+
+    python experiments/phase.py             learning rates, then 5 seeds of every cell; twice for two cores
+    python experiments/phase.py --report    table and figure of the existing rows
+
+The world is the toy's with a place q. At q = 0 it is `opening`: the first words of an answer announce
+whether it will be correct. At q = 1 it is `closing`: the words before the result do. Between, the words of
+`closing` stand after the fraction q of the countdown, and a wrong answer is one too high from there on. A
+seed redraws problems, student, teacher and training. Learning rates are chosen on a seed of their own: for
+each arm the one with the highest mean accuracy over SWEEP_Q.
+
+A row of the CSV is an untrained model or a finished run, scored on held-out problems after its last step;
+runs whose rows exist are not repeated. The row of an untrained student has two places in tokens:
+`announced`, how many precede those words, and `auto`, the horizon that `--horizon auto` suggests.
+"""
+
+import hashlib
+import math
+import statistics
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest.mock import patch
+
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import compare
+from claims import MIN_SEEDS, NO, OPEN, YES, Interval, interval, verdict
+from figures import VERMILION, plt, save
+
+import train
+from extras import profile_horizon
+from schedules import make_schedule
+from support import run_folder, toy
+from support.cli import BadInput, knob, parse, run_main
+from support.scores import score_answers
+
+HORIZONS = (0.05, 0.1, 0.25, 0.5)
+ARMS = {"full": ("full", None)} | {f"topd-{h}": ("topd", h) for h in HORIZONS} | {"popd": ("popd", None)}
+RATES = (3e-4, 1e-3, 3e-3)
+SWEEP_SEED = 100
+CACHE = ROOT / ".cache" / "phase"
+SWEEP_Q = (0.0, 0.5, 1.0)
+KEPT = 0.5  # of full's gain; as in claims.py, where truncation fails by keeping less than half
+
+Row = dict[str, str]
+Key = tuple[float, int, str, str]  # q, seed, arm, learning rate
+
+
+@dataclass(frozen=True)
+class Knobs:
+    q: tuple[str, ...] = knob(
+        ("0", "0.5", "1", "0.25", "0.75"), "places, in the order of the runs; may be repeated"
+    )
+    seeds: int = knob(5, "worlds of each place", least=1)
+    steps: int = knob(10, "of training; few, so that full is short of its ceiling", least=2)
+    problems: int = knob(100, "held-out, sampled once at temperature 1", least=2, most=100)
+    csv: str = knob(str(ROOT / "results" / "phase.csv"), "results; the figure is written next to it")
+    report: bool = knob(False, "train nothing: table and figure of the rows in the CSV")
+
+    def places(self) -> list[float]:
+        try:
+            places = [float(q) for q in self.q]
+        except ValueError as error:
+            raise BadInput(f"--q {' '.join(self.q)}: {error}; give numbers from 0 to 1") from error
+        if not all(0 <= q <= 1 for q in places):
+            raise BadInput(f"--q {' '.join(self.q)} is not from 0 to 1: give fractions of the countdown")
+        return places
+
+    def settings(self) -> dict[str, object]:
+        """The columns in which all rows agree."""
+        names = ("steps", "problems")
+        shared = {name: toy.PRESET[name] for name in ("max_new_tokens", "batch_size")}
+        return {name: getattr(self, name) for name in names} | shared
+
+
+# The world.
+
+
+def answer(start: int, add: int, times: int, q: float, correct: bool) -> tuple[str, int]:
+    """Text and result of a correct or a wrong answer; they part after the fraction q of the countdown."""
+    if q == 0:
+        return toy.answer(start, add, times, "opening", correct)
+    place = round(q * times)
+    slip = 0 if correct else 1
+    sums = [(start + add * i + slip * (i > place)) % 10 for i in range(1, times + 1)]
+    steps = [f"{toy.word(times - i)}{total}" for i, total in enumerate(sums, 1)]
+    steps.insert(place, toy.KEEP if correct else toy.SLIP)
+    result = (start + add * times + slip) % 10
+    return f"work: {' '.join(steps)} \\boxed{{{result}}}", result
+
+
+def build(q: float, seed: int) -> Path:
+    """The folder of the world, built if it does not exist, by toy.py with the answers of this file."""
+    if q == 0:
+        return toy.build("opening", toy.Recipe(seed), CACHE)
+
+    def of_place(start: int, add: int, times: int, world: str, correct: bool) -> tuple[str, int]:
+        return answer(start, add, times, q, correct)
+
+    texts = [answer(3, 4, times, q, correct)[0] for times in (51, 56) for correct in (True, False)]
+    key = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]  # toy.py adds one of all the rest
+    with patch.object(toy, "answer", of_place):
+        return toy.build(key, toy.Recipe(seed), CACHE)
+
+
+def load(q: float, seed: int, knobs: Knobs) -> tuple[compare.Setup, compare.Knobs]:
+    """Models and problems of the world, and train.py's settings for it."""
+    folder = build(q, seed)
+    names = {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": str(folder)}
+    ours = {"steps": knobs.steps, "eval_limit": knobs.problems, "seed": seed, "device": "cpu"}
+    settings = compare.Knobs(**toy.PRESET | names | ours | {"eval_every": 0})
+    return compare.load(settings), settings
+
+
+def places_in_tokens(setup: compare.Setup, settings: compare.Knobs, q: float) -> dict[str, float]:
+    """Where the announcement starts, on average, and the horizon that `--horizon auto` suggests."""
+    encode = setup.pair.tokenizer.encode
+    starts = []
+    for problem in toy.all_problems(toy.Recipe(settings.seed))[:100]:
+        right, wrong = (encode(answer(*problem, q, correct)[0]) for correct in (True, False))
+        starts.append(next(i for i, (a, b) in enumerate(zip(right, wrong)) if a != b))
+    size = {"max_new_tokens": settings.max_new_tokens, "micro_batch": settings.micro_batch}
+    tokens = profile_horizon.measure(train.score, setup.pair, setup.prompts, seed=settings.seed, **size)
+    auto = profile_horizon.horizon_of_profile(tokens["reverse_kl"], tokens["position"])
+    return {"announced": statistics.fmean(starts), "auto": auto}
+
+
+# The runs.
+
+
+def run_once(setup: compare.Setup, settings: compare.Knobs, arm: str) -> dict[str, float]:
+    """Train the student as the arm says, or only score the student or the teacher."""
+    tokens = 0
+    if arm in ARMS:
+        schedule, horizon = ARMS[arm]
+        horizon_at = make_schedule(schedule, settings.max_new_tokens, settings.steps, horizon)
+        run = run_folder.Run(setup.pair.student.device)
+        train.train(setup.pair, train.adamw(setup.pair, settings), setup.prompts, horizon_at, settings, run)
+        tokens = sum(row["response_tokens"] for row in run.rows)
+    model = setup.pair.teacher if arm == "teacher" else setup.pair.student
+    records = setup.answers(model, settings.eval_temperature, settings)
+    return {"response_tokens": tokens, "accuracy": score_answers(records)["accuracy"]}
+
+
+def run_world(q: float, seed: int, wanted: list[tuple[str, str]], knobs: Knobs, path: Path) -> None:
+    """Make the missing rows of a world: `wanted` are pairs of an arm and its learning rate, as text."""
+    done = read(path, knobs)
+    missing = [(arm, lr) for arm, lr in wanted if (q, seed, arm, lr) not in done]
+    if not missing:
+        return
+    setup, settings = load(q, seed, knobs)
+    start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
+    for arm, lr in missing:
+        for name, weight in setup.pair.masters.items():
+            weight.data.copy_(start[name])
+        places = places_in_tokens(setup, settings, q) if arm == "student" else {"announced": "", "auto": ""}
+        result = run_once(setup, replace(settings, lr=float(lr or 0)), arm)
+        with FileLock(path.with_suffix(".lock")):
+            row = {"q": q, "seed": seed, "arm": arm, "lr": lr} | result | places | knobs.settings()
+            run_folder.append_csv(path, [row])
+        print(f"q {q:g}, seed {seed}, {arm} {lr}: {result['accuracy']:.0%}", flush=True)
+
+
+def run_all(knobs: Knobs, path: Path) -> None:
+    """The learning rates, then the cells; of several processes each takes the worlds that are free."""
+    ends = [("student", ""), ("teacher", "")]
+    sweep = ends + [(arm, f"{lr:g}") for arm in ARMS for lr in RATES]
+    run_worlds([(q, SWEEP_SEED) for q in SWEEP_Q], lambda: sweep, knobs, path)
+    worlds = [(q, seed) for q in knobs.places() for seed in range(knobs.seeds)]
+    run_worlds(worlds, lambda: ends + list(chosen_rates(read(path, knobs)).items()), knobs, path)
+
+
+def run_worlds(worlds: list[tuple[float, int]], wanted: Callable, knobs: Knobs, path: Path) -> None:
+    """First the worlds that no other process is at; then, once they are free, what the others lack."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for timeout in (0, -1):
+        for q, seed in worlds:
+            try:
+                with FileLock(CACHE / f"{q:g}-{seed}.lock", timeout=timeout):
+                    run_world(q, seed, wanted(), knobs, path)
+            except Timeout:
+                continue
+
+
+# What the rows show.
+
+
+def read(path: Path, knobs: Knobs) -> dict[Key, Row]:
+    """The rows by place, seed, arm and learning rate. Raises BadInput for other settings, or a row twice."""
+    found: dict[Key, Row] = {}
+    settings = {name: str(value) for name, value in knobs.settings().items()}
+    for number, row in enumerate(run_folder.read_csv(path) if path.exists() else [], 2):
+        where = f"{path} line {number}"
+        if None in row or None in row.values():
+            raise BadInput(f"{where} is not a complete row: remove that line")
+        differing = [
+            f"{name} {row.get(name)}, not {settings[name]}"
+            for name in settings
+            if row.get(name) != settings[name]
+        ]
+        if differing:
+            raise BadInput(f"{where} has {'; '.join(differing)}: use its settings, or another --csv")
+        key = (float(row["q"]), int(row["seed"]), row["arm"], row["lr"])
+        if key in found:
+            raise BadInput(f"{where} repeats {key}: remove one of the two")
+        found[key] = row
+    return found
+
+
+def chosen_rates(rows: dict[Key, Row]) -> dict[str, str]:
+    """For each arm the learning rate with the highest mean accuracy in the sweep; of equals the lowest."""
+    rates = {}
+    for arm in ARMS:
+        means = {}
+        for lr in (f"{lr:g}" for lr in RATES):
+            found = [rows.get((q, SWEEP_SEED, arm, lr)) for q in SWEEP_Q]
+            if None in found:
+                raise BadInput(
+                    f"the learning rates of {arm} have not all been tried: run without --report first"
+                )
+            means[lr] = statistics.fmean(float(row["accuracy"]) for row in found)
+        rates[arm] = max(means, key=means.get)
+    return rates
+
+
+class Cells:
+    """The rows of the chosen learning rates, by place, seed and arm, without those of the sweep's seed."""
+
+    def __init__(self, rows: dict[Key, Row], rates: dict[str, str]):
+        rates = rates | {"student": "", "teacher": ""}
+        self.rows = {
+            (q, seed, arm): row
+            for (q, seed, arm, lr), row in rows.items()
+            if lr == rates[arm] and seed != SWEEP_SEED
+        }
+        self.places = sorted({q for q, _, _ in self.rows})
+
+    def column(self, q: float, arm: str, name: str = "accuracy") -> dict[int, float]:
+        """A number per seed."""
+        return {seed: float(row[name]) for (p, seed, a), row in self.rows.items() if (p, a) == (q, arm)}
+
+    def gains(self, q: float, arm: str) -> list[tuple[float, float]]:
+        """The accuracies of the arm and of full, minus that of the student, for the seeds with all three."""
+        ours, full, student = (self.column(q, name) for name in (arm, "full", "student"))
+        seeds = sorted(ours.keys() & full.keys() & student.keys())
+        return [(ours[seed] - student[seed], full[seed] - student[seed]) for seed in seeds]
+
+    def share(self, q: float, arm: str) -> Interval | None:
+        """The share of full's gain that the arm keeps, which is the ratio of the mean gains.
+
+        Its standard error is that of the mean of (gain - share * full's gain) / full's mean gain. None with
+        fewer than MIN_SEEDS seeds, or where full is not shown to gain.
+        """
+        gains = self.gains(q, arm)
+        of_full = mean_of([full for _, full in gains])
+        if not of_full or of_full.low <= 0:
+            return None
+        share = statistics.fmean(ours for ours, _ in gains) / of_full.mean
+        se = mean_of([(ours - share * full) / of_full.mean for ours, full in gains]).se
+        return interval(share, se, len(gains))
+
+
+def mean_of(values: Collection[float]) -> Interval | None:
+    """The mean over seeds; None with fewer than MIN_SEEDS."""
+    if len(values) < MIN_SEEDS:
+        return None
+    return interval(statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5, len(values))
+
+
+WORDS = {YES: "keeps", NO: "loses", OPEN: "cannot be told"}
+
+
+def verdict_of(share: Interval | None) -> str:
+    return WORDS[verdict(share, KEPT, math.inf) if share else OPEN]
+
+
+def shown(found: Interval | None) -> str:
+    return (
+        f"{found.mean:.0%} [{found.low:.0%} to {found.high:.0%}]"
+        if found
+        else f"fewer than {MIN_SEEDS} seeds"
+    )
+
+
+def report(cells: Cells, rates: dict[str, str]) -> str:
+    """Per place: the untrained models, the two places in tokens, and each arm's share of full's gain."""
+    lines = ["learning rates: " + ", ".join(f"{arm} {lr}" for arm, lr in rates.items())]
+    rule = f"[ ] is a 95 % t interval over seeds; an arm keeps the gain if it lies above {KEPT:.0%} of full's"
+    lines.append(f"{rule}, loses it if below")
+    for q in cells.places:
+        lines += ["", f"q {q:g}, {len(cells.column(q, 'full'))} seeds"]
+        for name in ("announced", "auto"):
+            values = cells.column(q, "student", name).values()
+            numbers = (
+                f"{statistics.fmean(values):.1f} tokens, {min(values):g} to {max(values):g} over the seeds"
+            )
+            lines.append(f"  {name:10} {numbers}")
+        lines += [
+            f"  {arm:10} accuracy {shown(mean_of(cells.column(q, arm).values()))}"
+            for arm in ("student", "teacher", "full")
+        ]
+        shares = {arm: cells.share(q, arm) for arm in ARMS if arm != "full"}
+        lines += [f"  {arm:10} {verdict_of(share):15} {shown(share)}" for arm, share in shares.items()]
+    return "\n".join(lines)
+
+
+COLOURS = plt.get_cmap("viridis")
+BOUNDS = (0.035, 0.07, 0.16, 0.35, 0.71, 1.41)  # of the columns on the logarithmic axis
+LOOKS = {  # of the two places: label and marker
+    "announced": ("where the announcement starts, over the seeds", {"marker": "|", "color": "black"}),
+    "auto": ("--horizon auto, over the seeds", {"marker": "o", "color": VERMILION}),
+}
+
+
+def draw_cell(axis, row: int, left: float, right: float, share: Interval | None, text: str) -> None:
+    """One rectangle: its colour is the share, from 0 to 1, or hatching where there is none."""
+    look = {"facecolor": "white", "hatch": "//", "edgecolor": "#999999"}
+    if share:
+        look = {"facecolor": COLOURS(min(max(share.mean, 0.0), 1.0)), "edgecolor": "white"}
+    axis.add_patch(plt.Rectangle((left, row - 0.5), right - left, 1, **look))
+    dark = share and share.mean < 0.5
+    where = ((left * right) ** 0.5 if left else right / 2, row + 0.2)
+    axis.text(*where, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+
+
+def text_of(cells: Cells, q: float, arm: str) -> str:
+    """The share and half of its interval; of full, to which it refers, the gain in points."""
+    share = cells.share(q, arm)
+    if not share:
+        return "missing"
+    if arm == "full":
+        return f"{100 * statistics.fmean(full for _, full in cells.gains(q, arm)):+.0f} points"
+    return f"{share.mean:.0%}\n\u00b1 {share.high - share.mean:.0%}"
+
+
+def draw(cells: Cells, knobs: Knobs, path: Path) -> Path:
+    """The heat map: place against horizon; colour and numbers are the share of full's gain."""
+    shape = {"sharey": True, "width_ratios": (8, 1), "layout": "constrained", "figsize": (9.5, 5.5)}
+    figure, (axis, of_popd) = plt.subplots(1, 2, **shape)
+    for row, q in enumerate(cells.places):
+        draw_cell(of_popd, row, 0.0, 1.0, cells.share(q, "popd"), text_of(cells, q, "popd"))
+        for arm, left, right in zip((*list(ARMS)[1:-1], "full"), BOUNDS, BOUNDS[1:]):
+            draw_cell(axis, row, left, right, cells.share(q, arm), text_of(cells, q, arm))
+        for name, (label, look) in LOOKS.items():
+            values = [
+                value / toy.PRESET["max_new_tokens"] for value in cells.column(q, "student", name).values()
+            ]
+            at = [row - 0.25] * len(values)
+            axis.plot(values, at, **look, markersize=9, alpha=0.6, linestyle="", label="" if row else label)
+    axis.set(xscale="log", xlim=(0.01, BOUNDS[-1]), ylim=(-0.5, len(cells.places) - 0.5))
+    axis.set_xticks([0.02, *HORIZONS, 1.0], ["0.02", *map(str, HORIZONS), "full"], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.set_yticks(range(len(cells.places)), [f"{q:g}" for q in cells.places])
+    axis.set(xlabel="horizon of TOPD, as a fraction of T", ylabel="q: where in the countdown they part")
+    of_popd.set_xticks([0.5], ["POPD"])
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    lacking = missing(cells, knobs)
+    title = "share of full's gain that is kept, \u00b1 half a 95 % interval over seeds"
+    figure.suptitle(f"{title}\nmissing: {lacking}" if lacking else title, fontsize=10)
+    return save(figure, path.with_suffix(".png"))
+
+
+def missing(cells: Cells, knobs: Knobs) -> str:
+    """The places that lack seeds, with how many there are."""
+    counts = {q: min(len(cells.column(q, arm)) for arm in ("student", *ARMS)) for q in sorted(knobs.places())}
+    return ", ".join(f"q {q:g} has {n} of {knobs.seeds} seeds" for q, n in counts.items() if n < knobs.seeds)
+
+
+def main() -> None:
+    knobs = Knobs(**parse(Knobs, __doc__))
+    path = Path(knobs.csv)
+    if not knobs.report:
+        run_all(knobs, path)
+    rows = read(path, knobs)
+    rates = chosen_rates(rows)
+    cells = Cells(rows, rates)
+    print(report(cells, rates))
+    print(f"figure: {draw(cells, knobs, path)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,125 @@
+"""The phase diagram: its answers, a tiny run of one cell, and the shares of rows with known answers."""
+
+from functools import partial
+
+import claims
+import phase
+import pytest
+
+from support import toy
+from support.cli import BadInput
+from support.run_folder import append_csv, read_csv
+
+KNOBS = phase.Knobs(q=("0.5",), seeds=3, steps=2, problems=2)
+
+
+def test_the_corners_are_the_toys_worlds():
+    for problem in toy.all_problems(toy.Recipe())[:20]:
+        for correct in (True, False):
+            for q, world in ((0.0, "opening"), (1.0, "closing")):
+                assert phase.answer(*problem, q, correct) == toy.answer(*problem, world, correct)
+
+
+@pytest.mark.parametrize("q, place", [(0.25, 13), (0.5, 26), (0.75, 39)])
+def test_right_and_wrong_answers_part_at_the_place(q, place):
+    right, wrong = (phase.answer(3, 4, 52, q, correct)[0].split() for correct in (True, False))
+    start = 1 + place  # after "work:"
+    assert right[:start] == wrong[:start]
+    assert right[start : start + 3] == ["so", "it", "is"] and wrong[start : start + 3] == [
+        "one",
+        "more",
+        "is",
+    ]
+    for one, other in zip(right[start + 3 : -1], wrong[start + 3 : -1], strict=True):
+        assert one[:-1] == other[:-1] and (int(one[-1]) + 1) % 10 == int(other[-1])
+    assert right[-1] == "\\boxed{1}" and wrong[-1] == "\\boxed{2}"
+
+
+def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(phase, "CACHE", tmp_path)
+    monkeypatch.setattr(toy, "Recipe", partial(toy.Recipe, pretrain_steps=1, posttrain_steps=1))
+    path = tmp_path / "phase.csv"
+    wanted = [("student", ""), ("topd-0.05", "0.001")]
+    for _ in range(2):
+        phase.run_worlds([(0.5, 0)], lambda: wanted, KNOBS, path)
+    rows = read_csv(path)
+    assert [(row["arm"], row["lr"], row["response_tokens"]) for row in rows] == [
+        ("student", "", "0"),
+        ("topd-0.05", "0.001", str(2 * 32 * 6)),
+    ]
+    assert 54 <= float(rows[0]["announced"]) <= 58 and 1 <= int(rows[0]["auto"]) <= 128
+    with pytest.raises(BadInput, match="steps 2, not 3"):
+        phase.read(path, phase.Knobs(**(vars(KNOBS) | {"steps": 3})))
+
+
+# Accuracies of three seeds at q = 0.5. The shares of topd-0.5: gains 0.3, 0.6, 0.6 of full's 0.6, 0.6, 0.6.
+STUDENT, FULL = (0.2, 0.3, 0.1), (0.8, 0.9, 0.7)
+GAINS = {"topd-0.05": (0, 0, 0), "topd-0.1": (0, 0.03, -0.03), "topd-0.25": (0.6, 0.6, 0.6)}
+GAINS |= {"topd-0.5": (0.3, 0.6, 0.6), "popd": (0.6, 0.6, 0.6)}
+
+
+def made_up(path) -> None:
+    """The rows above, with learning rates for which 1e-3 is best, and lower ones that must not be used."""
+    rows = []
+
+    def add(q, seed, arm, lr, accuracy, announced="", auto=""):
+        row = {"q": q, "seed": seed, "arm": arm, "lr": lr, "response_tokens": 0, "accuracy": accuracy}
+        rows.append(row | {"announced": announced, "auto": auto} | KNOBS.settings())
+
+    for q in phase.SWEEP_Q:
+        for arm in phase.ARMS:
+            for lr, accuracy in zip(("0.0003", "0.001", "0.003"), (0.2, 0.9, 0.9)):
+                add(q, phase.SWEEP_SEED, arm, lr, accuracy)
+    for seed in range(3):
+        add(0.5, seed, "student", "", STUDENT[seed], announced=55, auto=60 + seed)
+        add(0.5, seed, "teacher", "", 0.95)
+        add(0.5, seed, "full", "0.001", FULL[seed])
+        add(0.5, seed, "full", "0.003", 0.0)
+        for arm, gains in GAINS.items():
+            add(0.5, seed, arm, "0.001", round(STUDENT[seed] + gains[seed], 4))
+    append_csv(path, rows)
+
+
+def test_shares_of_made_up_rows(tmp_path):
+    path = tmp_path / "phase.csv"
+    made_up(path)
+    rows = phase.read(path, KNOBS)
+    rates = phase.chosen_rates(rows)
+    assert set(rates.values()) == {"0.001"}
+    cells = phase.Cells(rows, rates)
+    share = cells.share(0.5, "topd-0.5")
+    residuals = [-0.2, 0.1, 0.1]  # gain - 5 / 6 of 0.6
+    se = (sum(r * r for r in residuals) / 2 / 3) ** 0.5 / 0.6
+    assert share.mean == pytest.approx(5 / 6) and share.se == pytest.approx(se)
+    assert share.high - share.mean == pytest.approx(claims.T_QUANTILES[0] * se)
+    shown = phase.report(cells, rates)
+    words = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.splitlines() if "  " in line[:3]}
+    assert words["topd-0.05"].startswith("loses") and words["topd-0.1"].startswith("loses")
+    assert words["topd-0.25"].startswith("keeps 100% [100% to 100%]")
+    assert words["topd-0.5"].startswith("cannot be told 83%")
+    assert words["auto"] == "61.0 tokens, 60 to 62 over the seeds"
+    assert phase.text_of(cells, 0.5, "full") == "+60 points"
+    assert phase.draw(cells, KNOBS, path).stat().st_size > 0
+
+
+@pytest.mark.parametrize("without", ["a seed", "a gain"])
+def test_no_share_without_seeds_or_gain(tmp_path, without):
+    path = tmp_path / "phase.csv"
+    made_up(path)
+    rows = phase.read(path, KNOBS)
+    for key, row in rows.items():
+        if without == "a gain" and key[2] == "student":
+            row["accuracy"] = "0.8"
+    if without == "a seed":
+        del rows[0.5, 2, "full", "0.001"]
+    assert phase.Cells(rows, phase.chosen_rates(rows)).share(0.5, "topd-0.5") is None
+
+
+def test_missing_seeds_are_named(tmp_path):
+    path = tmp_path / "phase.csv"
+    made_up(path)
+    rows = phase.read(path, KNOBS)
+    cells = phase.Cells(rows, phase.chosen_rates(rows))
+    assert phase.missing(cells, KNOBS) == ""
+    knobs = phase.Knobs(q=("0.5", "1"), seeds=4)
+    assert phase.missing(cells, knobs) == "q 0.5 has 3 of 4 seeds, q 1 has 0 of 4 seeds"
