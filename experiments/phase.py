@@ -7,7 +7,7 @@ The world is the toy's with a place q. At q = 0 it is `opening`: the first words
 whether it will be correct. At q = 1 it is `closing`: the words before the result do. Between, the words of
 `closing` stand after the fraction q of the countdown, and a wrong answer is one too high from there on. A
 seed redraws problems, student, teacher and training. Learning rates are chosen on a seed of their own: for
-each arm the one with the highest mean accuracy over SWEEP_Q.
+each arm the one with the highest mean accuracy over q = 0 and 1.
 
 A row of the CSV is an untrained model or a finished run, scored on held-out problems after its last step;
 runs whose rows exist are not repeated. The row of an untrained student has two places in tokens:
@@ -42,9 +42,9 @@ from support.scores import score_answers
 HORIZONS = (0.05, 0.1, 0.25, 0.5)
 ARMS = {"full": ("full", None)} | {f"topd-{h}": ("topd", h) for h in HORIZONS} | {"popd": ("popd", None)}
 RATES = (3e-4, 1e-3, 3e-3)
-SWEEP_SEED = 100
-CACHE = ROOT / ".cache" / "phase"
-SWEEP_Q = (0.0, 0.5, 1.0)
+SWEEP_SEED = 0  # that of the toy's own worlds; the others are 1, 2, ...
+CACHE = toy.CACHE
+CORNERS = {0.0: "opening", 1.0: "closing"}
 KEPT = 0.5  # of full's gain; as in claims.py, where truncation fails by keeping less than half
 
 Row = dict[str, str]
@@ -57,7 +57,7 @@ class Knobs:
         ("0", "0.5", "1", "0.25", "0.75"), "places, in the order of the runs; may be repeated"
     )
     seeds: int = knob(5, "worlds of each place", least=1)
-    steps: int = knob(10, "of training; few, so that full is short of its ceiling", least=2)
+    steps: int = knob(5, "of training; few, so that full is short of its ceiling", least=2)
     problems: int = knob(100, "held-out, sampled once at temperature 1", least=2, most=100)
     csv: str = knob(str(ROOT / "results" / "phase.csv"), "results; the figure is written next to it")
     report: bool = knob(False, "train nothing: table and figure of the rows in the CSV")
@@ -83,8 +83,8 @@ class Knobs:
 
 def answer(start: int, add: int, times: int, q: float, correct: bool) -> tuple[str, int]:
     """Text and result of a correct or a wrong answer; they part after the fraction q of the countdown."""
-    if q == 0:
-        return toy.answer(start, add, times, "opening", correct)
+    if q in CORNERS:
+        return toy.answer(start, add, times, CORNERS[q], correct)
     place = round(q * times)
     slip = 0 if correct else 1
     sums = [(start + add * i + slip * (i > place)) % 10 for i in range(1, times + 1)]
@@ -96,8 +96,8 @@ def answer(start: int, add: int, times: int, q: float, correct: bool) -> tuple[s
 
 def build(q: float, seed: int) -> Path:
     """The folder of the world, built if it does not exist, by toy.py with the answers of this file."""
-    if q == 0:
-        return toy.build("opening", toy.Recipe(seed), CACHE)
+    if q in CORNERS:
+        return toy.build(CORNERS[q], toy.Recipe(seed), CACHE)
 
     def of_place(start: int, add: int, times: int, world: str, correct: bool) -> tuple[str, int]:
         return answer(start, add, times, q, correct)
@@ -170,8 +170,8 @@ def run_all(knobs: Knobs, path: Path) -> None:
     """The learning rates, then the cells; of several processes each takes the worlds that are free."""
     ends = [("student", ""), ("teacher", "")]
     sweep = ends + [(arm, f"{lr:g}") for arm in ARMS for lr in RATES]
-    run_worlds([(q, SWEEP_SEED) for q in SWEEP_Q], lambda: sweep, knobs, path)
-    worlds = [(q, seed) for q in knobs.places() for seed in range(knobs.seeds)]
+    run_worlds([(q, SWEEP_SEED) for q in CORNERS], lambda: sweep, knobs, path)
+    worlds = [(q, seed) for q in knobs.places() for seed in range(1, knobs.seeds + 1)]
     run_worlds(worlds, lambda: ends + list(chosen_rates(read(path, knobs)).items()), knobs, path)
 
 
@@ -218,7 +218,7 @@ def chosen_rates(rows: dict[Key, Row]) -> dict[str, str]:
     for arm in ARMS:
         means = {}
         for lr in (f"{lr:g}" for lr in RATES):
-            found = [rows.get((q, SWEEP_SEED, arm, lr)) for q in SWEEP_Q]
+            found = [rows.get((q, SWEEP_SEED, arm, lr)) for q in CORNERS]
             if None in found:
                 raise BadInput(
                     f"the learning rates of {arm} have not all been tried: run without --report first"

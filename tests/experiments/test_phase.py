@@ -41,7 +41,7 @@ def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
     path = tmp_path / "phase.csv"
     wanted = [("student", ""), ("topd-0.05", "0.001")]
     for _ in range(2):
-        phase.run_worlds([(0.5, 0)], lambda: wanted, KNOBS, path)
+        phase.run_worlds([(0.5, 1)], lambda: wanted, KNOBS, path)
     rows = read_csv(path)
     assert [(row["arm"], row["lr"], row["response_tokens"]) for row in rows] == [
         ("student", "", "0"),
@@ -66,17 +66,17 @@ def made_up(path) -> None:
         row = {"q": q, "seed": seed, "arm": arm, "lr": lr, "response_tokens": 0, "accuracy": accuracy}
         rows.append(row | {"announced": announced, "auto": auto} | KNOBS.settings())
 
-    for q in phase.SWEEP_Q:
+    for q in phase.CORNERS:
         for arm in phase.ARMS:
             for lr, accuracy in zip(("0.0003", "0.001", "0.003"), (0.2, 0.9, 0.9)):
                 add(q, phase.SWEEP_SEED, arm, lr, accuracy)
-    for seed in range(3):
-        add(0.5, seed, "student", "", STUDENT[seed], announced=55, auto=60 + seed)
+    for seed in range(1, 4):
+        add(0.5, seed, "student", "", STUDENT[seed - 1], announced=55, auto=59 + seed)
         add(0.5, seed, "teacher", "", 0.95)
-        add(0.5, seed, "full", "0.001", FULL[seed])
+        add(0.5, seed, "full", "0.001", FULL[seed - 1])
         add(0.5, seed, "full", "0.003", 0.0)
         for arm, gains in GAINS.items():
-            add(0.5, seed, arm, "0.001", round(STUDENT[seed] + gains[seed], 4))
+            add(0.5, seed, arm, "0.001", round(STUDENT[seed - 1] + gains[seed - 1], 4))
     append_csv(path, rows)
 
 
