@@ -46,6 +46,10 @@ SWEEP_SEED = 0  # that of the toy's own worlds; the others are 1, 2, ...
 CACHE = toy.CACHE
 CORNERS = {0.0: "opening", 1.0: "closing"}
 KEPT = 0.5  # of full's gain; as in claims.py, where truncation fails by keeping less than half
+MARKERS = (
+    ("announced", "a rollout of this length ends with the first differing token", "|", "black"),
+    ("auto", "--horizon auto, each seed", "o", VERMILION),
+)
 
 Row = dict[str, str]
 Key = tuple[float, int, str, str]  # q, seed, arm, learning rate
@@ -160,7 +164,7 @@ def run_world(q: float, seed: int, wanted: list[tuple[str, str]], knobs: Knobs, 
             weight.data.copy_(start[name])
         places = places_in_tokens(setup, settings, q) if arm == "student" else {"announced": "", "auto": ""}
         result = run_once(setup, replace(settings, lr=float(lr or 0)), arm)
-        with FileLock(path.with_suffix(".lock")):
+        with FileLock(CACHE / "phase.csv.lock"):
             row = {"q": q, "seed": seed, "arm": arm, "lr": lr} | result | places | knobs.settings()
             run_folder.append_csv(path, [row])
         print(f"q {q:g}, seed {seed}, {arm} {lr}: {result['accuracy']:.0%}", flush=True)
@@ -193,17 +197,13 @@ def run_worlds(worlds: list[tuple[float, int]], wanted: Callable, knobs: Knobs, 
 def read(path: Path, knobs: Knobs) -> dict[Key, Row]:
     """The rows by place, seed, arm and learning rate. Raises BadInput for other settings, or a row twice."""
     found: dict[Key, Row] = {}
-    settings = {name: str(value) for name, value in knobs.settings().items()}
     for number, row in enumerate(run_folder.read_csv(path) if path.exists() else [], 2):
         where = f"{path} line {number}"
-        if None in row or None in row.values():
-            raise BadInput(f"{where} is not a complete row: remove that line")
+        wanted = {name: str(value) for name, value in knobs.settings().items()}
         differing = [
-            f"{name} {row.get(name)}, not {settings[name]}"
-            for name in settings
-            if row.get(name) != settings[name]
+            f"{name} {row.get(name)}, not {wanted[name]}" for name in wanted if row.get(name) != wanted[name]
         ]
-        if differing:
+        if differing or None in row:
             raise BadInput(f"{where} has {'; '.join(differing)}: use its settings, or another --csv")
         key = (float(row["q"]), int(row["seed"]), row["arm"], row["lr"])
         if key in found:
@@ -220,33 +220,31 @@ def chosen_rates(rows: dict[Key, Row]) -> dict[str, str]:
         for lr in (f"{lr:g}" for lr in RATES):
             found = [rows.get((q, SWEEP_SEED, arm, lr)) for q in CORNERS]
             if None in found:
-                raise BadInput(
-                    f"the learning rates of {arm} have not all been tried: run without --report first"
-                )
+                raise BadInput(f"the learning rates of {arm} are not all tried: run without --report first")
             means[lr] = statistics.fmean(float(row["accuracy"]) for row in found)
         rates[arm] = max(means, key=means.get)
     return rates
 
 
+@dataclass
 class Cells:
-    """The rows of the chosen learning rates, by place, seed and arm, without those of the sweep's seed."""
+    """The rows with the chosen learning rates, without those of the sweep's seed."""
 
-    def __init__(self, rows: dict[Key, Row], rates: dict[str, str]):
-        rates = rates | {"student": "", "teacher": ""}
-        self.rows = {
-            (q, seed, arm): row
-            for (q, seed, arm, lr), row in rows.items()
-            if lr == rates[arm] and seed != SWEEP_SEED
-        }
-        self.places = sorted({q for q, _, _ in self.rows})
+    rows: dict[Key, Row]
+    rates: dict[str, str]
 
-    def column(self, q: float, arm: str, name: str = "accuracy") -> dict[int, float]:
+    def places(self) -> list[float]:
+        return sorted({q for q, seed, _, _ in self.rows if seed != SWEEP_SEED})
+
+    def values(self, q: float, arm: str, name: str = "accuracy") -> dict[int, float]:
         """A number per seed."""
-        return {seed: float(row[name]) for (p, seed, a), row in self.rows.items() if (p, a) == (q, arm)}
+        wanted = (q, arm, self.rates.get(arm, ""))
+        found = {seed: row for (q, seed, *run), row in self.rows.items() if (q, *run) == wanted}
+        return {seed: float(row[name]) for seed, row in found.items() if seed != SWEEP_SEED}
 
     def gains(self, q: float, arm: str) -> list[tuple[float, float]]:
         """The accuracies of the arm and of full, minus that of the student, for the seeds with all three."""
-        ours, full, student = (self.column(q, name) for name in (arm, "full", "student"))
+        ours, full, student = (self.values(q, name) for name in (arm, "full", "student"))
         seeds = sorted(ours.keys() & full.keys() & student.keys())
         return [(ours[seed] - student[seed], full[seed] - student[seed]) for seed in seeds]
 
@@ -261,8 +259,16 @@ class Cells:
         if not of_full or of_full.low <= 0:
             return None
         share = statistics.fmean(ours for ours, _ in gains) / of_full.mean
-        se = mean_of([(ours - share * full) / of_full.mean for ours, full in gains]).se
-        return interval(share, se, len(gains))
+        residuals = [(ours - share * full) / of_full.mean for ours, full in gains]
+        return interval(share, mean_of(residuals).se, len(gains))
+
+    def missing(self, knobs: Knobs) -> str:
+        """The places that lack seeds, with how many there are."""
+        counts = {
+            q: min(len(self.values(q, arm)) for arm in ("student", *ARMS)) for q in sorted(knobs.places())
+        }
+        lacking = [f"q {q:g} has {n} of {knobs.seeds} seeds" for q, n in counts.items() if n < knobs.seeds]
+        return f"missing: {', '.join(lacking)}" if lacking else ""
 
 
 def mean_of(values: Collection[float]) -> Interval | None:
@@ -272,103 +278,77 @@ def mean_of(values: Collection[float]) -> Interval | None:
     return interval(statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5, len(values))
 
 
-WORDS = {YES: "keeps", NO: "loses", OPEN: "cannot be told"}
-
-
-def verdict_of(share: Interval | None) -> str:
-    return WORDS[verdict(share, KEPT, math.inf) if share else OPEN]
-
-
 def shown(found: Interval | None) -> str:
-    return (
-        f"{found.mean:.0%} [{found.low:.0%} to {found.high:.0%}]"
-        if found
-        else f"fewer than {MIN_SEEDS} seeds"
-    )
+    return f"{found.mean:.0%} [{found.low:.0%} to {found.high:.0%}]" if found else "no interval"
 
 
-def report(cells: Cells, rates: dict[str, str]) -> str:
-    """Per place: the untrained models, the two places in tokens, and each arm's share of full's gain."""
-    lines = ["learning rates: " + ", ".join(f"{arm} {lr}" for arm, lr in rates.items())]
-    rule = f"[ ] is a 95 % t interval over seeds; an arm keeps the gain if it lies above {KEPT:.0%} of full's"
-    lines.append(f"{rule}, loses it if below")
-    for q in cells.places:
-        lines += ["", f"q {q:g}, {len(cells.column(q, 'full'))} seeds"]
+def report(cells: Cells, knobs: Knobs) -> str:
+    """Per place: the two places in tokens, accuracies, and each arm's share of full's gain."""
+    words = {YES: "keeps", NO: "loses", OPEN: "cannot be told"}
+    lines = [f"[ ]: 95 % t interval over seeds. keeps, loses: it lies above, below {KEPT:.0%} of full's gain"]
+    lines += ["learning rates: " + ", ".join(f"{arm} {lr}" for arm, lr in cells.rates.items())]
+    for q in cells.places():
+        lines += ["", f"q {q:g}, {len(cells.gains(q, 'full'))} seeds"]
         for name in ("announced", "auto"):
-            values = cells.column(q, "student", name).values()
-            numbers = (
-                f"{statistics.fmean(values):.1f} tokens, {min(values):g} to {max(values):g} over the seeds"
-            )
-            lines.append(f"  {name:10} {numbers}")
-        lines += [
-            f"  {arm:10} accuracy {shown(mean_of(cells.column(q, arm).values()))}"
-            for arm in ("student", "teacher", "full")
-        ]
-        shares = {arm: cells.share(q, arm) for arm in ARMS if arm != "full"}
-        lines += [f"  {arm:10} {verdict_of(share):15} {shown(share)}" for arm, share in shares.items()]
-    return "\n".join(lines)
-
-
-COLOURS = plt.get_cmap("viridis")
-BOUNDS = (0.035, 0.07, 0.16, 0.35, 0.71, 1.41)  # of the columns on the logarithmic axis
-LOOKS = {  # of the two places: label and marker
-    "announced": ("where the announcement starts, over the seeds", {"marker": "|", "color": "black"}),
-    "auto": ("--horizon auto, over the seeds", {"marker": "o", "color": VERMILION}),
-}
-
-
-def draw_cell(axis, row: int, left: float, right: float, share: Interval | None, text: str) -> None:
-    """One rectangle: its colour is the share, from 0 to 1, or hatching where there is none."""
-    look = {"facecolor": "white", "hatch": "//", "edgecolor": "#999999"}
-    if share:
-        look = {"facecolor": COLOURS(min(max(share.mean, 0.0), 1.0)), "edgecolor": "white"}
-    axis.add_patch(plt.Rectangle((left, row - 0.5), right - left, 1, **look))
-    dark = share and share.mean < 0.5
-    where = ((left * right) ** 0.5 if left else right / 2, row + 0.2)
-    axis.text(*where, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+            values = cells.values(q, "student", name).values()
+            lines += [
+                f"  {name:10} {statistics.fmean(values):.1f} tokens, {min(values):g} to {max(values):g}"
+            ]
+        for arm in ("student", "teacher", "full"):
+            lines += [f"  {arm:10} accuracy {shown(mean_of(cells.values(q, arm).values()))}"]
+        for arm in list(ARMS)[1:]:
+            share = cells.share(q, arm)
+            word = words[verdict(share, KEPT, math.inf) if share else OPEN]
+            lines += [f"  {arm:10} {word:15} {shown(share)}"]
+    return "\n".join([*lines, "", cells.missing(knobs)])
 
 
 def text_of(cells: Cells, q: float, arm: str) -> str:
     """The share and half of its interval; of full, to which it refers, the gain in points."""
     share = cells.share(q, arm)
-    if not share:
-        return "missing"
-    if arm == "full":
+    if share and arm == "full":
         return f"{100 * statistics.fmean(full for _, full in cells.gains(q, arm)):+.0f} points"
-    return f"{share.mean:.0%}\n\u00b1 {share.high - share.mean:.0%}"
+    return f"{share.mean:.0%}\n\u00b1 {share.high - share.mean:.0%}" if share else "missing"
+
+
+def draw_columns(axis, cells: Cells, arms: list[str], edges: list[float]) -> None:
+    """The shares of these arms as colours and numbers, the places from below."""
+    shares = [[cells.share(q, arm) for arm in arms] for q in cells.places()]
+    numbers = [[share.mean if share else math.nan for share in row] for row in shares]
+    rows = [row - 0.5 for row in range(len(shares) + 1)]
+    axis.pcolormesh(edges, rows, numbers, vmin=0, vmax=1, edgecolors="white", cmap="viridis")
+    for row, q in enumerate(cells.places()):
+        for number, arm in enumerate(arms):
+            colour = "white" if numbers[row][number] < 0.5 else "black"
+            look = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
+            axis.text((edges[number] * edges[number + 1]) ** 0.5, row + 0.2, text_of(cells, q, arm), **look)
 
 
 def draw(cells: Cells, knobs: Knobs, path: Path) -> Path:
     """The heat map: place against horizon; colour and numbers are the share of full's gain."""
     shape = {"sharey": True, "width_ratios": (8, 1), "layout": "constrained", "figsize": (9.5, 5.5)}
     figure, (axis, of_popd) = plt.subplots(1, 2, **shape)
-    for row, q in enumerate(cells.places):
-        draw_cell(of_popd, row, 0.0, 1.0, cells.share(q, "popd"), text_of(cells, q, "popd"))
-        for arm, left, right in zip((*list(ARMS)[1:-1], "full"), BOUNDS, BOUNDS[1:]):
-            draw_cell(axis, row, left, right, cells.share(q, arm), text_of(cells, q, arm))
-        for name, (label, look) in LOOKS.items():
-            values = [
-                value / toy.PRESET["max_new_tokens"] for value in cells.column(q, "student", name).values()
-            ]
-            at = [row - 0.25] * len(values)
-            axis.plot(values, at, **look, markersize=9, alpha=0.6, linestyle="", label="" if row else label)
-    axis.set(xscale="log", xlim=(0.01, BOUNDS[-1]), ylim=(-0.5, len(cells.places) - 0.5))
-    axis.set_xticks([0.02, *HORIZONS, 1.0], ["0.02", *map(str, HORIZONS), "full"], minor=False)
+    horizons = [*HORIZONS, 1.0]
+    between = [(a * b) ** 0.5 for a, b in zip(horizons, horizons[1:])]
+    draw_columns(axis, cells, [*list(ARMS)[1:-1], "full"], [0.035, *between, 2**0.5])
+    draw_columns(of_popd, cells, ["popd"], [0.5, 2.0])
+    axis.vlines(HORIZONS, *axis.get_ylim(), colors="white", linestyles=":", alpha=0.5)
+    for name, label, marker, colour in MARKERS:
+        at = [(q, value) for q in cells.places() for value in cells.values(q, "student", name).values()]
+        x = [(value + (name == "announced")) / toy.PRESET["max_new_tokens"] for _, value in at]
+        y = [cells.places().index(q) - 0.25 for q, _ in at]
+        axis.plot(x, y, marker=marker, color=colour, linestyle="", markersize=9, alpha=0.6, label=label)
+    axis.set(xscale="log", xlim=(0.006, 2**0.5), xlabel="horizon of TOPD, as a fraction of T")
+    axis.set_xticks([0.01, 0.02, *horizons], [0.01, 0.02, *HORIZONS, "full"])
     axis.set_xticks([], minor=True)
-    axis.set_yticks(range(len(cells.places)), [f"{q:g}" for q in cells.places])
-    axis.set(xlabel="horizon of TOPD, as a fraction of T", ylabel="q: where in the countdown they part")
-    of_popd.set_xticks([0.5], ["POPD"])
+    axis.set_yticks(range(len(cells.places())), [f"{q:g}" for q in cells.places()])
+    axis.set_ylabel("q: where in the countdown student and teacher part")
+    of_popd.set(xscale="log", xticks=[1.0], xticklabels=["POPD"])
+    of_popd.set_xticks([], minor=True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    lacking = missing(cells, knobs)
     title = "share of full's gain that is kept, \u00b1 half a 95 % interval over seeds"
-    figure.suptitle(f"{title}\nmissing: {lacking}" if lacking else title, fontsize=10)
+    figure.suptitle(f"{title}\n{cells.missing(knobs)}".strip(), fontsize=10)
     return save(figure, path.with_suffix(".png"))
-
-
-def missing(cells: Cells, knobs: Knobs) -> str:
-    """The places that lack seeds, with how many there are."""
-    counts = {q: min(len(cells.column(q, arm)) for arm in ("student", *ARMS)) for q in sorted(knobs.places())}
-    return ", ".join(f"q {q:g} has {n} of {knobs.seeds} seeds" for q, n in counts.items() if n < knobs.seeds)
 
 
 def main() -> None:
@@ -377,9 +357,8 @@ def main() -> None:
     if not knobs.report:
         run_all(knobs, path)
     rows = read(path, knobs)
-    rates = chosen_rates(rows)
-    cells = Cells(rows, rates)
-    print(report(cells, rates))
+    cells = Cells(rows, chosen_rates(rows))
+    print(report(cells, knobs))
     print(f"figure: {draw(cells, knobs, path)}")
 
 

@@ -84,20 +84,19 @@ def test_shares_of_made_up_rows(tmp_path):
     path = tmp_path / "phase.csv"
     made_up(path)
     rows = phase.read(path, KNOBS)
-    rates = phase.chosen_rates(rows)
-    assert set(rates.values()) == {"0.001"}
-    cells = phase.Cells(rows, rates)
+    cells = phase.Cells(rows, phase.chosen_rates(rows))
+    assert set(cells.rates.values()) == {"0.001"}
     share = cells.share(0.5, "topd-0.5")
     residuals = [-0.2, 0.1, 0.1]  # gain - 5 / 6 of 0.6
     se = (sum(r * r for r in residuals) / 2 / 3) ** 0.5 / 0.6
     assert share.mean == pytest.approx(5 / 6) and share.se == pytest.approx(se)
     assert share.high - share.mean == pytest.approx(claims.T_QUANTILES[0] * se)
-    shown = phase.report(cells, rates)
+    shown = phase.report(cells, KNOBS)
     words = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.splitlines() if "  " in line[:3]}
     assert words["topd-0.05"].startswith("loses") and words["topd-0.1"].startswith("loses")
     assert words["topd-0.25"].startswith("keeps 100% [100% to 100%]")
     assert words["topd-0.5"].startswith("cannot be told 83%")
-    assert words["auto"] == "61.0 tokens, 60 to 62 over the seeds"
+    assert words["auto"] == "61.0 tokens, 60 to 62"
     assert phase.text_of(cells, 0.5, "full") == "+60 points"
     assert phase.draw(cells, KNOBS, path).stat().st_size > 0
 
@@ -120,6 +119,6 @@ def test_missing_seeds_are_named(tmp_path):
     made_up(path)
     rows = phase.read(path, KNOBS)
     cells = phase.Cells(rows, phase.chosen_rates(rows))
-    assert phase.missing(cells, KNOBS) == ""
+    assert cells.missing(KNOBS) == ""
     knobs = phase.Knobs(q=("0.5", "1"), seeds=4)
-    assert phase.missing(cells, knobs) == "q 0.5 has 3 of 4 seeds, q 1 has 0 of 4 seeds"
+    assert cells.missing(knobs) == "missing: q 0.5 has 3 of 4 seeds, q 1 has 0 of 4 seeds"
