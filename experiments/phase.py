@@ -40,7 +40,8 @@ from support.cli import BadInput, knob, parse, run_main
 from support.scores import score_answers
 
 HORIZONS = (0.05, 0.1, 0.25, 0.5)
-ARMS = {"full": ("full", None)} | {f"topd-{h}": ("topd", h) for h in HORIZONS} | {"popd": ("popd", None)}
+TOPD = {f"topd-{h}": ("topd", h) for h in HORIZONS}
+ARMS = {"full": ("full", None)} | TOPD | {"auto": ("topd", "auto"), "popd": ("popd", None)}
 RATES = (3e-4, 1e-3, 3e-3)
 SWEEP_SEED = 0  # that of the toy's own worlds; the others are 1, 2, ...
 CACHE = toy.CACHE
@@ -137,11 +138,12 @@ def places_in_tokens(setup: compare.Setup, settings: compare.Knobs, q: float) ->
 # The runs.
 
 
-def run_once(setup: compare.Setup, settings: compare.Knobs, arm: str) -> dict[str, float]:
-    """Train the student as the arm says, or only score the student or the teacher."""
+def run_once(setup: compare.Setup, settings: compare.Knobs, arm: str, auto: int) -> dict[str, float]:
+    """Train the student as the arm says, or only score the student or the teacher; `auto` is in tokens."""
     tokens = 0
     if arm in ARMS:
         schedule, horizon = ARMS[arm]
+        horizon = auto / settings.max_new_tokens if horizon == "auto" else horizon
         horizon_at = make_schedule(schedule, settings.max_new_tokens, settings.steps, horizon)
         run = run_folder.Run(setup.pair.student.device)
         train.train(setup.pair, train.adamw(setup.pair, settings), setup.prompts, horizon_at, settings, run)
@@ -159,11 +161,13 @@ def run_world(q: float, seed: int, wanted: list[tuple[str, str]], knobs: Knobs, 
         return
     setup, settings = load(q, seed, knobs)
     start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
+    auto = done.get((q, seed, "student", ""), {}).get("auto")  # otherwise the student is the first run
     for arm, lr in missing:
         for name, weight in setup.pair.masters.items():
             weight.data.copy_(start[name])
         places = places_in_tokens(setup, settings, q) if arm == "student" else {"announced": "", "auto": ""}
-        result = run_once(setup, replace(settings, lr=float(lr or 0)), arm)
+        auto = places["auto"] or auto
+        result = run_once(setup, replace(settings, lr=float(lr or 0)), arm, int(auto))
         with FileLock(CACHE / "phase.csv.lock"):
             row = {"q": q, "seed": seed, "arm": arm, "lr": lr} | result | places | knobs.settings()
             run_folder.append_csv(path, [row])
@@ -326,12 +330,12 @@ def draw_columns(axis, cells: Cells, arms: list[str], edges: list[float]) -> Non
 
 def draw(cells: Cells, knobs: Knobs, path: Path) -> Path:
     """The heat map: place against horizon; colour and numbers are the share of full's gain."""
-    shape = {"sharey": True, "width_ratios": (8, 1), "layout": "constrained", "figsize": (9.5, 5.5)}
-    figure, (axis, of_popd) = plt.subplots(1, 2, **shape)
+    shape = {"sharey": True, "width_ratios": (7, 2), "layout": "constrained", "figsize": (10, 5.5)}
+    figure, (axis, others) = plt.subplots(1, 2, **shape)
     horizons = [*HORIZONS, 1.0]
     between = [(a * b) ** 0.5 for a, b in zip(horizons, horizons[1:])]
-    draw_columns(axis, cells, [*list(ARMS)[1:-1], "full"], [0.035, *between, 2**0.5])
-    draw_columns(of_popd, cells, ["popd"], [0.5, 2.0])
+    draw_columns(axis, cells, [*TOPD, "full"], [0.035, *between, 2**0.5])
+    draw_columns(others, cells, ["auto", "popd"], [1.0, 4.0, 16.0])
     axis.vlines(HORIZONS, *axis.get_ylim(), colors="white", linestyles=":", alpha=0.5)
     for name, label, marker, colour in MARKERS:
         at = [(q, value) for q in cells.places() for value in cells.values(q, "student", name).values()]
@@ -343,8 +347,8 @@ def draw(cells: Cells, knobs: Knobs, path: Path) -> Path:
     axis.set_xticks([], minor=True)
     axis.set_yticks(range(len(cells.places())), [f"{q:g}" for q in cells.places()])
     axis.set_ylabel("q: where in the countdown student and teacher part")
-    of_popd.set(xscale="log", xticks=[1.0], xticklabels=["POPD"])
-    of_popd.set_xticks([], minor=True)
+    others.set(xscale="log", xticks=[2.0, 8.0], xticklabels=["auto", "POPD"])
+    others.set_xticks([], minor=True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     title = "share of full's gain that is kept, \u00b1 half a 95 % interval over seeds"
     figure.suptitle(f"{title}\n{cells.missing(knobs)}".strip(), fontsize=10)

@@ -6,6 +6,7 @@ import claims
 import phase
 import pytest
 
+from extras import profile_horizon
 from support import toy
 from support.cli import BadInput
 from support.run_folder import append_csv, read_csv
@@ -37,17 +38,18 @@ def test_right_and_wrong_answers_part_at_the_place(q, place):
 
 def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(phase, "CACHE", tmp_path)
+    monkeypatch.setattr(profile_horizon, "measure", partial(profile_horizon.measure, rollouts=8))
     monkeypatch.setattr(toy, "Recipe", partial(toy.Recipe, pretrain_steps=1, posttrain_steps=1))
     path = tmp_path / "phase.csv"
-    wanted = [("student", ""), ("topd-0.05", "0.001")]
+    wanted = [("student", ""), ("auto", "0.001"), ("topd-0.05", "0.001")]
     for _ in range(2):
         phase.run_worlds([(0.5, 1)], lambda: wanted, KNOBS, path)
     rows = read_csv(path)
-    assert [(row["arm"], row["lr"], row["response_tokens"]) for row in rows] == [
-        ("student", "", "0"),
-        ("topd-0.05", "0.001", str(2 * 32 * 6)),
-    ]
-    assert 54 <= float(rows[0]["announced"]) <= 58 and 1 <= int(rows[0]["auto"]) <= 128
+    assert [(row["arm"], row["lr"]) for row in rows] == wanted
+    auto = int(rows[0]["auto"])
+    student, of_auto, truncated = (int(row["response_tokens"]) for row in rows)
+    assert student == 0 and 0.5 < of_auto / (2 * 32 * auto) <= 1 and 0.5 < truncated / (2 * 32 * 6) <= 1
+    assert 54 <= float(rows[0]["announced"]) <= 58 and 1 <= auto <= 128
     with pytest.raises(BadInput, match="steps 2, not 3"):
         phase.read(path, phase.Knobs(**(vars(KNOBS) | {"steps": 3})))
 
@@ -55,7 +57,7 @@ def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
 # Accuracies of three seeds at q = 0.5. The shares of topd-0.5: gains 0.3, 0.6, 0.6 of full's 0.6, 0.6, 0.6.
 STUDENT, FULL = (0.2, 0.3, 0.1), (0.8, 0.9, 0.7)
 GAINS = {"topd-0.05": (0, 0, 0), "topd-0.1": (0, 0.03, -0.03), "topd-0.25": (0.6, 0.6, 0.6)}
-GAINS |= {"topd-0.5": (0.3, 0.6, 0.6), "popd": (0.6, 0.6, 0.6)}
+GAINS |= {"topd-0.5": (0.3, 0.6, 0.6), "auto": (0.6, 0.6, 0.6), "popd": (0.6, 0.6, 0.6)}
 
 
 def made_up(path) -> None:
@@ -96,7 +98,7 @@ def test_shares_of_made_up_rows(tmp_path):
     assert words["topd-0.05"].startswith("loses") and words["topd-0.1"].startswith("loses")
     assert words["topd-0.25"].startswith("keeps 100% [100% to 100%]")
     assert words["topd-0.5"].startswith("cannot be told 83%")
-    assert words["auto"] == "61.0 tokens, 60 to 62"
+    assert "  auto       61.0 tokens, 60 to 62" in shown
     assert phase.text_of(cells, 0.5, "full") == "+60 points"
     assert phase.draw(cells, KNOBS, path).stat().st_size > 0
 
