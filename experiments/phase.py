@@ -46,7 +46,9 @@ RATES = (3e-4, 1e-3, 3e-3)
 SWEEP_SEED = 0  # that of the toy's own worlds; the others are 1, 2, ...
 CACHE = toy.CACHE
 CORNERS = {0.0: "opening", 1.0: "closing"}
+LEAST_TEACHER = 0.9  # accuracy; a world below it is left out, whatever its runs show
 KEPT = 0.5  # of full's gain; as in claims.py, where truncation fails by keeping less than half
+SETTINGS = ("max_new_tokens", "batch_size", "divergence", "warmup", "decay", "beta2", "clip", "dtype")
 MARKERS = (
     ("announced", "a rollout of this length ends with the first differing token", "|", "black"),
     ("auto", "--horizon auto, each seed", "o", VERMILION),
@@ -58,9 +60,7 @@ Key = tuple[float, int, str, str]  # q, seed, arm, learning rate
 
 @dataclass(frozen=True)
 class Knobs:
-    q: tuple[str, ...] = knob(
-        ("0", "0.5", "1", "0.25", "0.75"), "places, in the order of the runs; may be repeated"
-    )
+    q: tuple[str, ...] = knob(("0", "0.25", "0.5", "0.75", "1"), "places; may be repeated")
     seeds: int = knob(5, "worlds of each place", least=1)
     steps: int = knob(5, "of training; few, so that full is short of its ceiling", least=2)
     problems: int = knob(100, "held-out, sampled once at temperature 1", least=2, most=100)
@@ -76,11 +76,12 @@ class Knobs:
             raise BadInput(f"--q {' '.join(self.q)} is not from 0 to 1: give fractions of the countdown")
         return places
 
-    def settings(self) -> dict[str, object]:
-        """The columns in which all rows agree."""
-        names = ("steps", "problems")
-        shared = {name: toy.PRESET[name] for name in ("max_new_tokens", "batch_size")}
-        return {name: getattr(self, name) for name in names} | shared
+    def settings(self) -> dict[str, str]:
+        """The columns in which all rows agree; `worlds` is a hash of how toy.py makes them."""
+        worlds = toy.folder_of("toy", toy.Recipe(), CACHE).name
+        shared = {"steps": self.steps, "problems": self.problems, "worlds": worlds}
+        shared |= {name: getattr(compare.Knobs(**toy.PRESET), name) for name in SETTINGS}
+        return {name: str(value) for name, value in shared.items()}
 
 
 # The world.
@@ -157,7 +158,7 @@ def run_world(q: float, seed: int, wanted: list[tuple[str, str]], knobs: Knobs, 
     """Make the missing rows of a world: `wanted` are pairs of an arm and its learning rate, as text."""
     done = read(path, knobs)
     missing = [(arm, lr) for arm, lr in wanted if (q, seed, arm, lr) not in done]
-    if not missing:
+    if not missing or (q, seed) in unusable(done):
         return
     setup, settings = load(q, seed, knobs)
     start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
@@ -172,6 +173,8 @@ def run_world(q: float, seed: int, wanted: list[tuple[str, str]], knobs: Knobs, 
             row = {"q": q, "seed": seed, "arm": arm, "lr": lr} | result | places | knobs.settings()
             run_folder.append_csv(path, [row])
         print(f"q {q:g}, seed {seed}, {arm} {lr}: {result['accuracy']:.0%}", flush=True)
+        if arm == "teacher" and result["accuracy"] < LEAST_TEACHER:
+            return
 
 
 def run_all(knobs: Knobs, path: Path) -> None:
@@ -201,9 +204,9 @@ def run_worlds(worlds: list[tuple[float, int]], wanted: Callable, knobs: Knobs, 
 def read(path: Path, knobs: Knobs) -> dict[Key, Row]:
     """The rows by place, seed, arm and learning rate. Raises BadInput for other settings, or a row twice."""
     found: dict[Key, Row] = {}
+    wanted = knobs.settings()
     for number, row in enumerate(run_folder.read_csv(path) if path.exists() else [], 2):
         where = f"{path} line {number}"
-        wanted = {name: str(value) for name, value in knobs.settings().items()}
         differing = [
             f"{name} {row.get(name)}, not {wanted[name]}" for name in wanted if row.get(name) != wanted[name]
         ]
@@ -214,6 +217,12 @@ def read(path: Path, knobs: Knobs) -> dict[Key, Row]:
             raise BadInput(f"{where} repeats {key}: remove one of the two")
         found[key] = row
     return found
+
+
+def unusable(rows: dict[Key, Row]) -> dict[tuple[float, int], str]:
+    """The worlds whose teacher has not learned the task, and its accuracy."""
+    teachers = {(q, seed): row["accuracy"] for (q, seed, arm, _), row in rows.items() if arm == "teacher"}
+    return {world: found for world, found in teachers.items() if float(found) < LEAST_TEACHER}
 
 
 def chosen_rates(rows: dict[Key, Row]) -> dict[str, str]:
@@ -232,7 +241,7 @@ def chosen_rates(rows: dict[Key, Row]) -> dict[str, str]:
 
 @dataclass
 class Cells:
-    """The rows with the chosen learning rates, without those of the sweep's seed."""
+    """What the rows say with the chosen learning rates, without the sweep's seed and unusable worlds."""
 
     rows: dict[Key, Row]
     rates: dict[str, str]
@@ -242,9 +251,10 @@ class Cells:
 
     def values(self, q: float, arm: str, name: str = "accuracy") -> dict[int, float]:
         """A number per seed."""
+        left_out = {seed for place, seed in unusable(self.rows) if place == q} | {SWEEP_SEED}
         wanted = (q, arm, self.rates.get(arm, ""))
         found = {seed: row for (q, seed, *run), row in self.rows.items() if (q, *run) == wanted}
-        return {seed: float(row[name]) for seed, row in found.items() if seed != SWEEP_SEED}
+        return {seed: float(row[name]) for seed, row in found.items() if seed not in left_out}
 
     def gains(self, q: float, arm: str) -> list[tuple[float, float]]:
         """The accuracies of the arm and of full, minus that of the student, for the seeds with all three."""
@@ -290,6 +300,8 @@ def report(cells: Cells, knobs: Knobs) -> str:
     """Per place: the two places in tokens, accuracies, and each arm's share of full's gain."""
     words = {YES: "keeps", NO: "loses", OPEN: "cannot be told"}
     lines = [f"[ ]: 95 % t interval over seeds. keeps, loses: it lies above, below {KEPT:.0%} of full's gain"]
+    for (q, seed), teacher in unusable(cells.rows).items():
+        lines += [f"left out: q {q:g}, seed {seed}, whose teacher has an accuracy of {float(teacher):.0%}"]
     lines += ["learning rates: " + ", ".join(f"{arm} {lr}" for arm, lr in cells.rates.items())]
     for q in cells.places():
         lines += ["", f"q {q:g}, {len(cells.gains(q, 'full'))} seeds"]

@@ -103,17 +103,21 @@ def test_shares_of_made_up_rows(tmp_path):
     assert phase.draw(cells, KNOBS, path).stat().st_size > 0
 
 
-@pytest.mark.parametrize("without", ["a seed", "a gain"])
-def test_no_share_without_seeds_or_gain(tmp_path, without):
+@pytest.mark.parametrize("without", ["a seed", "a gain", "a teacher"])
+def test_no_share_without_seeds_gain_or_teacher(tmp_path, without):
     path = tmp_path / "phase.csv"
     made_up(path)
     rows = phase.read(path, KNOBS)
+    rates = phase.chosen_rates(rows)
     for key, row in rows.items():
         if without == "a gain" and key[2] == "student":
             row["accuracy"] = "0.8"
+    if without == "a teacher":
+        rows[0.5, 2, "teacher", ""]["accuracy"] = "0.89"
+        assert "seed 2, whose teacher has an accuracy of 89%" in phase.report(phase.Cells(rows, rates), KNOBS)
     if without == "a seed":
         del rows[0.5, 2, "full", "0.001"]
-    assert phase.Cells(rows, phase.chosen_rates(rows)).share(0.5, "topd-0.5") is None
+    assert phase.Cells(rows, rates).share(0.5, "topd-0.5") is None
 
 
 def test_missing_seeds_are_named(tmp_path):
