@@ -11,7 +11,8 @@ each arm the one with the highest mean accuracy over q = 0 and 1.
 
 A row of the CSV is an untrained model or a finished run, scored on held-out problems after its last step;
 runs whose rows exist are not repeated. The row of an untrained student has two places in tokens:
-`announced`, how many precede those words, and `auto`, the horizon that `--horizon auto` suggests.
+`announced`, how many precede those words, and `auto`, the horizon that `--horizon auto` suggests, with which
+TOPD is an arm of its own. Worlds whose teacher has not learned the task are left out.
 """
 
 import hashlib
@@ -281,7 +282,7 @@ class Cells:
         counts = {
             q: min(len(self.values(q, arm)) for arm in ("student", *ARMS)) for q in sorted(knobs.places())
         }
-        lacking = [f"q {q:g} has {n} of {knobs.seeds} seeds" for q, n in counts.items() if n < knobs.seeds]
+        lacking = [f"q {q:g} ({n} of {knobs.seeds} seeds)" for q, n in counts.items() if n < knobs.seeds]
         return f"missing: {', '.join(lacking)}" if lacking else ""
 
 

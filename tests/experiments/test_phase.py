@@ -127,4 +127,4 @@ def test_missing_seeds_are_named(tmp_path):
     cells = phase.Cells(rows, phase.chosen_rates(rows))
     assert cells.missing(KNOBS) == ""
     knobs = phase.Knobs(q=("0.5", "1"), seeds=4)
-    assert cells.missing(knobs) == "missing: q 0.5 has 3 of 4 seeds, q 1 has 0 of 4 seeds"
+    assert cells.missing(knobs) == "missing: q 0.5 (3 of 4 seeds), q 1 (0 of 4 seeds)"
