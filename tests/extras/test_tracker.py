@@ -30,10 +30,11 @@ def test_tensorboard(world, tmp_path, monkeypatch):
 
 
 def test_wandb_offline(world, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     trained(monkeypatch, tmp_path / "run", "wandb")
+    wandb.finish()  # at exit, it does this itself
     files = list((tmp_path / "run" / "wandb").rglob("*.wandb"))
     assert len(files) == 1 and b"reverse_kl" in files[0].read_bytes()
 
