@@ -13,11 +13,11 @@ joined with the next one. A chunk of tokens from o to o' has the advantage A = F
 detached, and the loss is the mean of -A log p(y) over the scored tokens. All ends of a side are one event.
 
 What holds: with equal tokenizers, and one end, this is `opd.sampled_reverse_kl`. With a student whose tokens
-are bytes, the gradient is that of the reverse KL to the teacher's law of texts, if the teacher's tokens up to
-a place do not depend on what follows the next one. Otherwise it is biased: z depends on the whole text, so a
-boundary can tell the teacher what comes next, and other tokenizations of the text are left out. The largest
-expected gradient of a logit where both models have the same law of texts, which should be 0, by enumeration
-for a teacher with the tokens {a, b, ab}:
+are bytes, the gradient is that of the reverse KL to the teacher's distribution of texts, if the teacher's
+tokens up to a place do not depend on what follows the next one. Otherwise it is biased: z depends on the
+whole text, so a boundary can tell the teacher what comes next, and other tokenizations are left out. The
+largest expected gradient of a logit where both models have the same distribution of texts, which should be
+0, by enumeration for a teacher with the tokens {a, b, ab}:
 
     student                 {a, b}   {a, b, ba}   {a, b, bb}
     this                         0         0.18         0.11

@@ -271,17 +271,17 @@ def test_with_a_student_of_bytes_the_gradient_is_that_of_the_reverse_kl_of_texts
     assert exact.abs().max() > 1e-2 and (total - exact).abs().max() < 2e-6
 
 
-def law_of_texts(longest):
-    """A random law of the texts over {a, b} with at most `longest` letters."""
+def random_texts(longest):
+    """A random distribution of texts over {a, b} with at most `longest` letters."""
     texts = ["".join(text) for n in range(longest + 1) for text in product("ab", repeat=n)]
     weights = torch.randn(len(texts), generator=torch.Generator().manual_seed(0), dtype=torch.double)
     return dict(zip(texts, weights.softmax(0).tolist()))
 
 
-def next_token(law, encode, size):
-    """The law of the next token after each beginning of a text, in a model with this tokenizer and law."""
+def next_token(texts, encode, size):
+    """The next token's distribution after each beginning of a text, for a model of these texts."""
     mass = {}
-    for text, p in law.items():
+    for text, p in texts.items():
         tokens = (*encode(text), size)
         for n, token in enumerate(tokens):
             after = mass.setdefault(tokens[:n], [0.0] * (size + 1))
@@ -293,13 +293,13 @@ def log(p):
     return math.log(p) if p else -math.inf
 
 
-def expected_gradient(student, teacher, law, only_common):
-    """The largest expected gradient of a logit of the student; teacher and student have this law of texts."""
+def expected_gradient(student, teacher, texts, only_common):
+    """The largest expected gradient of a student's logit where both models have these texts."""
     align = aligner(student, teacher)
     sizes = len(align.student.pieces), len(align.teacher.pieces)
-    p, q = (next_token(law, v.encode, n) for v, n in zip((align.student, align.teacher), sizes))
+    p, q = (next_token(texts, v.encode, n) for v, n in zip((align.student, align.teacher), sizes))
     gradients = {before: torch.zeros(sizes[0] + 1, dtype=torch.double) for before in p}
-    for text, weight in law.items():
+    for text, weight in texts.items():
         tokens = [*align.student.encode(text), sizes[0]]
         row = align(tokens, True, [sizes[1]], 1000)
         if only_common:
@@ -326,20 +326,20 @@ def expected_gradient(student, teacher, law, only_common):
 @pytest.mark.parametrize(
     "merges, bias, of_common", [([], 0, 0.087), ([("b", "a")], 0.183, 0.200), ([("b", "b")], 0.111, 0.137)]
 )
-def test_bias_where_both_models_have_the_same_law_of_texts(small_probe, merges, bias, of_common):
+def test_bias_where_both_models_have_the_same_distribution(small_probe, merges, bias, of_common):
     """The expected gradient should be 0. It is for a student of bytes, and not where tokens straddle.
 
     Chunks between common boundaries alone are biased in each case.
     """
     student = letters(["a", "b", *map("".join, merges)], merges)
-    law = law_of_texts(4)
-    found = [expected_gradient(student, LARGE, law, only_common) for only_common in (False, True)]
+    texts = random_texts(4)
+    found = [expected_gradient(student, LARGE, texts, only_common) for only_common in (False, True)]
     assert found[0] == pytest.approx(bias, abs=5e-4 if bias else 1e-12)
     assert found[1] == pytest.approx(of_common, abs=5e-4)
 
 
 def renumbered(world, folder):
-    """The toy's teacher with other ids for the same tokens: another tokenizer, the same law of texts."""
+    """The toy's teacher with other ids for the same tokens: another tokenizer, the same texts."""
     shutil.copytree(world / "teacher", folder)
     state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = state["model"]["vocab"]
