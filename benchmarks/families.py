@@ -50,7 +50,7 @@ ALSO |= {2: ("linear_num_value_heads",), 0: ("pad_token_id",), 3: ("eos_token_id
 
 @dataclass(frozen=True)
 class Knobs:
-    family: tuple[str, ...] = knob((), "default: all")
+    family: tuple[str, ...] = knob((), "default: all", choices=sorted(FAMILIES))
     out: str = knob("", "CSV file with one row per family")
 
 
@@ -126,6 +126,8 @@ def try_family(family: str) -> dict[str, str]:
 
 def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
+    if knobs.out:
+        run_folder.check_file(Path(knobs.out), "--out")
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     rows = []

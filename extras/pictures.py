@@ -125,9 +125,9 @@ def save(figure, path: Path) -> Path:
 def main() -> None:
     if len(sys.argv) != 2:
         raise BadInput(f"{len(sys.argv) - 1} arguments instead of one: python -m extras.pictures RUN_FOLDER")
+    print(draw_step(Path(sys.argv[1])))
     print(draw_divergences())
     print(draw_schedules())
-    print(draw_step(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Names:
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     def top(self, logp: Tensor, k: int) -> str:
-        values, ids = logp.exp().topk(k)
+        values, ids = logp.exp().topk(min(k, len(logp)))
         return "  ".join(f"{self(i)} {value:.2g}" for value, i in zip(values.tolist(), ids.tolist()))
 
 
@@ -112,7 +112,7 @@ def token_table(names: Names, student: Tensor, teacher: Tensor, top: int) -> str
     terms = student.exp() * (student - teacher)
     rows = {"p": student.exp(), "log p": student, "log q": teacher, "p (log p - log q)": terms}
     rows |= gradients(student, teacher)
-    chosen = terms.abs().topk(top).indices.tolist()
+    chosen = terms.abs().topk(min(top, len(terms))).indices.tolist()
     width = max(map(len, rows))
     head = [names(token)[:11] for token in chosen] + ["others", "sum"]
     lines = [" " * width + "".join(f"{name:>12}" for name in head)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from support.cli import BadInput
+from support.models import first_line
 
 
 def numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -34,13 +35,16 @@ def start(name: str, folder: Path, settings: dict[str, Any]) -> Callable[[int, d
 def tensorboard(folder: Path, settings: dict[str, Any]) -> Callable[[int, dict[str, Any]], None]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / "tensorboard")
-    writer.add_text("settings", "\n".join(f"    {key}: {value}" for key, value in settings.items()))
+    writers = []
 
     def log(step: int, row: dict[str, Any]) -> None:
+        if not writers:  # a resumed run writes again what came after its checkpoint
+            writers.append(SummaryWriter(folder / "tensorboard", purge_step=step))
+            lines = [f"    {key}: {value}" for key, value in settings.items()]
+            writers[0].add_text("settings", "\n".join(lines))
         for key, value in numbers(row).items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
+            writers[0].add_scalar(key, value, step)
+        writers[0].flush()
 
     return log
 
@@ -49,7 +53,11 @@ def wandb(folder: Path, settings: dict[str, Any]) -> Callable[[int, dict[str, An
     import wandb as library
 
     name = folder.resolve().name
-    run = library.init(project="opd", name=name, id=name, dir=folder, config=settings, resume="allow")
+    try:
+        run = library.init(project="opd", name=name, id=name, dir=folder, config=settings, resume="allow")
+    except library.Error as error:
+        what = f"wandb cannot be used ({first_line(error)})"
+        raise BadInput(f"{what}: wandb login, or set WANDB_MODE=offline") from error
 
     def log(step: int, row: dict[str, Any]) -> None:
         run.log(numbers(row), step=step)

@@ -150,7 +150,9 @@ def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
     few = -(-len(rows) // 10)
     first, last = (fmean(float(row["reverse_kl"]) for row in part) for part in (rows[:few], rows[-few:]))
     found = [f"The reverse KL of the first and last {few} steps is {first:.3f} and {last:.3f} nats a token"]
-    if rows[0]["horizon"] != rows[-1]["horizon"]:
+    if len(rows) < 10:
+        found[0] += ": too few steps to tell."
+    elif rows[0]["horizon"] != rows[-1]["horizon"]:
         found[0] += ", of other tokens, as the horizon changed: positions.csv has it by position."
     else:
         found[0] += ": it rose; lower --lr, or raise --batch-size." if last > first else ": it fell."

@@ -44,6 +44,7 @@ SAFE = (
     "checkpointing",
     "eval_batch",
     "dry_run",
+    "tracker",
 )
 
 
@@ -96,7 +97,7 @@ def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[st
         raise BadInput(f"{what}: restore it, or start a new one") from error
     for name in given.keys() - {"resume"}:
         if name not in safe and given[name] != knobs[name]:
-            what = f"{flag_of(name)} {given[name]} would change the run, which has {knobs[name]}"
+            what = f"{flag_of(name)} {given[name]} would change the run, which has {knobs[name] or 'none'}"
             raise BadInput(f"{what}: drop it, or start a new run")
     if "steps" in given and given["steps"] < knobs["steps"]:
         raise BadInput(f"--steps {given['steps']} is below the run's {knobs['steps']}: a run can only grow")
@@ -354,9 +355,12 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
                 path.unlink()
     path = folder / "rollouts.jsonl"
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-        path.write_text("".join(kept), encoding="utf-8")
+        rows = [
+            row for _, row in data.jsonl_rows(path) if isinstance(row, dict) and row.get("step", step) < step
+        ]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        atomic_rename(part, path)
     for path in folder.glob("eval_step_*.jsonl"):
         if int(path.stem.rpartition("_")[2]) > step:
             path.unlink()

@@ -91,7 +91,7 @@ def difference(first: list[dict], second: list[dict]) -> dict:
     mean, se = statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
     better, worse = sum(g > 0 for g in gaps), sum(g < 0 for g in gaps)
     tail = sum(math.comb(better + worse, i) for i in range(min(better, worse) + 1))
-    result = {"difference": mean, "se": se, "interval": [mean - Z * se, mean + Z * se]}
+    result = {"difference": mean, "se": se, "interval": [max(-1.0, mean - Z * se), min(1.0, mean + Z * se)]}
     return result | {"better": better, "worse": worse, "p": min(1.0, 2 * tail / 2 ** (better + worse))}
 
 

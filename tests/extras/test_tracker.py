@@ -29,6 +29,18 @@ def test_tensorboard(world, tmp_path, monkeypatch):
     assert events.Scalars("response_tokens")[0].step == 0
 
 
+def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in ((0, 1, 2, 3), (2, 3)):
+        log = tracker.start("tensorboard", tmp_path, {})
+        for step in steps:
+            log(step, {"loss": step})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3]
+
+
 def test_wandb_offline(world, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

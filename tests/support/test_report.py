@@ -77,7 +77,7 @@ def test_table_with_and_without_an_evaluation():
     assert report.table(SUMMARY) == lines[-1]
 
 
-FELL, ROSE = ([{"reverse_kl": str(x), "horizon": 9} for x in xs] for xs in ((3, 2, 1, 0.5), (0.5, 1, 2, 3)))
+FELL, ROSE = ([{"reverse_kl": str(x), "horizon": 9} for x in xs] for xs in (range(20, 0, -1), range(20)))
 GREW = [row | {"horizon": i} for i, row in enumerate(FELL)]
 BETTER = {"accuracy": 0.8, "se": 0.1, "truncated": 0.0, "n": 20}
 WORSE = BETTER | {"accuracy": 0.2}
@@ -102,6 +102,7 @@ def test_advice(rows, teacher, change, cut, words):
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines))
     assert report.advice(rows, dict.fromkeys(("before", "after", "teacher"))) == lines[:1]
+    assert report.advice(rows[:2], summary)[0].endswith("too few steps to tell.")
 
 
 def test_curve_of_a_run_without_an_evaluation_and_of_no_run(tmp_path):
