@@ -3,9 +3,10 @@
     python -m extras.trace                                         the toy models
     python -m extras.trace --student A --teacher B --question "What is 2 + 2?"
 
-For every sampled token: what both models expected, and the reverse KL. For the token with the largest
-gradient: the terms of the sum, its gradient by formula and by autograd, the sampled estimator, and two losses
-that look like it but are wrong. Then one update, and the same tokens again.
+For every sampled token: what both models expected, the sampled estimator, and the reverse KL. For the one
+with the largest gradient and the one with the largest KL, or with --every for all: the terms of the sum, its
+gradient by formula, by autograd and by the estimator, and two losses that look like it but are wrong. Then
+one update, and the same tokens again.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Knobs:
     instruction: str = knob("", "text after the question, for example train.py's own")
     tokens: int = knob(8, "tokens of the answer", least=1)
     top: int = knob(5, "tokens of each distribution that are shown", least=2)
+    every: bool = knob(False, "terms and gradients of every token, not of the one or two that tell most")
     seed: int = knob(0, "of the sampling", least=0, most=2**32)
     lr: float = knob(1e-3, "of the one update, by AdamW", least=0)
 
@@ -98,9 +100,9 @@ def answer_table(names: Names, tokens: Tensor, student: Tensor, teacher: Tensor,
     for i, token in enumerate(tokens.tolist()):
         kl = opd.reverse_kl(student[i : i + 1], teacher[i : i + 1], tokens[i : i + 1]).item()
         log_p, log_q = student[i, token].item(), teacher[i, token].item()
-        facts = (
-            f"log p(y) {log_p:7.3f}   log q(y) {log_q:7.3f}   A {log_q - log_p:7.3f}   reverse KL {kl:6.3f}"
-        )
+        advantage = log_q - log_p
+        facts = f"log p(y) {log_p:7.3f}   log q(y) {log_q:7.3f}   A {advantage:7.3f}"
+        facts += f"   -A log p(y) {-advantage * log_p:7.3f}   reverse KL {kl:6.3f}"
         lines.append(f"{i + 1:3}  {names(token):<14} {facts}")
         lines.append(f"       student  {names.top(student[i], top)}")
         lines.append(f"       teacher  {names.top(teacher[i], top)}")
@@ -184,7 +186,8 @@ def main() -> None:
     print(f"\nThe loss is the mean of the reverse KL over the tokens: {kl.mean():.5f} nats.")
     gradient = (student.exp() * (student - teacher - kl[:, None])).norm(dim=-1)  # of each token's logits
     by_gradient = gradient.argsort(descending=True).tolist()
-    for i in (by_gradient[0], int(kl.argmax())) if by_gradient[0] != int(kl.argmax()) else by_gradient[:1]:
+    telling = dict.fromkeys([by_gradient[0], int(kl.argmax())])
+    for i in range(len(tokens)) if knobs.every else telling:
         size = f"a reverse KL of {kl[i]:.3f} nats and a gradient of norm {gradient[i]:.4f}"
         print(f"\nToken {i + 1}, {names(tokens[i])!r}, has {size}. By terms of the vocabulary:")
         print(token_table(names, student[i], teacher[i], knobs.top))

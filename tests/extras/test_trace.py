@@ -23,11 +23,11 @@ def test_gradients_by_formula_by_autograd_and_by_enumeration():
 
 
 def test_the_toys_step(world, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["trace", "--tokens", "4", "--lr", "0.003"])
+    monkeypatch.setattr(sys, "argv", ["trace", "--tokens", "4", "--lr", "0.003", "--every"])
     trace.main()
     out = capsys.readouterr().out
     values = [float(x) for x in re.findall(r"reverse KL +([\d.]+)$", out, re.M)]
     assert len(values) == 8
     before, after = (float(re.search(rf"{words} ([\d.]+) nats", out)[1]) for words in ("tokens:", "is now"))
     assert before == pytest.approx(sum(values[:4]) / 4, abs=1e-3) and after < before
-    assert "To check by hand" in out
+    assert "To check by hand" in out and out.count("reverse KL, autograd") == 4
