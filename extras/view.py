@@ -200,6 +200,7 @@ def main() -> None:
     facts = {"run": folder.resolve().name, "horizon": horizon_at(0), "top": TOP, "units": UNITS}
     for name in ("student", "teacher", "schedule", "steps", "max_new_tokens", "temperature"):
         facts[name] = getattr(run, name)
+    facts["steps"] = len(run_folder.read_csv(folder / "metrics.csv"))  # a stopped run has fewer
     content = problems_with_answers(pairs, problems[: knobs.answers], run, knobs.teacher)
     write(page({"facts": facts} | content), out)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
