@@ -114,9 +114,8 @@ class LinearFP32(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
-        grad_logits = grad_logits.to(
-            weight.dtype
-        )  # a relative error of 2**-9, where logits have an absolute one
+        # Rounding a gradient is a relative error of 2**-9; rounding logits is an absolute one.
+        grad_logits = grad_logits.to(weight.dtype)
         grad_hidden = grad_logits @ weight if ctx.needs_input_grad[0] else None
         grad_weight = grad_logits.T @ hidden if ctx.needs_input_grad[1] else None
         return grad_hidden, grad_weight

@@ -110,9 +110,7 @@ def rollout(
     cache = DynamicCache(config=model.config)
     for t in range(horizon):
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        output = model(
-            **inputs, cache=cache, use_cache=True, logits_to_keep=1
-        )  # before 5.24: past_key_values
+        output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)  # transformers >= 5.24
         if cache.get_seq_length() != mask.shape[1]:
             raise ValueError(f"{type(model).__name__} does not keep a KV cache: use another model")
         logits = output.logits[:, -1, :vocab_size]  # (b, V)

@@ -70,9 +70,7 @@ class Knobs:
     low_memory: bool = knob(False, "train LoRA adapters instead of all weights; lr 5e-5 with preset qwen")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
 
-    eval_every: int = knob(
-        0, "steps between evaluations; 0: only before and after", least=0, group="evaluation"
-    )
+    eval_every: int = knob(0, "steps between evaluations; 0: before and after", least=0, group="evaluation")
     eval_limit: int = knob(64, "held-out problems; 0: no evaluation", least=0)
     eval_batch: int | str = knob("auto", "answers sampled together, at most 64 if auto", least=1, word="auto")
     eval_temperature: float = knob(0.0, "0 is greedy", least=0)
@@ -288,14 +286,9 @@ def load_pair(
     teacher_tokenizer = models.load_tokenizer(teacher_name)
     vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer, differ)
     dtype = getattr(torch, dtype_name)
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        print(
-            "bf16 on a CPU: logits are rounded to bf16, see RESULTS.md; --dtype float32 avoids it", flush=True
-        )
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
     teacher = models.load_model(teacher_name, dtype, device).requires_grad_(False)
-    if teacher.num_parameters() < student.num_parameters():
-        print("the teacher is smaller than the student: fine if it is the better one", flush=True)
+    models.print_notes(student, teacher)
     if low_memory:
         from extras import lora
 

@@ -74,6 +74,16 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
     return model
 
 
+def print_notes(student, teacher) -> None:
+    """What may surprise about a pair and is no error."""
+    if teacher.device.type == "cpu" and teacher.dtype == torch.bfloat16:
+        print(
+            "bf16 on a CPU: logits are rounded to bf16, see RESULTS.md; --dtype float32 avoids it", flush=True
+        )
+    if teacher.num_parameters() < student.num_parameters():
+        print("the teacher is smaller than the student: fine if it is the better one", flush=True)
+
+
 def check_architecture(model) -> None:
     """Raises BadInput if the model is not a text-only causal LM: a stack of attention layers and a head."""
     name = type(model).__name__
