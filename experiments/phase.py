@@ -5,33 +5,30 @@
 
 The world is the toy's with a place q. At q = 0 it is `opening`: the first words of an answer announce
 whether it will be correct. At q = 1 it is `closing`: the words before the result do. Between, the words of
-`closing` stand after the fraction q of the countdown, and a wrong answer is one too high from there on. A
-seed redraws problems, student, teacher and training. Learning rates are chosen on a seed of their own: for
-each arm the one with the highest mean accuracy over q = 0 and 1.
+`closing` stand after the fraction q of the countdown, and a wrong answer is one too high from there on.
+Learning rates are chosen over q = 0 and 1; sweep.py says how, and what a row of the CSV is.
 
-A row of the CSV is an untrained model or a finished run, scored on held-out problems after its last step;
-runs whose rows exist are not repeated. The row of an untrained student has two places in tokens:
-`announced`, how many precede those words, and `auto`, the horizon that `--horizon auto` suggests, with which
-TOPD is an arm of its own. Worlds whose teacher has not learned the task are left out.
+The row of an untrained student has two places in tokens: `announced`, how many precede those words, and
+`auto`, the horizon that `--horizon auto` suggests, with which TOPD is an arm of its own. Worlds whose teacher
+has not learned the task are left out.
 """
 
 import hashlib
 import math
 import statistics
 import sys
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
-
-from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import compare
-from claims import MIN_SEEDS, NO, OPEN, YES, Interval, interval, verdict
+import sweep
+from claims import NO, OPEN, YES, Interval, interval, verdict
 from figures import VERMILION, plt, save
+from sweep import CACHE, ENDS, SWEEP_SEED, Row, Unit, World, mean_of, shown
 
 import train
 from extras import profile_horizon
@@ -43,20 +40,14 @@ from support.scores import score_answers
 HORIZONS = (0.05, 0.1, 0.25, 0.5)
 TOPD = {f"topd-{h}": ("topd", h) for h in HORIZONS}
 ARMS = {"full": ("full", None)} | TOPD | {"auto": ("topd", "auto"), "popd": ("popd", None)}
-RATES = (3e-4, 1e-3, 3e-3)
-SWEEP_SEED = 0  # that of the toy's own worlds; the others are 1, 2, ...
-CACHE = toy.CACHE
+RATES = ("0.0003", "0.001", "0.003")
 CORNERS = {0.0: "opening", 1.0: "closing"}
 LEAST_TEACHER = 0.9  # accuracy; a world below it is left out, whatever its runs show
 KEPT = 0.5  # of full's gain; as in claims.py, where truncation fails by keeping less than half
-SETTINGS = ("max_new_tokens", "batch_size", "divergence", "warmup", "decay", "beta2", "clip", "dtype")
 MARKERS = (
     ("announced", "a rollout of this length ends with the first differing token", "|", "black"),
     ("auto", "--horizon auto, each seed", "o", VERMILION),
 )
-
-Row = dict[str, str]
-Key = tuple[float, int, str, str]  # q, seed, arm, learning rate
 
 
 @dataclass(frozen=True)
@@ -77,12 +68,20 @@ class Knobs:
             raise BadInput(f"--q {' '.join(self.q)} is not from 0 to 1: give fractions of the countdown")
         return places
 
-    def settings(self) -> dict[str, str]:
-        """The columns in which all rows agree; `worlds` is a hash of how toy.py makes them."""
+    def sweep(self) -> sweep.Sweep:
+        """`worlds` is a hash of how toy.py makes them."""
         worlds = toy.folder_of("toy", toy.Recipe(), CACHE).name
-        shared = {"steps": self.steps, "problems": self.problems, "worlds": worlds}
-        shared |= {name: getattr(compare.Knobs(**toy.PRESET), name) for name in SETTINGS}
-        return {name: str(value) for name, value in shared.items()}
+        return sweep.Sweep(
+            path=Path(self.csv),
+            settings=sweep.settings_of(toy.PRESET, steps=self.steps, problems=self.problems, worlds=worlds),
+            column="q",
+            place_of=float,
+            tuning=CORNERS,
+            rates=RATES,
+            load=partial(load, knobs=self),
+            measure=measure,
+            least_teacher=LEAST_TEACHER,
+        )
 
 
 # The world.
@@ -115,17 +114,14 @@ def build(q: float, seed: int) -> Path:
         return toy.build(key, toy.Recipe(seed), CACHE)
 
 
-def load(q: float, seed: int, knobs: Knobs) -> tuple[compare.Setup, compare.Knobs]:
-    """Models and problems of the world, and train.py's settings for it."""
-    folder = build(q, seed)
-    names = {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": str(folder)}
-    ours = {"steps": knobs.steps, "eval_limit": knobs.problems, "seed": seed, "device": "cpu"}
-    settings = compare.Knobs(**toy.PRESET | names | ours | {"eval_every": 0})
-    return compare.load(settings), settings
+def load(unit: Unit, knobs: Knobs) -> World:
+    ours = {"steps": knobs.steps, "eval_limit": knobs.problems, "seed": unit.seed}
+    return sweep.load(unit.place, build(unit.place, unit.seed), toy.PRESET, **ours)
 
 
-def places_in_tokens(setup: compare.Setup, settings: compare.Knobs, q: float) -> dict[str, float]:
+def places_in_tokens(world: World) -> dict[str, float]:
     """Where the announcement starts, on average, and the horizon that `--horizon auto` suggests."""
+    q, setup, settings = world
     encode = setup.pair.tokenizer.encode
     starts = []
     for problem in toy.all_problems(toy.Recipe(settings.seed))[:100]:
@@ -140,122 +136,49 @@ def places_in_tokens(setup: compare.Setup, settings: compare.Knobs, q: float) ->
 # The runs.
 
 
-def run_once(setup: compare.Setup, settings: compare.Knobs, arm: str, auto: int) -> dict[str, float]:
-    """Train the student as the arm says, or only score the student or the teacher; `auto` is in tokens."""
+def measure(world: World, arm: str, lr: str, student: Row) -> dict[str, float | str]:
+    """Train the student as the arm says, or only score the student or the teacher."""
+    _, setup, settings = world
+    places = places_in_tokens(world) if arm == "student" else {"announced": "", "auto": ""}
     tokens = 0
     if arm in ARMS:
+        settings = replace(settings, lr=float(lr))
         schedule, horizon = ARMS[arm]
-        horizon = auto / settings.max_new_tokens if horizon == "auto" else horizon
+        horizon = int(student["auto"]) / settings.max_new_tokens if horizon == "auto" else horizon
         horizon_at = make_schedule(schedule, settings.max_new_tokens, settings.steps, horizon)
         run = run_folder.Run(setup.pair.student.device)
         train.train(setup.pair, train.adamw(setup.pair, settings), setup.prompts, horizon_at, settings, run)
         tokens = sum(row["response_tokens"] for row in run.rows)
     model = setup.pair.teacher if arm == "teacher" else setup.pair.student
     records = setup.answers(model, settings.eval_temperature, settings)
-    return {"response_tokens": tokens, "accuracy": score_answers(records)["accuracy"]}
+    return {"response_tokens": tokens, "accuracy": score_answers(records)["accuracy"]} | places
 
 
-def run_world(q: float, seed: int, wanted: list[tuple[str, str]], knobs: Knobs, path: Path) -> None:
-    """Make the missing rows of a world: `wanted` are pairs of an arm and its learning rate, as text."""
-    done = read(path, knobs)
-    missing = [(arm, lr) for arm, lr in wanted if (q, seed, arm, lr) not in done]
-    if not missing or (q, seed) in unusable(done):
-        return
-    setup, settings = load(q, seed, knobs)
-    start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
-    auto = done.get((q, seed, "student", ""), {}).get("auto")  # otherwise the student is the first run
-    for arm, lr in missing:
-        for name, weight in setup.pair.masters.items():
-            weight.data.copy_(start[name])
-        places = places_in_tokens(setup, settings, q) if arm == "student" else {"announced": "", "auto": ""}
-        auto = places["auto"] or auto
-        result = run_once(setup, replace(settings, lr=float(lr or 0)), arm, int(auto))
-        with FileLock(CACHE / "phase.csv.lock"):
-            row = {"q": q, "seed": seed, "arm": arm, "lr": lr} | result | places | knobs.settings()
-            run_folder.append_csv(path, [row])
-        print(f"q {q:g}, seed {seed}, {arm} {lr}: {result['accuracy']:.0%}", flush=True)
-        if arm == "teacher" and result["accuracy"] < LEAST_TEACHER:
-            return
-
-
-def run_all(knobs: Knobs, path: Path) -> None:
+def run_all(knobs: Knobs) -> None:
     """The learning rates, then the cells; of several processes each takes the worlds that are free."""
-    ends = [("student", ""), ("teacher", "")]
-    sweep = ends + [(arm, f"{lr:g}") for arm in ARMS for lr in RATES]
-    run_worlds([(q, SWEEP_SEED) for q in CORNERS], lambda: sweep, knobs, path)
-    worlds = [(q, seed) for q in knobs.places() for seed in range(1, knobs.seeds + 1)]
-    run_worlds(worlds, lambda: ends + list(chosen_rates(read(path, knobs)).items()), knobs, path)
-
-
-def run_worlds(worlds: list[tuple[float, int]], wanted: Callable, knobs: Knobs, path: Path) -> None:
-    """First the worlds that no other process is at; then, once they are free, what the others lack."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for timeout in (0, -1):
-        for q, seed in worlds:
-            try:
-                with FileLock(CACHE / f"{q:g}-{seed}.lock", timeout=timeout):
-                    run_world(q, seed, wanted(), knobs, path)
-            except Timeout:
-                continue
+    both = knobs.sweep()
+    tried = ENDS + [(arm, lr) for arm in ARMS for lr in RATES]
+    both.run([Unit(f"{q:g}-{SWEEP_SEED}", q, SWEEP_SEED, tried) for q in CORNERS])
+    chosen = ENDS + list(cells_of(knobs).rates.items())
+    seeds = range(1, knobs.seeds + 1)
+    both.run([Unit(f"{q:g}-{seed}", q, seed, chosen) for q in knobs.places() for seed in seeds])
 
 
 # What the rows show.
 
 
-def read(path: Path, knobs: Knobs) -> dict[Key, Row]:
-    """The rows by place, seed, arm and learning rate. Raises BadInput for other settings, or a row twice."""
-    found: dict[Key, Row] = {}
-    wanted = knobs.settings()
-    for number, row in enumerate(run_folder.read_csv(path) if path.exists() else [], 2):
-        where = f"{path} line {number}"
-        differing = [
-            f"{name} {row.get(name)}, not {wanted[name]}" for name in wanted if row.get(name) != wanted[name]
-        ]
-        if differing or None in row:
-            raise BadInput(f"{where} has {'; '.join(differing)}: use its settings, or another --csv")
-        key = (float(row["q"]), int(row["seed"]), row["arm"], row["lr"])
-        if key in found:
-            raise BadInput(f"{where} repeats {key}: remove one of the two")
-        found[key] = row
-    return found
+def cells_of(knobs: Knobs) -> "Cells":
+    """Raises BadInput if a learning rate has not been tried."""
+    rows = knobs.sweep().read()
+    rates = knobs.sweep().chosen_rates(rows, ARMS)
+    if lacking := [arm for arm in ARMS if arm not in rates]:
+        raise BadInput(f"the learning rates of {', '.join(lacking)} are not all tried: run without --report")
+    return Cells(rows, rates, knobs.sweep().unusable(rows))
 
 
-def unusable(rows: dict[Key, Row]) -> dict[tuple[float, int], str]:
-    """The worlds whose teacher has not learned the task, and its accuracy."""
-    teachers = {(q, seed): row["accuracy"] for (q, seed, arm, _), row in rows.items() if arm == "teacher"}
-    return {world: found for world, found in teachers.items() if float(found) < LEAST_TEACHER}
-
-
-def chosen_rates(rows: dict[Key, Row]) -> dict[str, str]:
-    """For each arm the learning rate with the highest mean accuracy in the sweep; of equals the lowest."""
-    rates = {}
-    for arm in ARMS:
-        means = {}
-        for lr in (f"{lr:g}" for lr in RATES):
-            found = [rows.get((q, SWEEP_SEED, arm, lr)) for q in CORNERS]
-            if None in found:
-                raise BadInput(f"the learning rates of {arm} are not all tried: run without --report first")
-            means[lr] = statistics.fmean(float(row["accuracy"]) for row in found)
-        rates[arm] = max(means, key=means.get)
-    return rates
-
-
-@dataclass
-class Cells:
-    """What the rows say with the chosen learning rates, without the sweep's seed and unusable worlds."""
-
-    rows: dict[Key, Row]
-    rates: dict[str, str]
-
+class Cells(sweep.Cells):
     def places(self) -> list[float]:
         return sorted({q for q, seed, _, _ in self.rows if seed != SWEEP_SEED})
-
-    def values(self, q: float, arm: str, name: str = "accuracy") -> dict[int, float]:
-        """A number per seed."""
-        left_out = {seed for place, seed in unusable(self.rows) if place == q} | {SWEEP_SEED}
-        wanted = (q, arm, self.rates.get(arm, ""))
-        found = {seed: row for (q, seed, *run), row in self.rows.items() if (q, *run) == wanted}
-        return {seed: float(row[name]) for seed, row in found.items() if seed not in left_out}
 
     def gains(self, q: float, arm: str) -> list[tuple[float, float]]:
         """The accuracies of the arm and of full, minus that of the student, for the seeds with all three."""
@@ -286,22 +209,11 @@ class Cells:
         return f"missing: {', '.join(lacking)}" if lacking else ""
 
 
-def mean_of(values: Collection[float]) -> Interval | None:
-    """The mean over seeds; None with fewer than MIN_SEEDS."""
-    if len(values) < MIN_SEEDS:
-        return None
-    return interval(statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5, len(values))
-
-
-def shown(found: Interval | None) -> str:
-    return f"{found.mean:.0%} [{found.low:.0%} to {found.high:.0%}]" if found else "no interval"
-
-
 def report(cells: Cells, knobs: Knobs) -> str:
     """Per place: the two places in tokens, accuracies, and each arm's share of full's gain."""
     words = {YES: "keeps", NO: "loses", OPEN: "cannot be told"}
     lines = [f"[ ]: 95 % t interval over seeds. keeps, loses: it lies above, below {KEPT:.0%} of full's gain"]
-    for (q, seed), teacher in unusable(cells.rows).items():
+    for (q, seed), teacher in cells.unusable.items():
         lines += [f"left out: q {q:g}, seed {seed}, whose teacher has an accuracy of {float(teacher):.0%}"]
     lines += ["learning rates: " + ", ".join(f"{arm} {lr}" for arm, lr in cells.rates.items())]
     for q in cells.places():
@@ -370,13 +282,11 @@ def draw(cells: Cells, knobs: Knobs, path: Path) -> Path:
 
 def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
-    path = Path(knobs.csv)
     if not knobs.report:
-        run_all(knobs, path)
-    rows = read(path, knobs)
-    cells = Cells(rows, chosen_rates(rows))
+        run_all(knobs)
+    cells = cells_of(knobs)
     print(report(cells, knobs))
-    print(f"figure: {draw(cells, knobs, path)}")
+    print(f"figure: {draw(cells, knobs, Path(knobs.csv))}")
 
 
 if __name__ == "__main__":
