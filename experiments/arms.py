@@ -1,17 +1,23 @@
-"""The arms of a comparison: how long rollouts are, and which of their tokens have a loss.
+"""The arms of a comparison: who writes the rollouts, how long they are, and which tokens have which loss.
 
-Shapes: B rows, R longest response. T is `--max-new-tokens`, N = T / 10. A new arm is one entry of ARMS.
+Shapes: B rows, R longest response, C tokens of a chunk, V vocabulary. T is `--max-new-tokens`, N = T / 10.
+A new arm is one entry of ARMS.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import train
-from rollout import Rollout, sampling_noise
+from opd import Divergence, OutputHead, nll, token_logp
+from rollout import Rollout, rollout, sampling_noise
 from schedules import make_schedule
+from support.cli import BadInput
 
 SHARE = 0.1  # N / T: the horizon of topd-0.1, and the tokens of a row that keep their loss under a mask
 
@@ -24,7 +30,9 @@ History = list[tuple[int, float]]
 
 def by_schedule(name: str, horizon: float | None = None) -> Callable:
     def horizon_of(knobs, history: History) -> Callable[[int], int]:
-        start = knobs.esr_tokens if name == "esr" else horizon
+        tokens = knobs.esr_tokens
+        esr = tokens if tokens > 1 else 1 / knobs.max_new_tokens  # a horizon of 1 would be all of T
+        start = esr if name == "esr" else horizon
         return make_schedule(name, knobs.max_new_tokens, knobs.steps, start)
 
     return horizon_of
@@ -52,7 +60,7 @@ def adaptive(knobs, history: History, span: int = 4) -> Callable[[int], int]:
 
 
 # Masks: (rollouts, N, values) -> (B, R) bool, the tokens with a loss; values: (B, R), one number per token.
-# Every mask leaves the same number of tokens: the sum of min(N, length) over the rows.
+# Those of SELECTION, and `window`, leave the same number of tokens: the sum of min(N, length) over the rows.
 
 
 def first(rollouts: Rollout, size: int, values: Tensor | None) -> Tensor:
@@ -80,11 +88,25 @@ def window(rollouts: Rollout, size: int, values: Tensor) -> Tensor:
 
 def highest(rollouts: Rollout, size: int, values: Tensor) -> Tensor:
     """The tokens with the highest values in the whole step: a row may have many of them, or none."""
-    count = int(rollouts.response_mask.sum(1).clamp_max(size).sum())
+    return top(rollouts, int(rollouts.response_mask.sum(1).clamp_max(size).sum()), values)
+
+
+def fifth(rollouts: Rollout, size: int, values: Tensor) -> Tensor:
+    """The 20 % of the step's tokens with the highest values."""
+    return top(rollouts, round(0.2 * int(rollouts.response_mask.sum())), values)
+
+
+def top(rollouts: Rollout, number: int, values: Tensor) -> Tensor:
     candidates = values.masked_fill(~rollouts.response_mask, -torch.inf)
     mask = torch.zeros_like(rollouts.response_mask)
-    mask.view(-1)[candidates.flatten().topk(count).indices] = True
+    mask.view(-1)[candidates.flatten().topk(number).indices] = True
     return mask
+
+
+def without_end(rollouts: Rollout, size: int, values: Tensor | None) -> Tensor:
+    """All tokens but the eos token, which is the last one of a finished row."""
+    end = positions(rollouts) == rollouts.response_mask.sum(1, keepdim=True) - 1
+    return rollouts.response_mask & ~(end & rollouts.finished[:, None])
 
 
 def positions(rollouts: Rollout) -> Tensor:
@@ -118,11 +140,49 @@ def statistic(name: str) -> Callable:
     return values_of
 
 
+def surprise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
+    """-log p(y) of each token when it was sampled."""
+    return -rollouts.logp
+
+
+# Samplers: (pair, knobs) -> what `train.train` takes as its sampler, with the student as the first argument.
+
+
+def teachers_share(share: float) -> Callable:
+    """In each step the teacher writes all rollouts with this probability, which seed and step decide."""
+
+    def sampler_of(pair: train.Pair, knobs) -> Callable[..., Rollout]:
+        steps = count()
+
+        def sampler(student, *settings, **more) -> Rollout:
+            draw = sampling_noise([("writer", knobs.seed, next(steps))], 1).item()
+            return rollout(pair.teacher if draw < share else student, *settings, **more)
+
+        return sampler
+
+    return sampler_of
+
+
+def unlikelihood(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
+    """-A log p(y) with the fixed advantage A = -0.5: (C, V), (C, V), (C,) -> (C,). No teacher is in it."""
+    return 0.5 * token_logp(student_logp, tokens)
+
+
 class Arm(NamedTuple):
     horizon: Callable  # (knobs, history) -> (step -> H)
     mask: Callable | None = None  # None: every sampled token has a loss
     values: Callable | None = None  # what the mask chooses by
     lr_scale: float = 1.0
+    sampler: Callable | None = None  # None: the student writes
+    divergence: Divergence | None = None  # None: that of the knobs
+    sharpened: float | None = None  # the teacher is the student as it starts, at this temperature
+    low_memory: bool = False  # LoRA, with which the student must have been loaded
+
+    def check(self, knobs) -> None:
+        """Raises BadInput if the settings are not those of this arm."""
+        self.horizon(knobs, [])
+        if self.low_memory and not knobs.low_memory:
+            raise BadInput("the arms with LoRA need --low-memory: add it, or leave them out of --arms")
 
     def loss_mask(self, pair: train.Pair, knobs) -> Callable[[int, Rollout], Tensor] | None:
         """The mask as `train.train` takes it: (step, rollouts) -> (B, R)."""
@@ -133,15 +193,36 @@ class Arm(NamedTuple):
 
         return mask if self.mask else None
 
+    def train(self, pair: train.Pair, prompts: list[list[int]], knobs, run) -> None:
+        """Train the pair's student. The horizon may depend on `run.history`."""
+        knobs = replace(knobs, lr=knobs.lr * self.lr_scale)
+        if self.sharpened:
+            teacher = deepcopy(pair.student).requires_grad_(False)
+            pair = replace(pair, teacher=teacher, teacher_head=OutputHead.of(teacher, pair.vocab_size))
+        train.train(
+            pair,
+            train.adamw(pair, knobs),
+            prompts,
+            self.horizon(knobs, run.history),
+            knobs,
+            run,
+            sampler=self.sampler and self.sampler(pair, knobs),
+            loss_mask=self.loss_mask(pair, knobs),
+            divergence=self.divergence,
+            teacher_temperature=self.sharpened,
+        )
+
 
 FULL = by_schedule("full")
 TRUNCATED = by_schedule("topd", SHARE)
+ESR = by_schedule("esr")
+TEACHER = teachers_share(1.0)
 ARMS = {
     "full": Arm(FULL),
     "popd": Arm(by_schedule("popd")),
     "topd-0.25": Arm(by_schedule("topd", 0.25)),
     "topd-0.1": Arm(TRUNCATED),
-    "esr": Arm(by_schedule("esr")),
+    "esr": Arm(ESR),
     "adaptive": Arm(adaptive),
     # A tenth of the learning rate and nothing else. It does not give a token the weight that it has in a full
     # rollout: that is a factor of the loss, which AdamW cancels.
@@ -153,10 +234,19 @@ ARMS = {
     "top-kl": Arm(FULL, highest, statistic("reverse_kl")),
     "top-teacher-entropy": Arm(FULL, highest, statistic("teacher_entropy")),
     "top-student-entropy": Arm(FULL, highest, statistic("student_entropy")),
+    # Controls of the gain itself: what does it need a teacher, its distribution, or the student's text for?
+    "no-teacher": Arm(FULL, fifth, surprise, divergence=unlikelihood),  # arXiv 2608.31046
+    "seqkd": Arm(FULL, sampler=TEACHER, divergence=nll),  # cross-entropy on the teacher's answers
+    "self-teacher": Arm(FULL, sharpened=0.7),
+    "no-end": Arm(FULL, without_end),
+    "seqkd-0.1": Arm(TRUNCATED, sampler=TEACHER, divergence=nll),
+    "gkd": Arm(FULL, sampler=teachers_share(0.5)),  # GKD's lambda = 0.5, with the same divergence as full
+    "lora": Arm(FULL, low_memory=True),
+    "lora-esr": Arm(ESR, low_memory=True),
 }
 SELECTION = ("first", "last", "random", "top-kl", "top-teacher-entropy", "top-student-entropy")
 GROUPS = {
-    "all": tuple(ARMS),
+    "all": tuple(ARMS)[:14],
     "horizons": tuple(ARMS)[:10],
     "selection": ("full", *SELECTION),
     "closing": ("full", "popd", "topd-0.1", "adaptive"),

@@ -176,21 +176,26 @@ class ArmRun(run_folder.Run):
         return row
 
 
-def train_arm(setup: Setup, name: str, knobs: Knobs, bar: tqdm, score_point: Callable) -> dict[str, float]:
-    """Train the student as the arm `name` says. Returns the costs."""
-    arm = ARMS[name]
-    knobs = replace(knobs, lr=knobs.lr * arm.lr_scale)
+def train_arm(setup: Setup, name: str, knobs: Knobs, bar: tqdm, score_point: Callable) -> ArmRun:
+    """Train the student as the arm `name` says."""
     run = ArmRun(setup.pair.student.device, knobs, name, bar, score_point)
-    optimizer = train.adamw(setup.pair, knobs)
-    horizon_at = arm.horizon(knobs, run.history)
-    mask = arm.loss_mask(setup.pair, knobs)
-    train.train(setup.pair, optimizer, setup.prompts, horizon_at, knobs, run, loss_mask=mask)
-    return run.costs()
+    ARMS[name].train(setup.pair, setup.prompts, knobs, run)
+    return run
 
 
 def correct_digits(records: list[dict]) -> str:
     """A digit per problem, 1 if the answer is correct: what paired differences need."""
     return "".join("01"[record["correct"]] for record in records)
+
+
+def scores_of(setup: Setup, model, knobs: Knobs) -> dict:
+    """The columns of a model's scores: sampled and greedy answers to the same problems."""
+    sampled = setup.answers(model, knobs.eval_temperature, knobs)
+    greedy = setup.answers(model, 0.0, knobs)
+    scores = score_answers(sampled)
+    row = {key: scores[key] for key in ("accuracy", "last_box", "truncated", "mean_length")}
+    row |= {"greedy": score_answers(greedy)["accuracy"], "n": len(sampled)}
+    return row | {"correct": correct_digits(sampled), "correct_greedy": correct_digits(greedy)}
 
 
 def run_once(setup: Setup, name: str, knobs: Knobs, bar: tqdm) -> tuple[dict, list[dict]]:
@@ -208,15 +213,8 @@ def run_once(setup: Setup, name: str, knobs: Knobs, bar: tqdm) -> tuple[dict, li
 
     costs = dict.fromkeys(claims.COSTS, 0)
     if name in ARMS:
-        costs = train_arm(setup, name, knobs, bar, score_point)
-    sampled = setup.answers(model, knobs.eval_temperature, knobs)
-    greedy = setup.answers(model, 0.0, knobs)
-    scores = score_answers(sampled)
-    row = run | costs
-    row |= {key: scores[key] for key in ("accuracy", "last_box", "truncated", "mean_length")}
-    row |= {"greedy": score_answers(greedy)["accuracy"], "n": len(sampled)}
-    row |= {"correct": correct_digits(sampled), "correct_greedy": correct_digits(greedy)}
-    return row, curve
+        costs = train_arm(setup, name, knobs, bar, score_point).costs()
+    return run | costs | scores_of(setup, model, knobs), curve
 
 
 def compare(knobs: Knobs, path: Path) -> None:
@@ -231,7 +229,7 @@ def compare(knobs: Knobs, path: Path) -> None:
     names = (*claims.ENDS, *knobs.arms)
     wanted = [(name, s) for s in range(knobs.seeds) for name in names if s not in results.get(name, {})]
     for name in knobs.arms:
-        ARMS[name].horizon(knobs, [])  # raises BadInput if the settings make no schedule
+        ARMS[name].check(knobs)
     if not wanted:
         print(f"all runs are in {path} already")
         return

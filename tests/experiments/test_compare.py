@@ -142,16 +142,17 @@ def run_tiny(name: str, **changes) -> tuple[dict, list[float]]:
     setup = compare.Setup(pair_of(tiny(), tiny(seed=1)), PROMPTS, [], [])
     parts = []
     with tqdm(disable=True) as bar:
-        costs = compare.train_arm(setup, name, knobs, bar, lambda part, costs: parts.append(part))
-    return costs, parts
+        run = compare.train_arm(setup, name, knobs, bar, lambda part, costs: parts.append(part))
+    return run.costs(), parts
 
 
 def test_every_arm_runs_and_all_masks_leave_the_same_number_of_tokens():
     costs = {name: run_tiny(name, steps=2)[0] for name in arms.ARMS}
     masked = {name for name, arm in arms.ARMS.items() if arm.mask}
-    assert {*arms.SELECTION, "window"} == masked
-    assert len({costs[name]["loss_tokens"] for name in masked}) == 1
-    assert len({costs[name]["response_tokens"] for name in (*masked, "full")}) == 1
+    alike = {*arms.SELECTION, "window"}
+    assert alike | {"no-teacher", "no-end"} == masked
+    assert len({costs[name]["loss_tokens"] for name in alike}) == 1
+    assert len({costs[name]["response_tokens"] for name in (*alike, "full")}) == 1
     for name in arms.ARMS.keys() - masked:
         assert costs[name]["loss_tokens"] == costs[name]["response_tokens"]
     assert costs["topd-0.1"]["response_tokens"] < costs["esr"]["response_tokens"]
