@@ -176,10 +176,10 @@ class ArmRun(run_folder.Run):
         return row
 
 
-def train_arm(setup: Setup, name: str, knobs: Knobs, bar: tqdm, score_point: Callable) -> ArmRun:
+def train_arm(setup: Setup, name: str, knobs: Knobs, bar: tqdm, score_point: Callable, arms=ARMS) -> ArmRun:
     """Train the student as the arm `name` says."""
     run = ArmRun(setup.pair.student.device, knobs, name, bar, score_point)
-    ARMS[name].train(setup.pair, setup.prompts, knobs, run)
+    arms[name].train(setup.pair, setup.prompts, knobs, run)
     return run
 
 
@@ -188,12 +188,12 @@ def correct_digits(records: list[dict]) -> str:
     return "".join("01"[record["correct"]] for record in records)
 
 
-def scores_of(setup: Setup, model, knobs: Knobs) -> dict:
-    """The columns of a model's scores: sampled and greedy answers to the same problems."""
+def scores_of(setup: Setup, model, knobs: Knobs, *more: str) -> dict:
+    """Columns: scores of sampled and greedy answers to the same problems, and `more` of the sampled ones."""
     sampled = setup.answers(model, knobs.eval_temperature, knobs)
     greedy = setup.answers(model, 0.0, knobs)
     scores = score_answers(sampled)
-    row = {key: scores[key] for key in ("accuracy", "last_box", "truncated", "mean_length")}
+    row = {key: scores[key] for key in ("accuracy", "last_box", "truncated", "mean_length", *more)}
     row |= {"greedy": score_answers(greedy)["accuracy"], "n": len(sampled)}
     return row | {"correct": correct_digits(sampled), "correct_greedy": correct_digits(greedy)}
 

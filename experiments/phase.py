@@ -17,7 +17,7 @@ import hashlib
 import math
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -25,21 +25,20 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import arms
 import sweep
+from arms import Arm, by_schedule
 from claims import NO, OPEN, YES, Interval, interval, verdict
 from figures import VERMILION, plt, save
 from sweep import CACHE, ENDS, SWEEP_SEED, Row, Unit, World, mean_of, shown
 
-import train
-from extras import profile_horizon
-from schedules import make_schedule
-from support import run_folder, toy
+from support import toy
 from support.cli import BadInput, knob, parse, run_main
 from support.scores import score_answers
 
 HORIZONS = (0.05, 0.1, 0.25, 0.5)
-TOPD = {f"topd-{h}": ("topd", h) for h in HORIZONS}
-ARMS = {"full": ("full", None)} | TOPD | {"auto": ("topd", "auto"), "popd": ("popd", None)}
+TOPD = {f"topd-{h}": Arm(by_schedule("topd", h)) for h in HORIZONS}
+ARMS = {"full": arms.ARMS["full"]} | TOPD | {"auto": arms.ARMS["esr"], "popd": arms.ARMS["popd"]}
 RATES = ("0.0003", "0.001", "0.003")
 CORNERS = {0.0: "opening", 1.0: "closing"}
 LEAST_TEACHER = 0.9  # accuracy; a world below it is left out, whatever its runs show
@@ -127,10 +126,7 @@ def places_in_tokens(world: World) -> dict[str, float]:
     for problem in toy.all_problems(toy.Recipe(settings.seed))[:100]:
         right, wrong = (encode(answer(*problem, q, correct)[0]) for correct in (True, False))
         starts.append(next(i for i, (a, b) in enumerate(zip(right, wrong)) if a != b))
-    size = {"max_new_tokens": settings.max_new_tokens, "micro_batch": settings.micro_batch}
-    tokens = profile_horizon.measure(train.score, setup.pair, setup.prompts, seed=settings.seed, **size)
-    auto = profile_horizon.horizon_of_profile(tokens["reverse_kl"], tokens["position"])
-    return {"announced": statistics.fmean(starts), "auto": auto}
+    return {"announced": statistics.fmean(starts), "auto": sweep.horizon_auto(world)}
 
 
 # The runs.
@@ -142,13 +138,7 @@ def measure(world: World, arm: str, lr: str, student: Row) -> dict[str, float | 
     places = places_in_tokens(world) if arm == "student" else {"announced": "", "auto": ""}
     tokens = 0
     if arm in ARMS:
-        settings = replace(settings, lr=float(lr))
-        schedule, horizon = ARMS[arm]
-        horizon = int(student["auto"]) / settings.max_new_tokens if horizon == "auto" else horizon
-        horizon_at = make_schedule(schedule, settings.max_new_tokens, settings.steps, horizon)
-        run = run_folder.Run(setup.pair.student.device)
-        train.train(setup.pair, train.adamw(setup.pair, settings), setup.prompts, horizon_at, settings, run)
-        tokens = sum(row["response_tokens"] for row in run.rows)
+        tokens = sweep.train_arm(world, ARMS, arm, lr, student["auto"]).costs()["response_tokens"]
     model = setup.pair.teacher if arm == "teacher" else setup.pair.student
     records = setup.answers(model, settings.eval_temperature, settings)
     return {"response_tokens": tokens, "accuracy": score_answers(records)["accuracy"]} | places

@@ -132,16 +132,16 @@ def prefix_lengths(knobs: PrefixKnobs) -> str:
     return " ".join(map(str, sorted(lengths)))
 
 
-def check_results(path: Path, settings: dict[str, str]) -> None:
+def check_results(path: Path, settings: dict[str, str], flag: str = "--out") -> None:
     """Raises BadInput if `path` has results of other settings, which would be lost or mixed."""
     if path.suffix != ".csv":
-        raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")
-    run_folder.check_file(path, "--out")
+        raise BadInput(f"{flag} {path} is not a .csv file: name one, the figure is written next to it")
+    run_folder.check_file(path, flag)
     for row in run_folder.read_csv(path) if path.exists() else []:
         for name, value in settings.items():
             if row.get(name) != value:
                 what = f"{path} holds results of other settings ({name} {row.get(name)!r}, here {value!r})"
-                raise BadInput(f"{what}: move it away, or name another --out")
+                raise BadInput(f"{what}: move it away, or name another {flag}")
 
 
 def load(knobs: Knobs, grader: Grader | None) -> Setup:

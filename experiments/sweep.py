@@ -8,14 +8,19 @@ one with the highest mean accuracy. Several processes share the work by locks.
 
 import statistics
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import compare
+from arms import Arm
 from claims import MIN_SEEDS, Interval, interval
 from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
 
+import train
+from extras import profile_horizon
 from support import run_folder, toy
 from support.cli import BadInput
 
@@ -49,6 +54,26 @@ def load(place: Place, folder: Path, preset: dict, **changes: Any) -> World:
     names = {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": str(folder)}
     settings = compare.Knobs(**preset | names | {"device": "cpu", "eval_every": 0} | changes)
     return World(place, compare.load(settings), settings)
+
+
+def train_arm(world: World, arms: dict[str, Arm], name: str, lr: str, auto: str | int) -> compare.ArmRun:
+    """Train the student as the arm says; `auto` is the horizon of `esr` in tokens."""
+    changes = {"lr": float(lr), "esr_tokens": int(auto), "curve_points": 1}
+    with tqdm(disable=True) as bar:
+        return compare.train_arm(world.setup, name, replace(world.settings, **changes), bar, None, arms)
+
+
+def reverse_kl(world: World, prompts: list[list[int]], **how: Any) -> dict[str, Tensor]:
+    """The token statistics of full rollouts, as `profile_horizon.measure` has them."""
+    settings = world.settings
+    how |= {"micro_batch": settings.micro_batch, "seed": settings.seed}
+    return profile_horizon.measure(train.score, world.setup.pair, prompts, settings.max_new_tokens, **how)
+
+
+def horizon_auto(world: World) -> int:
+    """The horizon that `--horizon auto` suggests."""
+    tokens = reverse_kl(world, world.setup.prompts)
+    return profile_horizon.horizon_of_profile(tokens["reverse_kl"], tokens["position"])
 
 
 def settings_of(preset: dict, **own: Any) -> Row:

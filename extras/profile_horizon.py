@@ -50,13 +50,14 @@ def measure(
     seed: int = 0,
     rollouts: int = 256,
     batch: int = 64,
+    writer=None,  # the model whose rollouts are scored; default: the student
 ) -> dict[str, Tensor]:
-    """`token_statistics` of the student's full rollouts, with row and position; prompts in training order."""
+    """`token_statistics` of full rollouts, with row and position; prompts in training order."""
     texts = [prompts[i] for i in data.batch(len(prompts), rollouts, 0, seed)]
     stream = f"profile {seed}"
     statistics = []
     done = 0
-    for part in in_batches(pair.student, pair, texts, max_new_tokens, temperature, stream, batch):
+    for part in in_batches(writer or pair.student, pair, texts, max_new_tokens, temperature, stream, batch):
         _, tokens = score(pair, part, temperature=temperature, micro_batch=micro_batch)
         statistics.append(tokens | {"row": tokens["row"] + done})
         done += len(part.prompts)

@@ -1,0 +1,158 @@
+"""The second world: a tiny run of some arms, and the report and figure of rows with known answers."""
+
+import statistics
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import claims
+import pytest
+import sweep
+import torch
+import words
+
+from extras import profile_horizon
+from support import toy
+from support.cli import BadInput
+from support.run_folder import append_csv, read_csv
+
+TIMES = ("seconds", "rollout_s")
+
+
+@pytest.fixture
+def micro(tmp_path, monkeypatch) -> words.Knobs:
+    """Settings of a sweep over worlds whose models are hardly trained, with one learning rate."""
+    for module in (words, sweep):
+        monkeypatch.setattr(module, "CACHE", tmp_path)
+    monkeypatch.setattr(words, "RATES", ("0.001",))
+    monkeypatch.setattr(profile_horizon, "measure", partial(profile_horizon.measure, rollouts=8))
+    monkeypatch.setattr(toy, "Recipe", partial(toy.Recipe, pretrain_steps=1, posttrain_steps=1))
+    preset = toy.PRESET | {"batch_size": 4, "max_new_tokens": 40}
+    monkeypatch.setattr(toy, "PRESET", preset)
+    arms = ("esr", "lora-esr")
+    return words.Knobs(
+        world="opening", arms=arms, seeds=1, steps=4, problems=4, rollouts=4, csv=str(tmp_path / "words.csv")
+    )
+
+
+def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
+    path = Path(micro.csv)
+    words.run_all(replace(micro, arms=("esr",)))
+    words.run_all(micro)
+    rows = read_csv(path)
+    ends = [("0", "student"), ("0", "teacher"), ("1", "student"), ("1", "teacher")]
+    runs = [("0", "esr"), ("1", "esr"), ("0", "lora-esr"), ("1", "lora-esr")]
+    assert [(row["seed"], row["arm"]) for row in rows] == ends + runs
+    student, teacher, esr, lora = rows[2:4] + rows[5::2]
+    assert 1 <= int(student["auto"]) <= 40 and esr["auto"] == teacher["kl_own_0"] == ""
+    assert 8 < int(esr["response_tokens"]) <= 4 * 4 * int(student["auto"])  # N by the 45 % rule
+    assert len(esr["correct"]) == len(esr["correct_greedy"]) == 4
+    kl = [name for name in esr if name.startswith("kl_student")]
+    assert len(kl) == 10 and all(float(esr[name]) > 0 for name in kl)
+    assert [student[name] for name in kl] == [student[name.replace("student", "own")] for name in kl]
+    assert float(esr["kl_student_0"]) != float(student["kl_student_0"])
+    assert esr["kl_student_0"] != lora["kl_student_0"]  # the adapters were trained instead
+    assert float(esr["grad_norm_max"]) >= float(esr["grad_norm_mean"]) > 0
+    path.unlink()
+    append_csv(path, rows[:5])
+    words.run_all(replace(micro, arms=("esr",)))
+    again = read_csv(path)[5]
+    assert {n: v for n, v in again.items() if n not in TIMES} == {
+        n: v for n, v in esr.items() if n not in TIMES
+    }
+    with pytest.raises(BadInput, match="steps 4, not 5"):
+        words.run_all(replace(micro, steps=5))
+
+
+def test_the_validation_world_before_training(micro, monkeypatch):
+    monkeypatch.setattr(words, "PREFIXES", (0, 5, 99))
+    text = words.predict(micro)
+    rows = read_csv(Path(micro.csv).with_name("words_before.csv"))
+    shares = [float(row["value"]) for row in rows if row["curve"] == "share of tenth"]
+    assert len(shares) == 10 and sum(shares) == pytest.approx(1, abs=1e-4)
+    (horizon,) = [row for row in rows if row["curve"] == "horizon"]
+    assert 1 <= float(horizon["value"]) <= 40
+    curves = {row["curve"] for row in rows}
+    assert {"student's prefix", "own prefix", "difference", "student, greedy", "teacher, accuracy"} <= curves
+    assert {row["at"] for row in rows if row["curve"] == "own prefix"} == {"0", "5"}
+    assert all(row["curve"] in text for row in rows)
+    assert [row["arm"] for row in read_csv(Path(micro.csv))] == ["student", "teacher"]
+    with pytest.raises(BadInput, match="other settings .steps '4', here '5'.*another --csv"):
+        words.predict(replace(micro, steps=5))
+
+
+SAMPLED = {"student": (0.3, 0.3, 0.3), "teacher": (0.7, 0.72, 0.68), "full": (0.6, 0.62, 0.58)}
+SAMPLED |= {"topd-0.1": (0.2, 0.22, 0.18), "esr": (0.75, 0.77, 0.73), "popd": (0.5, 0.7, 0.6)}
+
+
+def made_up(folder) -> words.Knobs:
+    """Rows of three seeds; greedy accuracies are 10 points higher; 1e-3 is the best learning rate."""
+    knobs = words.Knobs(world="opening", arms=("full", "popd", "topd-0.1", "esr"), seeds=3)
+    knobs = replace(knobs, csv=str(folder / "words.csv"))
+    columns = [*claims.COSTS, "truncated", "repeating", "mean_length", *words.OF_RUN]
+    columns += [f"kl_{writer}_{i}" for writer in words.WRITERS for i in words.TENTHS]
+    rows = []
+    for arm, values in SAMPLED.items():
+        rates = words.RATES if arm in words.ARMS else ("",)
+        runs = [(0, lr, 0.5 + (lr == "0.001")) for lr in rates]
+        runs += [(seed, rates[len(rates) // 2], value) for seed, value in enumerate(values, 1)]
+        for seed, lr, value in runs:
+            row = {"world": "opening", "seed": seed, "arm": arm, "lr": lr, "accuracy": value}
+            row |= {"greedy": value + 0.1} | dict.fromkeys(columns, 0.25) | {"response_tokens": 10**5}
+            row |= {f"kl_own_{i}": 0.5 for i in words.TENTHS[:6]} | {"kl_own_9": ""}
+            rows.append(row | knobs.sweep().settings)
+    append_csv(Path(knobs.csv), rows)
+    return knobs
+
+
+def test_the_report_of_made_up_rows(tmp_path, monkeypatch, capsys):
+    knobs = made_up(tmp_path)
+    flags = [f for arm in knobs.arms for f in ("--arms", arm)] + ["--world", "opening", "--seeds", "3"]
+    monkeypatch.setattr(sys, "argv", ["words.py", "--report", "--csv", knobs.csv, *flags])
+    words.main()
+    text = capsys.readouterr().out
+    assert "full: learning rate 0.001\n" in text and "missing" not in text
+    half = 4.303 * statistics.stdev([-10, 8, 2]) / 3**0.5  # popd - full in points
+    claim = "is at least as good as full: sampled"
+    assert f"topd-0.1 {claim} does not hold, -40.0% [-40.0% to -40.0%]; greedy does not hold, -40.0%" in text
+    assert f"esr {claim} holds, +15.0% [+15.0% to +15.0%]; greedy holds" in text
+    assert f"popd {claim} cannot be told, +0.0% [{-half:.1f}% to {half:+.1f}%]" in text
+    assert "esr passes its teacher: sampled holds, +5.0%" in text
+    assert "full passes its teacher: sampled does not hold, -10.0%" in text
+    assert "topd-0.1 is better than the student before: sampled does not hold, -10.0%" in text
+    table = next(line for line in text.splitlines() if line.startswith("esr "))
+    assert table.split() == [
+        "esr",
+        "75.0%",
+        "[70.0%",
+        "to",
+        "80.0%]",
+        "85.0%",
+        "[80.0%",
+        "to",
+        "90.0%]",
+        "100,000",
+        "0.2",
+        "3",
+    ]
+    assert Path(knobs.csv).with_suffix(".png").stat().st_size > 0
+
+
+def test_missing_arms_seeds_and_rates_are_named(tmp_path):
+    knobs = replace(made_up(tmp_path), arms=("full", "esr", "gkd"), seeds=4)
+    path = Path(knobs.csv)
+    rows = [row for row in read_csv(path) if (row["arm"], row["seed"], row["lr"]) != ("esr", "0", "0.002")]
+    path.unlink()
+    append_csv(path, rows)
+    cells = words.cells_of(knobs)
+    lacking = "student (seed 4); teacher (seed 4); full (seed 4); esr (learning rates); gkd (learning rates)"
+    assert words.missing(cells, knobs) == f"missing: {lacking}"
+    assert lacking in words.report(cells, knobs)
+    words.draw(cells, knobs)
+
+
+def test_tenths_of_positions():
+    tokens = {"position": torch.tensor([0, 1, 2, 3, 19]), "reverse_kl": torch.tensor([1.0, 3, 5, 7, 9])}
+    found = words.by_tenth(tokens, 20)
+    assert found == {0: 2.0, 1: 6.0, 9: 9.0} | dict.fromkeys(range(2, 9), "")
