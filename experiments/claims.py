@@ -85,11 +85,11 @@ def read_curves(path: Path) -> Curves:
     return curves
 
 
-def missing(results: Results, arms: tuple[str, ...], seeds: int) -> list[str]:
-    """Each arm that lacks seeds, with these."""
+def missing(results: Results, arms: tuple[str, ...], seeds: int, first: int = 0) -> list[str]:
+    """Each arm that lacks seeds from `first` on, with these."""
     found = []
     for arm in (*ENDS, *arms):
-        absent = [str(seed) for seed in range(seeds) if seed not in results.get(arm, {})]
+        absent = [str(seed) for seed in range(first, first + seeds) if seed not in results.get(arm, {})]
         if absent:
             found.append(f"{arm} (seed {', '.join(absent)})" if arm in results else f"{arm} (all of it)")
     return found

@@ -146,12 +146,12 @@ def measure(world: World, arm: str, lr: str, student: Row) -> dict[str, float | 
 
 def run_all(knobs: Knobs) -> None:
     """The learning rates, then the cells; of several processes each takes the worlds that are free."""
-    both = knobs.sweep()
+    both, places = knobs.sweep(), knobs.places()
     tried = ENDS + [(arm, lr) for arm in ARMS for lr in RATES]
     both.run([Unit(f"{q:g}-{SWEEP_SEED}", q, SWEEP_SEED, tried) for q in CORNERS])
     chosen = ENDS + list(cells_of(knobs).rates.items())
     seeds = range(1, knobs.seeds + 1)
-    both.run([Unit(f"{q:g}-{seed}", q, seed, chosen) for q in knobs.places() for seed in seeds])
+    both.run([Unit(f"{q:g}-{seed}", q, seed, chosen) for q in places for seed in seeds])
 
 
 # What the rows show.
@@ -159,7 +159,7 @@ def run_all(knobs: Knobs) -> None:
 
 def cells_of(knobs: Knobs) -> "Cells":
     """Raises BadInput if a learning rate has not been tried."""
-    rows = knobs.sweep().read()
+    rows = knobs.sweep().finished()
     rates = knobs.sweep().chosen_rates(rows, ARMS)
     if lacking := [arm for arm in ARMS if arm not in rates]:
         raise BadInput(f"the learning rates of {', '.join(lacking)} are not all tried: run without --report")

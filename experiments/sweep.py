@@ -147,6 +147,13 @@ class Sweep:
             found[key] = row
         return found
 
+    def finished(self) -> dict[Key, Row]:
+        """The rows; raises BadInput if there are none."""
+        rows = self.read()
+        if not rows:
+            raise BadInput(f"there is no row in {self.path}: run without --report first, or name --csv")
+        return rows
+
     def unusable(self, rows: dict[Key, Row]) -> dict[tuple[Place, int], str]:
         """The worlds whose teacher has not learned the task, and its accuracy."""
         teachers = {key[:2]: row["accuracy"] for key, row in rows.items() if key[2] == "teacher"}

@@ -18,6 +18,7 @@ import math
 import statistics
 import sys
 import textwrap
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +34,12 @@ import probe
 import probe_setup
 import sweep
 from arms import ARMS
-from claims import MARGIN, OPEN, verdict
+from claims import MARGIN, OPEN, Results, verdict
 from figures import STYLES, VERMILION, plt, save
 from sweep import CACHE, ENDS, SWEEP_SEED, Cells, Row, Unit, World, mean_of, shown
 
 from eval_math import extract, has_box
+from extras import profile_horizon
 from rollout import rollout
 from support import run_folder, scores, toy
 from support.cli import knob, parse, run_main
@@ -46,7 +48,12 @@ from support.grading import Grader
 FIRST = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")
 THEN = ("first", "self-teacher", "no-end", "seqkd-0.1", "gkd", "lora", "lora-esr")
 RATES = ("0.0004", "0.001", "0.002")
-WRITERS = ("student", "teacher", "own")
+WRITERS = {  # whose rollouts the reverse KL is measured on
+    "student": "on the same rollouts of the student before",
+    "teacher": "on the same rollouts of the teacher",
+    "own": "on each student's own rollouts",
+}
+DRAWN = ("student", "full", "topd-0.1", "esr")  # their reverse KL by position
 ALONG = ("grad_norm", "reverse_kl", "response_length", "truncated")
 QUARTERS = [f"{name}_{i}" for name in ALONG for i in range(4)]
 OF_RUN = ("grad_norm_mean", "grad_norm_max", *QUARTERS)
@@ -59,6 +66,18 @@ CLAIMS = {  # about an arm: the arm it is compared with, and the least differenc
     "passes its teacher": ("teacher", 0.0),
     "is better than the student before": ("student", 0.0),
 }
+TABLE = {  # column of the CSV: heading, how it is shown
+    "response_tokens": ("tokens", ",.0f"),
+    "seconds": ("seconds", ".1f"),
+    "mean_length": ("length", ".0f"),
+    "truncated": ("cut", ".1%"),
+    "repeating": ("loops", ".1%"),
+    "grad_norm_mean": ("gradient", ".2f"),
+    "grad_norm_max": ("largest", ".2f"),
+}
+LOOKS = dict(zip((*FIRST, *THEN), STYLES[:7] + [look | {"markerfacecolor": "white"} for look in STYLES]))
+LOOKS["student"] = {"color": "#999999", "marker": "", "linestyle": ":", "linewidth": 2}
+LOOKS["teacher"] = {"color": "#555555", "marker": "", "linestyle": "--"}
 
 
 @dataclass(frozen=True)
@@ -180,213 +199,157 @@ def run_all(knobs: Knobs) -> None:
 
 
 def predict(knobs: Knobs) -> str:
-    """Scores, the profile of the reverse KL and the teacher's decay in the validation world, as text."""
+    """Scores, where the reverse KL is, and the teacher's decay in the validation world: the rows as text."""
     path = Path(knobs.csv).with_name(f"{Path(knobs.csv).stem}_before.csv")
-    probe_setup.check_results(path, knobs.sweep().settings, "--csv")
-    knobs.sweep().run([unit(knobs, SWEEP_SEED, *run) for run in ENDS])
-    rows = knobs.sweep().read()
+    both = knobs.sweep()
+    probe_setup.check_results(path, both.settings, "--csv")
+    both.run([unit(knobs, SWEEP_SEED, *run) for run in ENDS])
+    rows = both.read()
     found = []
     for arm, _ in ENDS:
         row = rows[knobs.world, SWEEP_SEED, arm, ""]
-        for name in ("accuracy", "greedy"):
+        for name in SCORES.values():
             value, n = float(row[name]), int(row["n"])
             found.append(probe.point(f"{arm}, {name}", "", value, scores.wilson(value, n), n))
-    found += probes(knobs)
+    found += [*shares(knobs), *decay(knobs)]
     part = path.with_suffix(".part")
-    run_folder.write_csv(
-        part, [*found[0], *knobs.sweep().settings], (r | knobs.sweep().settings for r in found)
-    )
+    run_folder.write_csv(part, [*found[0], *both.settings], [row | both.settings for row in found])
     run_folder.atomic_rename(part, path)
-    lines = [
-        f"{r['curve']:20} {r['at']:>5}  {r['value']:7.3f} [{r['low']:.3f} to {r['high']:.3f}]" for r in found
-    ]
-    return "\n".join(lines)
+    line = "{curve:20} {at:>5} {value:8.3f} [{low:.3f} to {high:.3f}]"
+    return "\n".join(line.format_map(row).removesuffix("[nan to nan]") for row in found)
 
 
-def probes(knobs: Knobs) -> list[dict]:
-    """The share of the reverse KL in each tenth of T, the horizon with 45 % of it, and the decay."""
-    folder = build(knobs.world, SWEEP_SEED)
-    preset = knobs.preset()
+def shares(knobs: Knobs) -> Iterator[dict]:
+    """The share of the reverse KL in each tenth of T, and the horizon that holds 45 % of it."""
+    world = load(unit(knobs, SWEEP_SEED, "student", ""), knobs)
+    tokens = sweep.reverse_kl(world, world.setup.prompts)
+    unknown, n = (math.nan, math.nan), int(tokens["row"].max()) + 1
+    kl, tenth = tokens["reverse_kl"].double(), tokens["position"] * 10 // world.settings.max_new_tokens
+    for i in TENTHS:
+        yield probe.point("share of tenth", i, kl[tenth == i].sum() / kl.sum(), unknown, n)
+    horizon = profile_horizon.horizon_of_profile(kl, tokens["position"])
+    yield probe.point("horizon", 0.45, horizon, unknown, n)
+
+
+def decay(knobs: Knobs) -> list[dict]:
+    """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
+    preset, folder = knobs.preset(), build(knobs.world, SWEEP_SEED)
     given = {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": str(folder)}
     given |= {name: preset[name] for name in ("instruction", "max_new_tokens", "dtype", "micro_batch")}
-    given |= {"device": "cpu", "sample_batch": BATCH, "problems": min(100, knobs.problems)}
-    length = preset["max_new_tokens"]
-    given_too = {"prefixes": " ".join(str(k) for k in PREFIXES if k < length)}
+    given |= {"prefixes": " ".join(str(k) for k in PREFIXES if k < preset["max_new_tokens"])}
+    given |= {"device": "cpu", "sample_batch": BATCH}
+    settings = probe_setup.complete(probe_setup.PrefixKnobs, given)
     with Grader(extract, has_box) as grader:
-        of_profile = probe_setup.complete(probe_setup.ProfileKnobs, given)
-        profile = list(probe.profile(probe_setup.load(of_profile, grader), of_profile))
-        of_decay = probe_setup.complete(probe_setup.PrefixKnobs, given | given_too)
-        decay = list(probe.decay(probe_setup.load(of_decay, grader), of_decay))
-    cumulative = [row["value"] for row in profile if row["curve"] == "cumulative"]
-    ends = [0.0, *(cumulative[min((i + 1) * length // 10, len(cumulative)) - 1] for i in TENTHS)]
-    shares = [b - a for a, b in zip(ends, ends[1:])]
-    tenths = [
-        probe.point("share of tenth", i, share, (math.nan, math.nan), profile[0]["n"])
-        for i, share in enumerate(shares)
-    ]
-    return tenths + [row for row in profile if row["curve"] == "horizon"] + decay
+        return list(probe.decay(probe_setup.load(settings, grader), settings))
 
 
 # What the rows show.
 
 
-def cells_of(knobs: Knobs) -> Cells:
-    rows = knobs.sweep().read()
-    return Cells(rows, knobs.sweep().chosen_rates(rows, knobs.chosen()), {})
+def results_of(knobs: Knobs) -> tuple[Results, dict[str, str]]:
+    """By arm and seed the rows with the chosen learning rates, and these."""
+    rows = knobs.sweep().finished()
+    rates = knobs.sweep().chosen_rates(rows, knobs.chosen())
+    cells = Cells(rows, rates, ())
+    found = {arm: cells.of(knobs.world, arm) for arm in (*claims.ENDS, *rates)}
+    return {arm: of_arm for arm, of_arm in found.items() if of_arm}, rates
 
 
-def missing(cells: Cells, knobs: Knobs) -> str:
-    """The arms whose learning rates are not all tried, and those that lack seeds."""
-    lacking = []
-    for arm in ("student", "teacher", *knobs.chosen()):
-        absent = [str(s) for s in range(1, knobs.seeds + 1) if s not in cells.of(knobs.world, arm)]
-        if arm in ARMS and arm not in cells.rates:
-            lacking.append(f"{arm} (learning rates)")
-        elif absent:
-            lacking.append(f"{arm} (seed {', '.join(absent)})")
+def missing(results: Results, knobs: Knobs) -> str:
+    lacking = claims.missing(results, knobs.chosen(), knobs.seeds, first=1)
     return f"missing: {'; '.join(lacking)}" if lacking else ""
+
+
+def numbers(results: Results, arm: str, name: str) -> list[float]:
+    """Of each seed, without empty cells."""
+    return [float(row[name]) for row in results.get(arm, {}).values() if row[name]]
+
+
+def mean(results: Results, arm: str, name: str) -> float:
+    return statistics.fmean(numbers(results, arm, name) or [math.nan])
 
 
 def text_of(values: list[float], form: str = ".1%") -> str:
     """The mean with its interval; with too few seeds for one, how many there are."""
-    if not values:
-        return "no seed"
     found = mean_of(values)
-    return shown(found, form) if found else f"{statistics.fmean(values):{form}} ({len(values)} seeds)"
-
-
-def gaps(cells: Cells, world: str, arm: str, other: str, name: str) -> list[float]:
-    """The accuracy of an arm minus that of another, for each seed that has both."""
-    ours, theirs = cells.values(world, arm, name), cells.values(world, other, name)
-    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-
-
-def report(cells: Cells, knobs: Knobs) -> str:
-    arms = [arm for arm in knobs.chosen() if cells.of(knobs.world, arm)]
-    edges = {RATES[0]: " (lowest tried)", RATES[-1]: " (highest tried)"}
-    lines = ["[ ]: 95 % t interval over seeds, each of which redraws problems, student, teacher and training"]
-    lines += [f"{arm}: learning rate {lr}{edges.get(lr, '')}" for arm, lr in cells.rates.items()]
-    lines += ["", f"{'arm':14}{'sampled':26}{'greedy':26}{'tokens':>10}{'seconds':>9}{'seeds':>7}"]
-    for arm in ("student", "teacher", *arms):
-        rows = list(cells.of(knobs.world, arm).values())
-        scores_of_arm = [text_of([float(row[name]) for row in rows]) for name in ("accuracy", "greedy")]
-        costs = [claims.mean_of(rows, name) if rows else 0 for name in ("response_tokens", "seconds")]
-        lines += ["{:14}{:26}{:26}{:10,.0f}{:9.1f}{:7}".format(arm, *scores_of_arm, *costs, len(rows))]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *verdicts(cells, knobs, arms),
-            "",
-            *stability(cells, knobs, arms),
-            "",
-            *profiles(cells, knobs, arms),
-            "",
-            missing(cells, knobs),
-        ]
+    return (
+        shown(found, form)
+        if found
+        else f"{statistics.fmean(values or [math.nan]):{form}} ({len(values)} seeds)"
     )
 
 
-def verdicts(cells: Cells, knobs: Knobs, arms: list[str]) -> list[str]:
+def report(results: Results, rates: dict[str, str], knobs: Knobs) -> str:
+    edges = {RATES[0]: " (the lowest)", RATES[-1]: " (the highest)"}
+    lines = ["learning rates: " + ", ".join(f"{arm} {lr}{edges.get(lr, '')}" for arm, lr in rates.items())]
+    lines += [
+        "[ ]: 95 % t interval over seeds, each of which redraws problems, student, teacher and training"
+    ]
+    heads = "".join(f"{head:>10}" for head, _ in TABLE.values())
+    lines += ["", f"{'arm':13}{'sampled':24}{'greedy':24}{'sd':>6}{heads}{'seeds':>6}"]
+    for arm, of_arm in results.items():
+        values = [numbers(results, arm, name) for name in SCORES.values()]
+        spread = statistics.stdev(values[0]) if len(of_arm) > 1 else math.nan
+        cells = "".join(f"{mean(results, arm, name):10{form}}" for name, (_, form) in TABLE.items())
+        lines += [
+            "{:13}{:24}{:24}{:6.1%}".format(arm, *map(text_of, values), spread) + f"{cells}{len(of_arm):6}"
+        ]
+    lines += [
+        "sd: of sampled over seeds; length, cut, loops: of sampled answers; gradient: its norm in training"
+    ]
+    lines += ["", *verdicts(results), "", "reverse KL, nats per token, in each tenth of T"]
+    for writer, title in WRITERS.items():
+        for arm in filter(results.get, DRAWN):
+            means = "".join(f"{mean(results, arm, f'kl_{writer}_{i}'):8.3f}" for i in TENTHS)
+            lines += [f"{arm:13}{title:45}{means}"]
+    return "\n".join([*lines, "", missing(results, knobs)])
+
+
+def verdicts(results: Results) -> list[str]:
     lines = [f"A claim holds if the interval lies above {-MARGIN:.0%} against full, above 0 otherwise"]
     for text, (other, low) in CLAIMS.items():
-        for arm in arms:
+        for arm in [arm for arm in results if arm in ARMS and arm != other and other in results]:
             texts = []
             for kind, name in SCORES.items():
-                found = gaps(cells, knobs.world, arm, other, name)
-                outcome = verdict(mean_of(found), low, math.inf) if mean_of(found) else OPEN
-                texts.append(f"{kind} {outcome}, {text_of(found, '+.1%')}")
-            if arm != other:
-                lines.append(f"{arm} {text}: {'; '.join(texts)}")
+                pairs = zip(*claims.paired(results, arm, other))
+                gaps = [float(ours[name]) - float(theirs[name]) for ours, theirs in pairs]
+                outcome = verdict(mean_of(gaps), low, math.inf) if mean_of(gaps) else OPEN
+                texts.append(f"{kind} {outcome}, {text_of(gaps, '+.1%')}")
+            lines.append(f"{arm} {text}: {'; '.join(texts)}")
     return lines
 
 
-STABILITY = {  # column of the CSV: heading, how it is shown
-    "truncated": ("cut", ".1%"),
-    "repeating": ("repeating", ".1%"),
-    "mean_length": ("length", ".0f"),
-    "grad_norm_mean": ("gradient", ".2f"),
-    "grad_norm_max": ("largest", ".2f"),
-    "reverse_kl_0": ("KL start", ".3f"),
-    "reverse_kl_3": ("KL end", ".3f"),
-}
-
-
-def stability(cells: Cells, knobs: Knobs, arms: list[str]) -> list[str]:
-    """The spread over seeds, and means of what would show a run that goes wrong."""
-    lines = [f"{'arm':14}{'sd':>8}{'greedy':>8}" + "".join(f"{head:>10}" for head, _ in STABILITY.values())]
-    for arm in arms:
-        of_arm = [list(cells.values(knobs.world, arm, name).values()) for name in ("accuracy", "greedy")]
-        cells_of_line = [f"{statistics.stdev(x):8.1%}" if len(x) > 1 else f"{'-':>8}" for x in of_arm]
-        for name, (_, form) in STABILITY.items():
-            rows = [row for row in cells.of(knobs.world, arm).values() if row[name]]
-            cells_of_line.append(f"{claims.mean_of(rows, name):10{form}}" if rows else f"{'-':>10}")
-        lines.append(f"{arm:14}" + "".join(cells_of_line))
-    return [*lines, "sd: over seeds; cut, repeating, length: of the sampled answers after training"]
-
-
-def kl_profile(cells: Cells, world: str, arm: str, writer: str) -> list[float]:
-    """The mean over seeds of the reverse KL in each tenth of T; nan where no seed has tokens."""
-    found = []
-    for i in TENTHS:
-        values = [row[f"kl_{writer}_{i}"] for row in cells.of(world, arm).values()]
-        found.append(statistics.fmean(map(float, filter(None, values))) if any(values) else math.nan)
-    return found
-
-
-def profiles(cells: Cells, knobs: Knobs, arms: list[str]) -> list[str]:
-    lines = ["reverse KL, nats per token, in each tenth of T"]
-    for writer in WRITERS:
-        for arm in ("student", *arms):
-            numbers = "".join(f"{x:8.3f}" for x in kl_profile(cells, knobs.world, arm, writer))
-            lines.append(
-                f"{arm:14}{'own' if writer == 'own' else writer + chr(39) + 's':>10} rollouts{numbers}"
-            )
-    return lines
-
-
-LOOKS = dict(zip((*FIRST, *THEN), STYLES[:7] + [look | {"markerfacecolor": "white"} for look in STYLES]))
-LOOKS["student"] = {"color": "#999999", "marker": "", "linestyle": ":", "linewidth": 2}
-LOOKS["teacher"] = {"color": "#555555", "marker": "", "linestyle": "--"}
-
-
-def draw(cells: Cells, knobs: Knobs) -> Path:
+def draw(results: Results, knobs: Knobs) -> Path:
     """Above accuracy against tokens, below the reverse KL by position before and after."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained", sharey="row")
-    for axis, kind in zip(axes[0], SCORES):
-        draw_scores(axis, cells, knobs, SCORES[kind])
+    for axis, (kind, name) in zip(axes[0], SCORES.items()):
+        draw_scores(axis, results, name)
         axis.set(title=f"{kind} answers", xlabel="tokens sampled in training", xscale="log", ylim=(0, 1))
     middles = [(i + 0.5) * knobs.preset()["max_new_tokens"] / 10 for i in TENTHS]
-    titles = {
-        "student": "on the same rollouts of the student before",
-        "own": "on each student's own rollouts",
-    }
-    for axis, (writer, title) in zip(axes[1], titles.items()):
-        for arm in filter(lambda arm: cells.of(knobs.world, arm), ("student", "full", "topd-0.1", "esr")):
-            axis.plot(middles, kl_profile(cells, knobs.world, arm, writer), **LOOKS[arm], markersize=5)
-        axis.set(title=title, xlabel="position in the answer", yscale="log")
+    for axis, writer in zip(axes[1], ("student", "own")):
+        for arm in filter(results.get, DRAWN):
+            means = [mean(results, arm, f"kl_{writer}_{i}") for i in TENTHS]
+            axis.plot(middles, means, **LOOKS[arm], markersize=5)
+        axis.set(title=WRITERS[writer], xlabel="position in the answer", yscale="log")
     axes[0, 0].set_ylabel("held-out accuracy, 95 % intervals over seeds")
     axes[1, 0].set_ylabel("reverse KL, nats per token")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    figure.suptitle(textwrap.fill(missing(cells, knobs), 110), fontsize=8, color=VERMILION)
+    figure.suptitle(textwrap.fill(missing(results, knobs), 110), fontsize=8, color=VERMILION)
     return save(figure, Path(knobs.csv).with_suffix(".png"))
 
 
-def draw_scores(axis, cells: Cells, knobs: Knobs, name: str) -> None:
+def draw_scores(axis, results: Results, name: str) -> None:
     """A point for each arm, lines for student and teacher."""
-    for arm in filter(lambda arm: cells.of(knobs.world, arm), LOOKS):
-        values = list(cells.values(knobs.world, arm, name).values())
-        mean = statistics.fmean(values)
+    for arm in results:
+        height, found = mean(results, arm, name), mean_of(numbers(results, arm, name))
         if arm in ARMS:
-            tokens = statistics.fmean(cells.values(knobs.world, arm, "response_tokens").values())
-            found = mean_of(values)
+            look = LOOKS[arm] | {"linestyle": "", "markersize": 8, "capsize": 3, "label": arm}
             error = found.high - found.mean if found else None
-            look = LOOKS[arm] | {"linestyle": "", "markersize": 8, "capsize": 3}
-            axis.errorbar(tokens, mean, yerr=error, **look, label=arm)
+            axis.errorbar(mean(results, arm, "response_tokens"), height, yerr=error, **look)
         else:
-            axis.axhline(mean, **LOOKS[arm], label=arm)
+            axis.axhline(height, **LOOKS[arm], label=arm)
 
 
 def main() -> None:
@@ -396,9 +359,9 @@ def main() -> None:
         return
     if not knobs.report:
         run_all(knobs)
-    cells = cells_of(knobs)
-    print(report(cells, knobs))
-    print(f"figure: {draw(cells, knobs)}")
+    results, rates = results_of(knobs)
+    print(report(results, rates, knobs))
+    print(f"figure: {draw(results, knobs)}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from pathlib import Path
 import compare
 import four_schedules
 import parts
+import phase
 import probe
 import pytest
 import steps
 import torch
+import words
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nTextConfig, MambaConfig, Qwen2VLConfig
 
@@ -363,6 +365,17 @@ BAD = [  # script, flags, what the line names
     ("compare", "--csv={here}/c.csv --preset=toy --data={here}/missing.jsonl", "does not exist"),
     ("compare", "--report --csv={here}/missing.csv", "missing.csv"),
     ("compare", "--report --csv={here}/binary.csv", "not a CSV file"),
+    ("phase", "--q=2", "not from 0 to 1"),
+    ("phase", "--q=x", "give numbers"),
+    ("phase", "--csv={here}/one.jsonl/x.csv", "name another --csv"),
+    ("phase", "--report --csv={here}/binary.csv", "not a CSV file"),
+    ("words", "--bogus", "--bogus"),
+    ("words", "--arms=best", "best"),
+    ("words", "--seeds=0", "below 1"),
+    ("words", "--world=opening --csv={here}/one.jsonl/x.csv", "name another --csv"),
+    ("words", "--world=opening --predict --csv={here}/one.jsonl/x.csv", "name another --csv"),
+    ("words", "--world=opening --report --csv={here}/missing.csv", "missing.csv"),
+    ("words", "--world=opening --report --csv={here}/binary.csv", "not a CSV file"),
     ("probe", "nothing", "no probe 'nothing'"),
     ("probe", "draw", "draw needs a file"),
     ("probe", "draw {here}/missing.csv", "missing.csv"),
@@ -397,6 +410,7 @@ BAD = [  # script, flags, what the line names
 ]
 BAD += [(script, f"--resume={{here}}/config{i}", names) for i, (script, _, names) in enumerate(CONFIGS)]
 SCRIPTS = (train, eval_math, schedules, toy, report, four_schedules, compare, probe, parts, steps)
+SCRIPTS += (phase, words)
 MAINS = {script.__name__.rpartition(".")[2]: script.main for script in SCRIPTS}
 
 
