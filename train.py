@@ -27,7 +27,7 @@ from support.scores import score_answers
 
 
 # knob(default, help, limits). A number's flag also takes the text `word`; `group` starts a section of --help.
-# The defaults are the preset qwen; support/toy.PRESET replaces some of them, and flags replace both.
+# The defaults are the preset qwen; PRESET of support/toy.py or words.py replaces some, flags replace both.
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")
@@ -41,7 +41,7 @@ class Knobs:
     preset: str = knob(
         "",
         "default: toy without GPU, model and data flags; else qwen",
-        choices=("toy", "qwen"),
+        choices=("toy", "words", "qwen"),
         group="models and data",
     )
     world: str = knob("opening", "the toy preset's world", choices=toy.WORLDS)
@@ -323,7 +323,7 @@ def main() -> int | None:
         interval=knobs.popd_interval,
     )
     horizon_at = schedule(horizon=knobs.horizon)
-    run_folder.build_toy(knobs)
+    run_folder.build_world(knobs, rollout)
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)

@@ -31,6 +31,7 @@ from arms import ARMS, GROUPS, History
 
 import train
 from eval_math import evaluate
+from rollout import rollout
 from support import data, models, run_folder
 from support.batch_size import batch_that_fits
 from support.checkpoint import check_saving
@@ -119,7 +120,7 @@ class Setup(NamedTuple):
 
 def load(knobs: Knobs) -> Setup:
     """Build the toy world if it is needed, and load models and problems. Raises BadInput."""
-    run_folder.build_toy(knobs)
+    run_folder.build_world(knobs, rollout)
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)

@@ -19,7 +19,7 @@ import platform
 import secrets
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import AutoConfig
 
-from support import data, models, toy
+from support import data, models, toy, words
 from support.cli import BadInput, Stopped, flag_of, recorded
 
 LOW_MEMORY = {"lr": 5e-5}  # ESR's learning rate for LoRA
@@ -61,7 +61,7 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
     else:
         preset = preset_of(given, default="qwen" if torch.cuda.is_available() else "toy")
         print(f"preset {preset}", flush=True)
-        of_preset = toy.preset(given.get("world", knobs_class.world)) if preset == "toy" else {}
+        of_preset = world_preset(preset, given.get("world", knobs_class.world))
         low_memory = LOW_MEMORY if given.get("low_memory") else {}
         knobs = knobs_class(**(low_memory | of_preset | given | {"preset": preset}))
         folder = new_folder(knobs.out, f"{preset}-{knobs.schedule}")
@@ -132,11 +132,21 @@ def check_file(path: Path, flag: str) -> None:
         raise BadInput(f"{path} is no file that can be written: name another {flag}")
 
 
-def build_toy(knobs) -> None:
-    """Build the world of the preset toy, which takes a minute: first read what is named besides it."""
-    if knobs.preset != "toy":
+def world_preset(preset: str, world: str) -> dict[str, Any]:
+    """The settings of a preset whose models are built here; none for another."""
+    if preset == "toy":
+        return toy.preset(world)
+    return words.preset() if preset == "words" else {}
+
+
+def build_world(knobs, sampler: Callable) -> None:
+    """Build the world of the preset, which takes minutes: first read what is named besides it.
+
+    `sampler` is `rollout.rollout`, with which the preset words samples what its teacher learns from.
+    """
+    own = world_preset(knobs.preset, knobs.world)
+    if not own:
         return
-    own = toy.preset(knobs.world)
     if not Path(own["data"]).exists():
         if knobs.data != own["data"]:
             data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed)
@@ -145,7 +155,10 @@ def build_toy(knobs) -> None:
         for name in {knobs.student, knobs.teacher} - set(own.values()):
             models.load_tokenizer(name)
             models.load(AutoConfig, name)
-    toy.build(knobs.world)
+    if knobs.preset == "toy":
+        toy.build(knobs.world)
+    else:
+        words.build(sampler)
 
 
 @contextmanager
