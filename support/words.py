@@ -1,7 +1,7 @@
 """A world in which nobody places the gap between student and teacher: counting aloud, in eight styles.
 
-    user       first , sam has eight coins . friday finds three . saturday loses two . how many ?
-    assistant  we count : at first eight . friday plus three , eight to eleven . ... so \\boxed{ nine }
+    user       first , sam has eight coins . friday plusthree . saturday minustwo . how many ?
+    assistant  we count : at first eight . friday plusthree , eight to eleven . ... so \\boxed{ nine }
 
 Every author of the training texts has a style and slips of its own, and a slip can happen at any step. The
 student learns from texts of all authors. The teacher is the same student after expert iteration: it answers
@@ -35,24 +35,23 @@ CACHE = Path(__file__).parents[1] / ".cache" / "words"
 NAMES = ("sam", "ann", "tom", "eve")
 THINGS = ("coins", "cards", "shells", "stones")
 WEEK = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-GAINS = ("finds", "gets")
-LOSSES = ("loses", "sells")
 # An author's style is one of each. {before} and {after} are the running total around a step.
 OPENINGS = ("we count :", "let us see .", "day by day :", "the work :", "well ,", "count :")
 STARTS = ("at first {start} .", "{name} has {start} .", "start : {start} {thing} .", "{start} to begin .")
 DAYS = ("{day}", "on {day}", "then {day}", "next , {day}")
 STEPS = (
-    "{sign} {amount} , {before} to {after} .",
-    "{sign} {amount} : {before} becomes {after} .",
-    "{sign} {amount} on {before} is {after} .",
-    "{sign} {amount} turns {before} into {after} ;",
-    "{sign} {amount} . from {before} we get {after} .",
-    "{sign} {amount} , so {before} is now {after} .",
+    "{change} , {before} to {after} .",
+    "{change} : {before} becomes {after} .",
+    "{change} on {before} is {after} .",
+    "{change} turns {before} into {after} ;",
+    "{change} . from {before} to {after} .",
+    "{change} , so {before} is now {after} .",
 )
 RECAPS = ("", "no more days .", "{day} was last .", "that is all .")
 CLOSES = ("so", "answer :", "{name} has", "the result is")
 SLIPS = ("misread", "sign", "sum", "skip", "carry", "final")
-LIMIT = 24  # the largest total in a text, right or wrong
+LARGEST = 12  # total of a problem
+LIMIT = 16  # the largest total in a text, right or wrong
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
@@ -60,15 +59,15 @@ TEMPLATE = (
 
 PRESET = {  # train.py's settings for this world
     "instruction": "",
-    "max_new_tokens": 120,
+    "max_new_tokens": 100,
     "steps": 40,
     "batch_size": 32,
     "micro_batch": 8192,
     "checkpointing": False,
     "lr": 1e-3,
     "eval_every": 10,
-    "eval_limit": 200,
-    "eval_batch": 200,
+    "eval_limit": 500,
+    "eval_batch": 250,
     "eval_temperature": 1.0,
     "dtype": "float32",
 }
@@ -82,20 +81,25 @@ class Recipe:
 
     seed: int = 0
     authors: int = 8
-    slip_rate: float = 0.09  # of a step
+    slip_rate: float = 0.11  # of a step
     days: tuple[int, int] = (3, 6)
-    width: int = 128
-    batch: int = 32
-    pretrain_steps: int = 900
-    lr: float = 5e-3
-    rounds: int = 4
-    questions: int = 1600  # of a round
-    kept: int = 2600  # right answers, the latest
-    round_steps: int = 300
-    expert_lr: float = 2e-3
-    horizon: int = 120  # of an answer
+    width: int = 64
+    batch: int = 16
+    pretrain_steps: int = 1000
+    lr: float = 6e-3
+    rounds: int = 8  # of expert iteration: questions, then steps on the right answers
+    questions: int = 1600
+    kept: int = 2400  # right answers, the latest
+    round_steps: int = 250
+    round_lr: float = 3e-3
+    horizon: int = 100  # of an answer, in tokens
     held_out: int = 1000
     problems: int = 5000  # in train.jsonl
+
+
+def signed(change: int) -> str:
+    """A change as one word, hence one token."""
+    return f"{'minus' if change < 0 else 'plus'}{word(abs(change))}"
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,12 @@ class Problem:
     start: int
     first_day: int
     changes: tuple[int, ...]  # of the total, one a day
-    verbs: tuple[str, ...]
 
     def day(self, step: int) -> str:
         return WEEK[(self.first_day + step) % 7]
 
     def question(self) -> str:
-        steps = [
-            f"{self.day(i)} {v} {word(abs(c))} ." for i, (v, c) in enumerate(zip(self.verbs, self.changes))
-        ]
+        steps = [f"{self.day(step)} {signed(change)} ." for step, change in enumerate(self.changes)]
         return f"first , {self.name} has {word(self.start)} {self.thing} . {' '.join(steps)} how many ?"
 
     def result(self) -> int:
@@ -132,7 +133,7 @@ class Author:
 
 
 def draw_authors(recipe: Recipe) -> list[Author]:
-    rng = random.Random(recipe.seed)
+    rng = random.Random(f"authors {recipe.seed}")
     pieces = (OPENINGS, STARTS, DAYS, STEPS, RECAPS, CLOSES)
     return [
         Author(*map(rng.choice, pieces), tuple(rng.random() for _ in SLIPS)) for _ in range(recipe.authors)
@@ -140,14 +141,13 @@ def draw_authors(recipe: Recipe) -> list[Author]:
 
 
 def draw_problem(recipe: Recipe, rng: random.Random) -> Problem:
-    """A problem whose running total stays between 1 and 20."""
-    start = total = rng.randint(1, 20)
+    """A problem whose running total stays between 1 and LARGEST."""
+    start = total = rng.randint(1, LARGEST)
     changes = []
     for _ in range(rng.randint(*recipe.days)):
-        changes.append(rng.choice([c for c in range(-6, 7) if c and 1 <= total + c <= 20]))
+        changes.append(rng.choice([c for c in range(-4, 5) if c and 1 <= total + c <= LARGEST]))
         total += changes[-1]
-    verbs = tuple(rng.choice(GAINS if c > 0 else LOSSES) for c in changes)
-    return Problem(rng.choice(NAMES), rng.choice(THINGS), start, rng.randrange(7), tuple(changes), verbs)
+    return Problem(rng.choice(NAMES), rng.choice(THINGS), start, rng.randrange(7), tuple(changes))
 
 
 def draw_slips(
@@ -181,14 +181,14 @@ def answer(problem: Problem, author: Author, slips: dict[int, tuple[str, int]]) 
         if kind == "skip":
             continue
         before = total + off * (kind == "carry")
-        amount = abs(change) + off * (kind == "misread")
+        size = abs(change) + off * (kind == "misread")
         gain = (change > 0) != (kind == "sign")
-        total = before + (amount if gain else -amount) + off * (kind == "sum")
+        change = size if gain else -size
+        total = before + change + off * (kind == "sum")
         if not (0 <= before <= LIMIT and 0 <= total <= LIMIT):
             return None
-        values = {"before": word(before), "amount": word(amount), "after": word(total)}
         texts.append(author.day.format(day=problem.day(step)))
-        texts.append(author.step.format(sign="plus" if gain else "minus", **values))
+        texts.append(author.step.format(change=signed(change), before=word(before), after=word(total)))
     total += slips.get(len(problem.changes), ("", 0))[1]
     if not 0 <= total <= LIMIT:
         return None
@@ -209,8 +209,8 @@ def make_tokenizer() -> Qwen2Tokenizer:
     """A tokenizer of Qwen's kind, trained on the world's words so that each is one token."""
     templates = " ".join((*OPENINGS, *STARTS, *DAYS, *STEPS, *RECAPS, *CLOSES))
     plain = " ".join(text for text, *_ in string.Formatter().parse(templates))
-    words = [*plain.split(), *NAMES, *THINGS, *WEEK, *GAINS, *LOSSES, *map(word, range(LIMIT + 1))]
-    words += ["first", "how", "many", "?", "plus", "minus", "\\boxed{", "}", "system", "user", "assistant"]
+    words = [*plain.split(), *NAMES, *THINGS, *WEEK, *map(word, range(LIMIT + 1)), *map(signed, range(-5, 6))]
+    words += ["first", "how", "many", "?", "\\boxed{", "}", "system", "user", "assistant"]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     special = ["<|im_start|>", "<|im_end|>"]
@@ -249,9 +249,8 @@ def texts_of_authors(tokenizer, recipe: Recipe, rng: random.Random) -> Iterator[
         for _ in range(16 * recipe.batch):
             problem = draw_problem(recipe, rng)
             text = draw_answer(problem, authors, recipe.slip_rate, rng)
-            rows.append(
-                (prompt_of(tokenizer, problem), [*tokenizer.encode(f" {text}"), tokenizer.eos_token_id])
-            )
+            ids = tokenizer.encode(f" {text}") + [tokenizer.eos_token_id]
+            rows.append((prompt_of(tokenizer, problem), ids))
         yield from by_length(rows, recipe.batch, rng)
 
 
@@ -303,10 +302,9 @@ def right_answers(model, tokenizer, problems: list[Problem], horizon: int, sampl
 
 def write_problems(folder: Path, recipe: Recipe) -> list[Problem]:
     """Write train.jsonl and test.jsonl, which share no problem; returns those of train.jsonl."""
-    rng = random.Random(recipe.seed)
-    problems = list(
-        dict.fromkeys(draw_problem(recipe, rng) for _ in range(recipe.held_out + recipe.problems))
-    )
+    rng = random.Random(f"problems {recipe.seed}")
+    drawn = [draw_problem(recipe, rng) for _ in range(recipe.held_out + recipe.problems)]
+    problems = list(dict.fromkeys(drawn))
     for name, part in (("test", problems[: recipe.held_out]), ("train", problems[recipe.held_out :])):
         rows = [{"question": problem.question(), "answer": word(problem.result())} for problem in part]
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -316,7 +314,7 @@ def write_problems(folder: Path, recipe: Recipe) -> list[Problem]:
 
 def write_world(folder: Path, recipe: Recipe, sampler: Callable) -> None:
     torch.manual_seed(recipe.seed)
-    rng = random.Random(recipe.seed + 1)
+    rng = random.Random(f"training {recipe.seed}")
     problems = write_problems(folder, recipe)
     tokenizer = make_tokenizer()
     model = make_model(recipe.width, tokenizer)
@@ -329,7 +327,7 @@ def write_world(folder: Path, recipe: Recipe, sampler: Callable) -> None:
             asked = rng.sample(problems, recipe.questions)
             right += right_answers(model, tokenizer, asked, recipe.horizon, sampler)
             right = right[-recipe.kept :]
-            learn(model, repeated(right, recipe.batch, rng), recipe.round_steps, recipe.expert_lr, bar)
+            learn(model, repeated(right, recipe.batch, rng), recipe.round_steps, recipe.round_lr, bar)
         save(model, tokenizer, folder / "teacher")
 
 

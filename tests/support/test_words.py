@@ -27,9 +27,9 @@ MICRO = words.Recipe(
     held_out=5,
     problems=20,
 )
-PROBLEM = words.Problem("sam", "coins", 8, 4, (3, -2, 5), ("finds", "loses", "gets"))
+PROBLEM = words.Problem("sam", "coins", 5, 4, (3, -2, 4))
 AUTHOR = words.Author(
-    "count :", "at first {start} .", "on {day}", "{sign} {amount} , {before} to {after} .", "", "so", (1,) * 6
+    "count :", "at first {start} .", "on {day}", "{change} , {before} to {after} .", "", "so", (1,) * 6
 )
 NUMBERS = {toy.word(n): n for n in range(words.LIMIT + 1)}
 
@@ -45,8 +45,8 @@ def drawn(count: int = 300, seed: int = 0):
 def counted(question: str) -> int:
     """The result, counted from the words of the question."""
     start = NUMBERS[re.search(r"has (\w+)", question)[1]]
-    changes = re.findall(r"(finds|gets|loses|sells) (\w+)", question)
-    return start + sum(NUMBERS[n] * (1 if verb in words.GAINS else -1) for verb, n in changes)
+    changes = re.findall(r"day (plus|minus)(\w+)", question)
+    return start + sum(NUMBERS[n] * (1 if sign == "plus" else -1) for sign, n in changes)
 
 
 def test_answers_without_slips_are_right():
@@ -64,19 +64,19 @@ def test_answers_without_slips_are_right():
 
 
 SLIPS = {
-    "misread": (1, 13, "on saturday minus three , eleven to eight ."),
-    "sign": (1, 18, "on saturday plus two , eleven to thirteen ."),
-    "sum": (1, 15, "on saturday minus two , eleven to ten ."),
-    "skip": (1, 16, "on friday plus three , eight to eleven . on sunday plus five , eleven to sixteen ."),
-    "carry": (1, 15, "on saturday minus two , twelve to ten ."),
-    "final": (3, 15, "on sunday plus five , nine to fourteen . so \\boxed{ fifteen }"),
+    "misread": (1, 9, "on saturday minusthree , eight to five ."),
+    "sign": (1, 14, "on saturday plustwo , eight to ten ."),
+    "sum": (1, 11, "on saturday minustwo , eight to seven ."),
+    "skip": (1, 12, "on friday plusthree , five to eight . on sunday plusfour , eight to twelve ."),
+    "carry": (1, 11, "on saturday minustwo , nine to seven ."),
+    "final": (3, 11, "on sunday plusfour , six to ten . so \\boxed{ eleven }"),
 }
 
 
 @pytest.mark.parametrize("kind", words.SLIPS)
 def test_a_slip_shows_in_the_text_and_in_the_result(kind):
     step, result, shown = SLIPS[kind]
-    assert words.answer(PROBLEM, AUTHOR, {})[1] == 14
+    assert words.answer(PROBLEM, AUTHOR, {})[1] == 10
     text, found = words.answer(PROBLEM, AUTHOR, {step: (kind, 1)})
     assert (found, NUMBERS[words.boxed(text)]) == (result, result) and shown in text
 
@@ -93,7 +93,7 @@ def test_slips_happen_at_every_step_and_of_every_kind():
 
 
 def test_totals_that_no_word_names_are_refused():
-    assert words.answer(replace(PROBLEM, start=20), AUTHOR, {1: ("sign", 1)}) is None
+    assert words.answer(replace(PROBLEM, start=12), AUTHOR, {1: ("sign", 1)}) is None
     assert words.answer(replace(PROBLEM, start=words.LIMIT, changes=()), AUTHOR, {0: ("final", 1)}) is None
 
 
