@@ -81,16 +81,16 @@ class Recipe:
 
     seed: int = 0
     authors: int = 8
-    slip_rate: float = 0.11  # of a step
+    slip_rate: float = 0.13  # of a step
     days: tuple[int, int] = (3, 6)
     width: int = 64
     batch: int = 16
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 1500
     lr: float = 6e-3
     rounds: int = 8  # of expert iteration: questions, then steps on the right answers
     questions: int = 1600
     kept: int = 2400  # right answers, the latest
-    round_steps: int = 250
+    round_steps: int = 350
     round_lr: float = 3e-3
     horizon: int = 100  # of an answer, in tokens
     held_out: int = 1000
@@ -153,7 +153,7 @@ def draw_problem(recipe: Recipe, rng: random.Random) -> Problem:
 def draw_slips(
     problem: Problem, author: Author, rate: float, rng: random.Random
 ) -> dict[int, tuple[str, int]]:
-    """{step: (kind, 1 or -1)}; the step after the last one is the box, where only `final` happens."""
+    """{step: (kind, 1 or -1)}; the step after the last one is the box, where `final` alone happens."""
     slips = {}
     for step in range(len(problem.changes) + 1):
         if rng.random() < rate:
@@ -198,6 +198,7 @@ def answer(problem: Problem, author: Author, slips: dict[int, tuple[str, int]]) 
 
 
 def draw_answer(problem: Problem, authors: list[Author], rate: float, rng: random.Random) -> str:
+    """An answer of a random author, slips included; drawn again if a total has no word."""
     while True:
         author = rng.choice(authors)
         found = answer(problem, author, draw_slips(problem, author, rate, rng))
@@ -236,7 +237,7 @@ def by_length(rows: list[Row], size: int, rng: random.Random) -> list[list[Row]]
 
 
 def repeated(rows: list[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
-    """Batches of the same rows, without end."""
+    """Batches of the same rows, without end; none if there are no rows."""
     while rows:
         yield from by_length(rows, size, rng)
 
@@ -281,6 +282,7 @@ def learn(model, batches: Iterable[list[Row]], steps: int, lr: float, bar: tqdm)
 
 
 def boxed(text: str) -> str:
+    """The word in the box; empty if there is none."""
     found = re.search(r"\\boxed\{ (\w+) \}", text)
     return found[1] if found else ""
 
