@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import AutoConfig
 
-from support import data, models, toy, words
+from support import data, models, toy
 from support.cli import BadInput, Stopped, flag_of, recorded
 
 LOW_MEMORY = {"lr": 5e-5}  # ESR's learning rate for LoRA
@@ -136,7 +136,11 @@ def world_preset(preset: str, world: str) -> dict[str, Any]:
     """The settings of a preset whose models are built here; none for another."""
     if preset == "toy":
         return toy.preset(world)
-    return words.preset() if preset == "words" else {}
+    if preset == "words":
+        from support import words
+
+        return words.preset()
+    return {}
 
 
 def build_world(knobs, sampler: Callable) -> None:
@@ -158,6 +162,8 @@ def build_world(knobs, sampler: Callable) -> None:
     if knobs.preset == "toy":
         toy.build(knobs.world)
     else:
+        from support import words
+
         words.build(sampler)
 
 
