@@ -59,10 +59,12 @@ class Knobs(train.Knobs):
         "number moves on by the clock, by at least 1, so a run takes at most --steps steps; 0: all --steps",
         least=0,
     )
-    esr_tokens: int = knob(100, "ESR's horizon; toy: 20, as its answers have 120 tokens", least=1)
+    esr_tokens: int = knob(100, "ESR's horizon; toy and words: 20, as their answers are short", least=1)
     curve_points: int = knob(8, "scores along a run, the last included; 1: the last alone", least=1)
     keep: str = knob("", "folder for the student of each run, ARM-SEED, as probe.py --trained takes it")
-    csv: str = knob("", "default: results/compare.csv, compare_closing.csv, compare_STUDENT.csv")
+    csv: str = knob(
+        "", "default: results/compare.csv, compare_closing.csv, compare_words.csv, compare_STUDENT.csv"
+    )
     report: bool = knob(False, "train nothing: table, claims and figures of the rows in the CSV")
 
 
@@ -79,11 +81,10 @@ def choose(given: dict) -> tuple[Knobs, Path]:
     if unused:
         raise BadInput(f"{', '.join(unused)} does not apply here, --arms and --seeds decide: drop it")
     preset = run_folder.preset_of(given, default="toy")
-    defaults = {"esr_tokens": 20} if preset == "toy" else {}
+    defaults = {"esr_tokens": 20} if preset in ("toy", "words") else {}
     knobs, _ = run_folder.settings(Knobs, defaults | given | {"preset": preset})
-    name = Path(knobs.student).name
-    if preset == "toy":
-        name = "" if knobs.world == "opening" else knobs.world
+    names = {"toy": "" if knobs.world == "opening" else knobs.world, "words": "words"}
+    name = names.get(preset, Path(knobs.student).name)
     path = Path(knobs.csv or ROOT / "results" / f"{f'compare_{name}'.rstrip('_')}.csv")
     arms = knobs.arms or GROUPS[knobs.group or ("closing" if name == "closing" else "all")]
     return replace(knobs, arms=tuple(dict.fromkeys(arms)), eval_every=0), path
