@@ -520,7 +520,8 @@ def test_bad_input(tmp_path, monkeypatch, flags, why):
 
 def test_which_world_and_which_file():
     assert [
-        compare.choose(given)[1].name for given in ({}, {"world": "closing"}, {"student": "A/b-1.5B"})
-    ] == ["compare.csv", "compare_closing.csv", "compare_b-1.5B.csv"]
+        compare.choose(given)[1].name
+        for given in ({}, {"world": "closing"}, {"preset": "words"}, {"student": "A/b-1.5B"})
+    ] == ["compare.csv", "compare_closing.csv", "compare_words.csv", "compare_b-1.5B.csv"]
     assert compare.choose({"world": "closing"})[0].arms == arms.GROUPS["closing"]
     assert compare.choose({})[0].esr_tokens == 20 and compare.choose({"data": "x"})[0].esr_tokens == 100
