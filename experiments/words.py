@@ -47,7 +47,7 @@ from support.grading import Grader
 
 FIRST = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")
 THEN = ("first", "self-teacher", "no-end", "seqkd-0.1", "gkd", "lora", "lora-esr")
-RATES = ("0.0004", "0.001", "0.002")
+RATES = ("0.0005", "0.0015", "0.0045")
 WRITERS = {  # whose rollouts the reverse KL is measured on
     "student": "on the same rollouts of the student before",
     "teacher": "on the same rollouts of the teacher",
@@ -128,7 +128,8 @@ def build(world: str, seed: int) -> Path:
     """The folder of the world, built if it does not exist."""
     if world in toy.WORLDS:
         return toy.build(world, toy.Recipe(seed), CACHE)
-    return module_of(world).build(seed, rollout)
+    words = module_of(world)
+    return words.build(rollout, words.Recipe(seed))
 
 
 def load(unit: Unit, knobs: Knobs) -> World:

@@ -129,7 +129,9 @@ def test_the_report_of_made_up_rows(tmp_path, monkeypatch, capsys):
 def test_missing_arms_seeds_and_rates_are_named(tmp_path):
     knobs = replace(made_up(tmp_path), arms=("full", "esr", "gkd"), seeds=4)
     path = Path(knobs.csv)
-    rows = [row for row in read_csv(path) if (row["arm"], row["seed"], row["lr"]) != ("esr", "0", "0.002")]
+    rows = [
+        row for row in read_csv(path) if (row["arm"], row["seed"], row["lr"]) != ("esr", "0", words.RATES[-1])
+    ]
     path.unlink()
     append_csv(path, rows)
     results, rates = words.results_of(knobs)
