@@ -10,8 +10,9 @@ and teacher of every seed, then the arms of FIRST, then those of THEN one by one
 
 Columns: `correct` and `correct_greedy` have a digit per held-out problem. `kl_WRITER_i` is the exact reverse
 KL in nats per token, in the i-th tenth of T, on full rollouts to held-out problems by the student before
-training, by the teacher (the same for all arms), and by the trained student itself (own). `NAME_i` of a run
-is the mean over its i-th quarter of the steps. `auto` is the horizon of `--horizon auto`, which is esr's N.
+training, by the teacher (the same for all arms), and by the trained student itself (own); the runs that
+choose a learning rate leave it out. `NAME_i` of a run is the mean over its i-th quarter of the steps.
+`auto` is the horizon of `--horizon auto`, which is esr's N.
 """
 
 import math
@@ -152,9 +153,10 @@ def measure(world: World, arm: str, lr: str, student: Row, rollouts: int) -> dic
         costs, of_run = run.costs(), along(run.rows)
     model = setup.pair.teacher if arm == "teacher" else setup.pair.student
     row = costs | compare.scores_of(setup, model, settings, "repeating") | of_run | {"auto": auto}
+    measured = arm == "student" or (arm in ARMS and settings.seed != SWEEP_SEED)
     for name, writer in zip(WRITERS, (start, setup.pair.teacher, setup.pair.student)):
         found = dict.fromkeys(TENTHS, "")
-        if arm != "teacher":
+        if measured:
             tokens = sweep.reverse_kl(world, setup.test_prompts, writer=writer, rollouts=rollouts)
             found = by_tenth(tokens, settings.max_new_tokens)
         row |= {f"kl_{name}_{i}": value for i, value in found.items()}

@@ -45,7 +45,7 @@ def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
     runs = [("0", "esr"), ("1", "esr"), ("0", "lora-esr"), ("1", "lora-esr")]
     assert [(row["seed"], row["arm"]) for row in rows] == ends + runs
     student, teacher, esr, lora = rows[2:4] + rows[5::2]
-    assert 1 <= int(student["auto"]) <= 40 and esr["auto"] == teacher["kl_own_0"] == ""
+    assert 1 <= int(student["auto"]) <= 40 and esr["auto"] == teacher["kl_own_0"] == rows[4]["kl_own_0"] == ""
     assert 8 < int(esr["response_tokens"]) <= 4 * 4 * int(student["auto"])  # N by the 45 % rule
     assert len(esr["correct"]) == len(esr["correct_greedy"]) == 4
     kl = [name for name in esr if name.startswith("kl_student")]
