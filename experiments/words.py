@@ -42,7 +42,7 @@ from sweep import CACHE, ENDS, SWEEP_SEED, Cells, Row, Unit, World, mean_of, sho
 from eval_math import extract, has_box
 from extras import profile_horizon
 from rollout import rollout
-from support import run_folder, scores, toy
+from support import run_folder, scores, toy, words
 from support.cli import knob, parse, run_main
 from support.grading import Grader
 
@@ -98,11 +98,12 @@ class Knobs:
 
     def preset(self) -> dict:
         steps = {"steps": self.steps} if self.steps else {}
-        return module_of(self.world).PRESET | {"eval_batch": BATCH, "eval_limit": self.problems} | steps
+        preset = toy.PRESET if self.world in toy.WORLDS else words.PRESET
+        return preset | {"eval_batch": BATCH, "eval_limit": self.problems} | steps
 
     def sweep(self) -> sweep.Sweep:
         """`worlds` is a hash of how the worlds are made."""
-        source = Path(module_of(self.world).__file__).read_bytes()
+        source = Path((toy if self.world in toy.WORLDS else words).__file__).read_bytes()
         own = {"worlds": f"{self.world}-{sha256(source).hexdigest()[:8]}", "steps": self.preset()["steps"]}
         own |= {"problems": self.problems, "rollouts": self.rollouts}
         return sweep.Sweep(
@@ -117,19 +118,10 @@ class Knobs:
         )
 
 
-def module_of(world: str):
-    if world in toy.WORLDS:
-        return toy
-    from support import words
-
-    return words
-
-
 def build(world: str, seed: int) -> Path:
     """The folder of the world, built if it does not exist."""
     if world in toy.WORLDS:
         return toy.build(world, toy.Recipe(seed), CACHE)
-    words = module_of(world)
     return words.build(rollout, words.Recipe(seed))
 
 
