@@ -24,7 +24,8 @@ from rollout import Rollout, keep_top_p, model_inputs, rollout, sampling_noise
 from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob, parse, run_main
-from support.grading import LONGEST_ANSWER, Grader, is_blank, one_grader, without_prose, without_reasoning
+from support.grading import LONGEST_ANSWER, is_blank, without_prose, without_reasoning
+from support.workers import Grader, one_grader
 
 # The text after each problem.
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -31,7 +31,7 @@ from opd import OutputHead, log_probs, opd_backward, reverse_kl
 from rollout import model_inputs, rollout, sampling_noise
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
-from support.grading import Grader
+from support.workers import Grader
 
 SIDES = {"loss": ("naive", "ours", "liger", "trl"), "rollouts": ("generate", "plain")}
 SIDES |= {"evaluation": (), "logits": ()}

@@ -35,7 +35,7 @@ from extras.profile_horizon import horizon_of_profile, in_batches, measure
 from rollout import Rollout
 from support import models, run_folder, scores
 from support.cli import BadInput, Stopped, parse, run_main
-from support.grading import Grader
+from support.workers import Grader
 from train import Pair, score
 
 

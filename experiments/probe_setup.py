@@ -14,7 +14,7 @@ from schedules import SCHEDULES, make_schedule
 from support import data, models, run_folder, toy
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob
-from support.grading import Grader
+from support.workers import Grader
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from rollout import Rollout, rollout, sampling_noise
 from schedules import make_schedule
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
-from support.grading import Grader
 from support.report import token_texts
+from support.workers import Grader
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TOP = 5  # tokens of each distribution that are shown

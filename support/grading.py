@@ -1,8 +1,6 @@
 r"""Whether an extracted answer equals the gold answer: by text, by exact number, then with math-verify.
 
-`Grader` compares in worker processes (`python support/grading.py`), because no signal interrupts a
-computation in C: a worker that hangs is killed. No torch and no import of this project, so that workers start
-fast. Where mathematics does not decide, this table does:
+Where mathematics does not decide, this table does:
 
 | kind | rule |
 |---|---|
@@ -21,85 +19,70 @@ fast. Where mathematics does not decide, this table does:
 | prose | around a single formula or number it is dropped; other prose with numbers is no answer |
 """
 
-import json
-import os
-import queue
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import unicodedata
 from fractions import Fraction
-from functools import cache, lru_cache
-from itertools import accumulate
+from functools import lru_cache
 
 LONGEST_ANSWER = 500  # characters of an answer; longer text is not compared
 LONGEST_RESPONSE = 200_000  # characters of a response; what follows is not searched for an answer
-LOST = ("timed out", "worker died", "failed")  # verdicts about the grader, not about the answer
 
-# Other spellings of the same: signs, then patterns and their replacements.
-SIGNS = {"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "×": r"\times ", "·": r"\cdot "}
-SIGNS |= {"÷": "/", "⁄": "/", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "∪": r"\cup ", "∈": r"\in "}
-SIGNS |= {"≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "≈": r"\approx ", "√": r"\sqrt ", "∛": r"\sqrt[3] "}
-SIGNS |= {"°": r"^\circ ", "∅": r"\emptyset ", "′": "'", "″": "''", "\u00a0": " ", "\u202f": " "}
-SIGNS |= dict.fromkeys("−–‐‑﹣", "-") | {chr(0xFEE0 + i): chr(i) for i in range(33, 127)}  # full width
-SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
-SPELLINGS = (
-    (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: f"^{{{found[0].translate(SMALL)}}}"),
-    (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda found: f"_{{{found[0].translate(SMALL)}}}"),
-    (r"\\(?:left|right|displaystyle|boldsymbol|mathbf|bm|underline)(?![a-z])|(?<!\\)\\[!:;]|\*\*", ""),
-    (r"(?<!\\)\\[, ]|\\q?quad(?![a-z])|~", " "),
-    (r"\\(?:mbox|mathrm|text(?:bf|it|rm|up))(?![a-z])", r"\\text"),
+SPELLINGS = (  # replaced in this order: other notations, and those that math-verify does not know
+    (r"^[\s=*]+|[\s.,;*]+$", ""),
+    (r"^\$(.*)\$$", r"\1"),
+    ("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),  # NFKC makes 5 of a raised 5
+    ("[₀-₉]+", r"_{\g<0>}"),
+    ("[¼-¾⅐-⅞]", r" \g<0>"),
+    (r"[^\x00-\x7f]+", lambda found: unicodedata.normalize("NFKC", found[0])),
+    ("[−–‐]", "-"),
+    ("⁄", "/"),
+    ("°", r"^\\circ "),
+    ("∈", r"\\in "),
+    ("∞|[Ii]nfinity", r"\\infty "),
+    ("√", r"\\sqrt "),
+    ("∛", r"\\sqrt[3] "),
+    (r"\\(?:left|right|displaystyle|underline)(?![a-z])|(?<!\\)\\[][()!:;]|\*\*|^\s*\\approx", ""),
+    (r"(?<!\\)\\[, ]|\\q?quad(?![a-z])|~|\s", " "),
+    (r"\\(?:mbox|mathrm|mathbf|boldsymbol|bm|text(?:bf|it|rm|up))(?![a-z])", r"\\text"),
+    (r"^\s*(?:\\text\s*)?\{(?![^{]*\}.)(.*)\}\s*$", r"\1"),
     (r"\\text\s*(?:\{\s*(\(?\w\)?|[-\d.,\s]*\d)\s*\}|(\w))", r" \1\2"),  # \mathrm e, \text{13}, \textbf{(C)}
     (r"(?:,\s*)?(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"\{,\}", ","),
     (r"\\(?:[dtcs]|nice)frac(?![a-z])", r"\\frac"),
-    (r"\b[Ii]nfinity\b", r"\\infty "),
     (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"\\sqrt\s*(\[\d\])?\s*(\d+|\((?:[^()]|\([^()]*\))*\))", r"\\sqrt\1{\2}"),
     (r"\\lg(?![a-z])", r"\\log"),
-    (r"\bC\((\d+),\s*(\d+)\)|\{?(\w+)\s*\\choose\s*(\w+)\}?", r"\\binom{\1\3}{\2\4}"),
+    (r"\bC\((\d+),\s*(\d+)\)|(\w+)\s*\\choose\s*(\w+)", r"\\binom{\1\3}{\2\4}"),
+    (r"(\d)\s*e([-+]?\d{1,4})", r"\1\\times 10^{\2}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d{1,50})\}?", lambda found: from_repeating(*found.groups())),
     (r"\\\{\s*[a-z]\s*(?::|\||\\mid)([^{}]*)\\\}", r"\1"),  # {x : x > 1}
     (r"^\s*\](.*)\[\s*$", r"(\1)"),  # ]0, 1[
-    (r"^\s*\\approx", ""),
+    (r"^(-?)\s*(\\?\$|[€£₹]|USD)\s*(-?[\d.,]*\d)", r"\1\3 \2"),
+    (r"^[\s=*]+|[\s.,;*]+$", ""),
 )
-WRAPPED = re.compile(r"\$(.*)\$|\\\[(.*)\\\]|\\\((.*)\\\)|(?:\\text\s*)?\{(.*)\}", re.S)
+DECIMAL = r"(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
+NUMBER = re.compile(rf"([-+]?)\s*(?:(\d+) +(?=\d+/))?(-?{DECIMAL})(?:\s*[/:]\s*({DECIMAL}))?")
 NAME = re.compile(  # "x =", "f(x) =", "(x, y) =", "x \in", "m\angle A =", "\text{Area} ="
     r"(?:^|(?<=,))\s*((?:m?\s*\\angle\s*)?\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))?|\\text\s*\{[^{}]*\}"
     r"|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
 )
-CHOICE = re.compile(r"(?:option )?(?:\(([a-j])\)|([a-j])(?=[).:]|$))[).:]?\s*((?![-+*/^=_,]).*)", re.I | re.S)
-
-UNITS = """m meter metre, km kilometer kilometre, cm centimeter centimetre, mm millimeter millimetre, yd yard,
-in inch inche, ft foot feet, mi mile, g gram, kg kilogram, mg milligram, lb pound £, oz ounce, l liter litre,
-ml milliliter millilitre, h hr hour, min minute, s sec second, $ usd dollar, ¢ cent, € eur euro, ₹ rupee,
-° circ deg degree, ^2 square sq, ^3 cubic, / per"""
-UNIT_NAMES = {name: names.split()[0] for names in UNITS.split(",") for name in names.split()}
-SHORT_UNITS = r"(?:cm|mm|km|kg|mg|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![A-Za-z])"
+CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
 NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
+SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"
 AMOUNT = re.compile(  # a number or formula, and the unit after it
-    rf"(.*?(?:[\d)}}!%]|\\pi))(\s*(?:'{{1,2}}|\\?\$|[€£₹¢])|\s*\\text\s*\{{(?!{NO_UNIT})[^{{}}\d]*\}}"
-    rf"|\s*\^\s*\{{?\s*\\circ\s*\}}?\s*(?:\\text\s*)?\{{?[CF]?\}}?|{SHORT_UNITS}"
-    rf"|\s+\(?(?!{NO_UNIT})(?:{SHORT_UNITS}|[aApP]\.?[mM]\b|[mghsl]\b|[A-Za-z]{{3,}})[A-Za-z./ ]*\)?)"
-    r"(\^\{?[23]\}?)?",
-    re.S,
+    r"(.*?(?:[\d)}!%]|\\pi))\s*('{1,2}|(?:\\?\$|[€£₹¢])(?: per [a-z]+)?"
+    r"|\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\s*)?\{?[CF]?\}?"
+    rf"|\\text\s*\{{(?!{NO_UNIT})[^{{}}\d]*\}}|{SHORT_UNIT}"
+    rf"|(?<=\s)(?:[mghsl]|[ap]\.?m|\(?(?!{NO_UNIT})[a-z]{{2}}[a-z./ ]*\)?))(\^\{{?[23]\}}?)?",
+    re.S | re.I,
 )
-MONEY = re.compile(r"(-?)\s*(\\?\$|[€£₹]|USD)\s*(-?[\d.].*)", re.S)
-
-DECIMAL = r"(?:(?:\d{1,3}(?:[ ,]\d{3})+|\d+)(?:\.\d*)?|\.\d+)"
-POWER = r"10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?"
-TIMES_POWER = rf"\s*(?:\\times|\\cdot|\*)\s*{POWER}|\s*e([-+]?\d{{1,4}})"
-SCIENTIFIC = re.compile(rf"([-+]?{DECIMAL})(?:{TIMES_POWER})?|{POWER}", re.I)
-FRAC = rf"\\frac\s*(?:\{{\s*(-?{DECIMAL})\s*\}}|(\d))\s*(?:\{{\s*(-?{DECIMAL})\s*\}}|(\d))"
-FRACTION = re.compile(
-    rf"([-+]?)\s*(?:(\d+)(?:\s+(?=\d)|\s*(?=\\)))?(?:{FRAC}|({DECIMAL})\s*[/:]\s*({DECIMAL}))"
-)
+UNITS = {r"square (\w+)": r"\1^2", r"cubic (\w+)": r"\1^3", "kilo": "k", "centi": "c", "milli": "m"}
+UNITS |= {"met(er|re)": "m", "lit(er|re)": "l", "gram": "g", "hour|hr": "h", "minute": "min", "second": "s"}
+UNITS |= {"inche?": "in", "feet|foot": "ft", "mile": "mi", "yard": "yd", "pound|£": "lb", "ounce": "oz"}
+UNITS |= {r"dollar|usd|\\\$": "$", "euro?": "€", "cent": "¢", r"\^\s*\\circ|degree": "°", " per ": "/"}
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
-    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
-    r"|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
+    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
+    r"|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
 )
 BLANK = re.compile(r"(?:\\[hv]?phantom\s*\{[^{}]*\}|\\text\s*\{|\\q?quad|\\[,;: ]|[?_.…~{}\s]|answer)*", re.I)
 
@@ -129,12 +112,7 @@ def without_prose(sentence: str) -> str | None:
 def compare(found: str, gold: str) -> str:
     """'right', 'wrong' or 'gold unreadable'. It may take forever, and math-verify may raise anything."""
     verdict, found, gold = compare_quickly(found, gold)
-    if verdict:
-        return verdict
-    gold_read, found_read = read(gold), read(found)
-    if gold_read is None:
-        return "gold unreadable"
-    return "right" if found_read is not None and equal(gold_read, found_read) else "wrong"
+    return verdict or compare_formulas(found, gold)
 
 
 def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
@@ -145,62 +123,50 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
         return "wrong" if len(gold) <= LONGEST_ANSWER else "gold unreadable", found, gold
     found, gold = tidy(found), tidy(gold)
     ours, theirs = CHOICE.fullmatch(found), CHOICE.fullmatch(gold)
-    if ours and theirs and not re.search(r"\([a-j]\)", ours[3] + theirs[3], re.I):
-        same = (ours[1] or ours[2]).lower() == (theirs[1] or theirs[2]).lower()
-        return "right" if same else "wrong", found, gold
-    gold = theirs[3] if theirs and theirs[3] else gold
-    names = NAME.findall(found), NAME.findall(gold)
-    if names[0] == names[1] or not (all(names) or "=" in found and "=" in gold):
+    if ours and theirs:
+        return "right" if ours[1].lower() == theirs[1].lower() else "wrong", found, gold
+    gold = theirs[2] if theirs and theirs[2] else gold
+    names, gold_names = {*NAME.findall(found)}, {*NAME.findall(gold)}
+    two_names = names and gold_names and len(names | gold_names) > 1
+    if not two_names and (names == gold_names or not ("=" in found and "=" in gold)):
         found, gold = NAME.sub("", found), NAME.sub("", gold)
     (found, unit), (gold, other_unit) = split_unit(found), split_unit(gold)
     if unit and other_unit and unit != other_unit:
         return "wrong", found, gold
-    same = same_number(found, gold)
+    percent = found.endswith("%") - gold.endswith("%")
     found, gold = found.rstrip("%\\ "), gold.rstrip("%\\ ")
-    if same or squeeze(found) == squeeze(gold):
+    ours, theirs = number(found), number(gold)
+    if None not in (ours, theirs):
+        return "right" if ours in (theirs, theirs * Fraction(100) ** percent) else "wrong", found, gold
+    if squeeze(found) == squeeze(gold):
         return "right", found, gold
     set_and_tuple = sorted(text.lstrip("\\")[:1] for text in (found, gold)) == ["(", "{"]
-    if same is False or set_and_tuple or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
+    if two_names or set_and_tuple or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
         return "wrong", found, gold
     return None, found, gold
 
 
 def tidy(text: str) -> str:
     """One spelling of signs, fonts, spaces and roots, without what surrounds the answer."""
-    text = unwrap("".join(SIGNS.get(sign, sign) for sign in text).replace("\n", " "))
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
-    return unwrap(text)
-
-
-def unwrap(text: str) -> str:
-    r"""Without $...$, \[...\], {...} or \text{...} around the whole, and punctuation at its ends."""
-    text = text.lstrip(" =*").rstrip(" .,;*")
-    wrapped = WRAPPED.fullmatch(text)
-    inner = "".join(filter(None, wrapped.groups())) if wrapped else ""
-    depths = accumulate((sign == "{") - (sign == "}") for sign in inner)
-    return unwrap(inner) if inner and min(depths) >= 0 else text
+    return text
 
 
 def from_repeating(whole: str, once: str, period: str) -> str:
-    r"""0.1\overline{6} -> \frac{15}{90}"""
-    nines = 10 ** len(period) - 1
-    return rf"\frac{{{int(whole + once or 0) * nines + int(period)}}}{{{10 ** len(once) * nines}}}"
+    r"""0.1\overline{6} -> (0.10+\frac{6}{90})"""
+    return rf"({whole}.{once}0+\frac{{{period}}}{{{10 ** len(once) * (10 ** len(period) - 1)}}})"
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """A number or formula, and its unit or money sign in one spelling: ("5", "cm^2") from "5 square cm"."""
-    unit = ""
-    if money := MONEY.fullmatch(text.strip()):
-        text, unit = money[1] + money[3], money[2]
+    """A number or formula, and its unit in one spelling: ("5", "cm^2") from "5 square cm"."""
     amount = AMOUNT.fullmatch(text)
-    if amount and (r"\circ" not in amount[2] or number(amount[1]) is not None):  # not in \sin 30^\circ
-        text, unit = amount[1], f"{unit} {amount[2]}{amount[3] or ''}"
-    words = re.findall(r"[a-z]+|[$€£₹¢°/']|\d", re.sub(r"\\text|units?\b|\.", "", unit.lower()))
-    names = [UNIT_NAMES.get(word) or UNIT_NAMES.get(word.removesuffix("s"), word) for word in words]
-    names = ["^" + name if name.isdigit() else name for name in names]
-    names.sort(key=lambda name: name[0] == "^")  # square cm is cm^2
-    return text.strip(), "".join(names) if names and names[0][0] != "^" else ""
+    if not amount or r"\circ" in amount[2] and number(amount[1]) is None:  # \sin 30^\circ
+        return text, ""
+    unit = re.sub(r"\\text|unit|[{}().]|(?<=\w)s\b", "", amount[2].lower() + (amount[3] or ""))
+    for name, short in UNITS.items():
+        unit = re.sub(name, short, unit)
+    return amount[1], unit.replace(" ", "")
 
 
 def squeeze(text: str) -> str:
@@ -209,26 +175,15 @@ def squeeze(text: str) -> str:
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)|(?<=[a-z])\.", "", text))
 
 
-def same_number(found: str, gold: str) -> bool | None:
-    """Whether two numbers are exactly equal, as fractions or as percentages; None if one is not a number."""
-    ours, theirs = number(found.rstrip("%\\ ")), number(gold.rstrip("%\\ "))
-    if ours is None or theirs is None:
-        return None
-    percent = found.endswith("%") - gold.endswith("%")
-    return theirs in (ours, ours / 100**percent if percent >= 0 else ours * 100)
-
-
 def number(text: str) -> Fraction | None:
-    r"""The exact value of 1,234.5, 1.6 \times 10^{5}, 1.6e5, \frac{3}{4}, 3/4, 3:4 and 2 1/3; else None."""
-    if match := SCIENTIFIC.fullmatch(text.strip()):
-        decimal, *powers = match.groups()
-        power = int("".join(filter(None, powers)) or 0)
-        return Fraction(re.sub("[ ,]", "", decimal or "1")) * Fraction(10) ** power
-    if match := FRACTION.fullmatch(text.strip()):
-        sign, whole, *parts = match.groups()
-        above, below = (Fraction(re.sub("[ ,]", "", part)) for part in parts if part)
-        return None if below == 0 else int(sign + "1") * (int(whole or 0) + above / below)
-    return None
+    r"""The exact value of 1,234.5, 3/4, 3:4, \frac{3}{4} and 2 1/3; else None."""
+    text = re.sub(r"\\frac\s*(\{-?\d+\}|\d)\s*(\{\d+\}|\d)", r" \1/\2", text)
+    if not (match := NUMBER.fullmatch(re.sub("[{}]", "", text).strip())):
+        return None
+    sign, whole, above, below = (re.sub("[ ,]", "", part or "") for part in match.groups())
+    if below and Fraction(below) == 0:
+        return None
+    return int(sign + "1") * (int(whole or 0) + Fraction(above) / Fraction(below or 1))
 
 
 def plain(text: str) -> str:
@@ -240,11 +195,20 @@ def plain(text: str) -> str:
     return squeeze(text) if value is None else str(value)
 
 
+def compare_formulas(found: str, gold: str) -> str:
+    """`compare` with math-verify, for two tidy formulas."""
+    gold_read, found_read = read(gold), read(found)
+    if gold_read is None:
+        return "gold unreadable"
+    rounded = "." in found + gold
+    return "right" if found_read is not None and equal(gold_read, found_read, rounded) else "wrong"
+
+
 @lru_cache(maxsize=1000)  # golds recur
 def read(text: str):
-    """The sympy object of a formula, or None where latex2sympy cannot read all of it."""
+    """The sympy object of a formula, decimals as fractions; None where latex2sympy cannot read all of it."""
+    import sympy
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
-    from sympy import I, Symbol
 
     rules = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
     is_complex = re.search(r"(?<![A-Za-z])i(?![A-Za-z])", text) is not None
@@ -256,181 +220,26 @@ def read(text: str):
         raise
     except Exception:  # its syntax errors have no class of their own
         return None
-    return formula.subs(Symbol("i", real=False), I) if is_complex else formula
+    formula = formula.xreplace({x: sympy.Rational(str(x)) for x in formula.atoms(sympy.Float)})
+    formula = formula.subs(sympy.Symbol("i", real=False), sympy.I) if is_complex else formula
+    if isinstance(formula, sympy.MatrixBase) and 1 in formula.shape:
+        return sympy.Tuple(*formula)
+    if isinstance(formula, sympy.FiniteSet) and all(isinstance(part, sympy.Rel) for part in formula.args):
+        return sympy.Union(*(part.as_set() for part in formula.args))  # x < 1 or x > 2
+    if isinstance(formula, sympy.Expr):
+        formula = formula.doit()
+    return None if formula.has(sympy.zoo, sympy.nan) else formula
 
 
-def equal(gold, found) -> bool:
-    """Whether two sympy objects are equal: part by part, numbers by value, the rest by math-verify."""
+def equal(gold, found, rounded: bool) -> bool:
+    """Whether two sympy objects are equal; if one is `rounded` and the other irrational, within 1e-6."""
     import sympy
     from math_verify import verify
 
-    if isinstance(gold, sympy.Eq) != isinstance(found, sympy.Eq):  # 5 = 2 + 3 and 5, but not x + y = 5 and 5
-        if any(side.lhs.free_symbols for side in (gold, found) if isinstance(side, sympy.Eq)):
-            return False
-        gold, found = (side.rhs if isinstance(side, sympy.Eq) else side for side in (gold, found))
-    gold, found = inequality_as_set(gold), inequality_as_set(found)
-    (kind, parts), (other_kind, others) = parts_of(gold), parts_of(found)
-    if kind and kind == other_kind:
-        if kind == "list":
-            return len(parts) == len(others) and all(any(equal(a, b) for b in others) for a in parts)
-        return len(parts) == len(others) and all(map(equal, parts, others))
-    if isinstance(gold, sympy.Expr) and isinstance(found, sympy.Expr):
-        return equal_values(gold, found)
-    if isinstance(gold, sympy.Expr) or isinstance(found, sympy.Expr):  # and {5} is 5
-        return len(parts + others) == 1 and equal(*(parts or (gold,)), *(others or (found,)))
-    return verify(gold, found, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
-
-
-def parts_of(formula) -> tuple:
-    """What kind of list it is, and its parts; (None, ()) if it is none."""
-    import sympy
-
-    if isinstance(formula, sympy.MatrixBase):
-        return "tuple" if 1 in formula.shape else formula.shape, tuple(formula)
-    if isinstance(formula, sympy.Interval):
-        closed = not formula.left_open, not formula.right_open
-        return closed if any(closed) else "tuple", (formula.start, formula.end)
-    kinds = [
-        name
-        for name, kind in (("tuple", sympy.Tuple), ("list", sympy.FiniteSet))
-        if isinstance(formula, kind)
-    ]
-    return (kinds[0], formula.args) if kinds else (None, ())
-
-
-def inequality_as_set(formula):
-    """The set of an inequality in one variable, or of a list of them ("x < 1 or x > 2"); else unchanged."""
-    import sympy
-
-    parts = formula.args if isinstance(formula, sympy.FiniteSet) else (formula,)
-    inequalities = all(
-        isinstance(part, (sympy.Rel, sympy.And)) and not isinstance(part, sympy.Eq) for part in parts
-    )
-    if inequalities and parts and len(formula.free_symbols) == 1:
-        return sympy.Union(*(part.as_set() for part in parts))
-    return formula
-
-
-def equal_values(gold, found) -> bool:
-    """Exactly; if one has a decimal and the other is irrational, within 1e-6 of the value."""
-    import sympy
-
-    tolerance = 1e-6 if gold.has(sympy.Float) or found.has(sympy.Float) else 1e-15
-    gold, found = (sympy.nsimplify(side.doit(), rational=True) for side in (gold, found))
-    if (
-        gold == found
-        or (gold.is_Rational and found.is_Rational)
-        or False in (gold.is_finite, found.is_finite)
-    ):
-        return gold == found
-    if gold.free_symbols or found.free_symbols:
-        point = {
-            x: sympy.Rational(37 + 10 * i, 100) for i, x in enumerate(gold.free_symbols | found.free_symbols)
-        }
-        there = sympy.N((gold - found).subs(point))  # differing there, they need not be simplified
-        return not (there.is_finite and abs(there) > 1e-6) and sympy.simplify(gold - found) == 0
-    return bool(abs(sympy.N(gold - found, 20)) <= tolerance * abs(sympy.N(gold, 20)))
-
-
-class Grader:
-    """Verdicts from worker processes: an answer that hangs or kills a worker costs that answer alone.
-
-    The processes start when an answer first needs one: text and number decide most. `extract(response,
-    last_box)` gives the answer of a response or None; `has_box(response)` says whether it has a \\boxed{}.
-    """
-
-    def __init__(
-        self,
-        extract: Callable[..., str | None],
-        has_box: Callable[[str], bool],
-        workers: int | None = None,
-        seconds: float = 15.0,  # of wall time per answer, the start of a new worker included
-    ):
-        self.extract = extract
-        self.has_box = has_box
-        self.seconds = seconds
-        workers = workers or os.cpu_count() or 1
-        self.threads = ThreadPoolExecutor(workers)
-        self.workers: queue.SimpleQueue = queue.SimpleQueue()
-        for _ in range(workers):
-            self.workers.put(None)
-
-    def __enter__(self) -> "Grader":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.threads.shutdown()
-        while not self.workers.empty():
-            worker = self.workers.get()
-            if worker:
-                worker.kill()
-                worker.communicate()
-
-    def grade(self, responses: Iterable[str], golds: Iterable[str]) -> list[dict]:
-        """For each response: extracted answer, verdict, and correctness by three rules of extraction."""
-        return list(self.threads.map(self.verdict, responses, golds))
-
-    def verdict(self, response: str, gold: str) -> dict:
-        extracted = self.extract(response)
-        last = self.extract(response, last_box=True)
-        verdict = "no answer" if extracted is None else self.compare(extracted, gold)
-        verdict_of_last = verdict if last == extracted else self.compare(last, gold)
-        correct = verdict == "right"
-        return {
-            "extracted": extracted,
-            "gold": gold,
-            "verdict": verdict,
-            "correct": correct,
-            "correct_strict": correct and self.has_box(response),
-            "correct_last": verdict_of_last == "right",
-        }
-
-    def compare(self, found: str, gold: str) -> str:
-        """`compare` in a worker, tried once more in case of a failure."""
-        verdict = compare_quickly(found, gold)[0] or self.ask_worker(found, gold)
-        return self.ask_worker(found, gold) if verdict in ("worker died", "failed") else verdict
-
-    def ask_worker(self, found: str, gold: str) -> str:
-        """The verdict of a worker, or one of LOST."""
-        worker = self.workers.get() or subprocess.Popen(
-            [sys.executable, __file__], stdin=-1, stdout=-1, stderr=-3, text=True, start_new_session=True
-        )
-        alarm = threading.Timer(self.seconds, worker.kill)
-        alarm.start()
-        try:
-            print(json.dumps([found, gold]), file=worker.stdin, flush=True)
-            verdict = worker.stdout.readline()
-        except BrokenPipeError:
-            verdict = ""
-        in_time = alarm.is_alive()
-        alarm.cancel()
-        self.workers.put(worker if verdict else None)
-        if verdict:
-            return json.loads(verdict)
-        worker.kill()
-        worker.communicate()
-        return "worker died" if in_time else "timed out"
-
-
-@cache
-def one_grader(extract: Callable[..., str | None], has_box: Callable[[str], bool]) -> Grader:
-    """The grader of single answers, which keeps its worker until this process ends."""
-    return Grader(extract, has_box, workers=1)
-
-
-def work() -> None:
-    """Read a line [found, gold], write a line with the verdict, within 4 GB of memory."""
-    if sys.platform == "linux":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    for line in sys.stdin:
-        try:
-            verdict = compare(*json.loads(line))
-        except Exception:  # whatever goes wrong in math-verify says nothing about the answer
-            verdict = "failed"
-        print(json.dumps(verdict), flush=True)
-
-
-if __name__ == "__main__":
-    work()
+    if isinstance(found, sympy.Eq) and found.free_symbols and not isinstance(gold, sympy.Eq):
+        return False  # math-verify takes x + y = 5 for 5
+    values = all(isinstance(side, sympy.Expr) and side.is_number for side in (gold, found))
+    if rounded and values and not (gold.is_Rational and found.is_Rational):
+        return bool(abs(sympy.N(gold - found, 20)) <= 1e-6 * abs(sympy.N(gold, 20)))
+    allow = {"allow_set_relation_comp": True, "numeric_precision": 50}
+    return verify(gold, found, timeout_seconds=None, raise_on_error=True, **allow)

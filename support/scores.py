@@ -11,7 +11,8 @@ from pathlib import Path
 
 from support import data
 from support.cli import BadInput
-from support.grading import LOST, Grader, plain
+from support.grading import plain
+from support.workers import LOST, Grader
 
 Z = 1.96  # standard errors in half a 95 % interval
 

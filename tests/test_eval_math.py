@@ -15,7 +15,8 @@ import eval_math
 from eval_math import boxed, extract, has_box, is_correct
 from rollout import Rollout, rollout
 from support import cli, data
-from support.grading import Grader, compare_quickly, plain
+from support.grading import compare_quickly, plain
+from support.workers import Grader
 
 ROOT = Path(eval_math.__file__).parent
 

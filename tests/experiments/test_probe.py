@@ -16,8 +16,8 @@ from eval_math import extract, has_box
 from extras.profile_horizon import in_batches
 from support import data
 from support.cli import BadInput, run_main
-from support.grading import Grader
 from support.run_folder import append_csv, read_csv
+from support.workers import Grader
 
 ROOT = Path(train.__file__).parent
 START = 5

@@ -1,0 +1,126 @@
+"""Worker processes that grade: an answer that hangs or kills one costs that answer alone.
+
+No signal interrupts a computation in C, so a worker that takes too long is killed: it has the only clock. No
+torch is imported, so that workers start fast.
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from support import grading
+
+COMMAND = [sys.executable, "-m", "support.workers"]
+ROOT = Path(__file__).resolve().parents[1]
+LOST = ("timed out", "worker died", "failed")  # verdicts about the grader, not about the answer
+
+
+class Grader:
+    """Verdicts from worker processes: an answer that hangs or kills a worker costs that answer alone.
+
+    The processes start when an answer first needs one: text and number decide most. `extract(response,
+    last_box)` gives the answer of a response or None; `has_box(response)` says whether it has a \\boxed{}.
+    """
+
+    def __init__(
+        self,
+        extract: Callable[..., str | None],
+        has_box: Callable[[str], bool],
+        workers: int | None = None,
+        seconds: float = 15.0,  # of wall time per answer, the start of a new worker included
+    ):
+        self.extract = extract
+        self.has_box = has_box
+        self.seconds = seconds
+        workers = workers or os.cpu_count() or 1
+        self.threads = ThreadPoolExecutor(workers)
+        self.workers: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(workers):
+            self.workers.put(None)
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.threads.shutdown()
+        while not self.workers.empty():
+            worker = self.workers.get()
+            if worker:
+                worker.kill()
+                worker.communicate()
+
+    def grade(self, responses: Iterable[str], golds: Iterable[str]) -> list[dict]:
+        """For each response: extracted answer, verdict, and correctness by three rules of extraction."""
+        return list(self.threads.map(self.verdict, responses, golds))
+
+    def verdict(self, response: str, gold: str) -> dict:
+        extracted = self.extract(response)
+        last = self.extract(response, last_box=True)
+        verdict = "no answer" if extracted is None else self.compare(extracted, gold)
+        verdict_of_last = verdict if last == extracted else self.compare(last, gold)
+        correct = verdict == "right"
+        return {
+            "extracted": extracted,
+            "gold": gold,
+            "verdict": verdict,
+            "correct": correct,
+            "correct_strict": correct and self.has_box(response),
+            "correct_last": verdict_of_last == "right",
+        }
+
+    def compare(self, found: str, gold: str) -> str:
+        """`compare` in a worker, tried once more in case of a failure."""
+        verdict = grading.compare_quickly(found, gold)[0] or self.ask_worker(found, gold)
+        return self.ask_worker(found, gold) if verdict in ("worker died", "failed") else verdict
+
+    def ask_worker(self, found: str, gold: str) -> str:
+        """The verdict of a worker, or one of LOST."""
+        worker = self.workers.get() or subprocess.Popen(
+            COMMAND, cwd=ROOT, stdin=-1, stdout=-1, stderr=-3, text=True, start_new_session=True
+        )
+        alarm = threading.Timer(self.seconds, worker.kill)
+        alarm.start()
+        try:
+            print(json.dumps([found, gold]), file=worker.stdin, flush=True)
+            verdict = worker.stdout.readline()
+        except BrokenPipeError:
+            verdict = ""
+        in_time = alarm.is_alive()
+        alarm.cancel()
+        self.workers.put(worker if verdict else None)
+        if verdict:
+            return json.loads(verdict)
+        worker.kill()
+        worker.communicate()
+        return "worker died" if in_time else "timed out"
+
+
+@cache
+def one_grader(extract: Callable[..., str | None], has_box: Callable[[str], bool]) -> Grader:
+    """The grader of single answers, which keeps its worker until this process ends."""
+    return Grader(extract, has_box, workers=1)
+
+
+def work() -> None:
+    """Read a line [found, gold], write a line with the verdict, within 4 GB of memory."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    for line in sys.stdin:
+        try:
+            verdict = grading.compare(*json.loads(line))
+        except Exception:  # whatever goes wrong in math-verify says nothing about the answer
+            verdict = "failed"
+        print(json.dumps(verdict), flush=True)
+
+
+if __name__ == "__main__":
+    work()
