@@ -74,14 +74,14 @@ def parse(knobs_class: type, description: str, argv: list[str] | None = None) ->
 
 
 def recorded(knobs_class: type, values: dict[str, Any]) -> dict[str, Any]:
-    """All settings, from a file that holds them, checked as if they were given as flags. Raises BadInput."""
+    """All settings, from a file that holds them or most, checked as if given as flags. Raises BadInput."""
     argv = []
     hints = get_type_hints(knobs_class)
     fields = dataclasses.fields(knobs_class)
     for field in fields:
-        value, hint = values[field.name], hints[field.name]
+        value, hint = values.get(field.name, field.default), hints[field.name]
         several = get_origin(hint) is tuple
-        if isinstance(value, list) != several:
+        if isinstance(value, (list, tuple)) != several:
             raise BadInput(f"{field.name} is {value!r}: give {'a list' if several else 'a single value'}")
         for part in value if several else [value]:
             kind = type(part)

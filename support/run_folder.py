@@ -1,6 +1,6 @@
 """The run folder: its settings, its lock, and its files.
 
-config.json     every setting, hashes of data and models, library versions, git commit, hardware
+config.json     every setting, hashes of settings, data and models, library versions, git commit, hardware
 metrics.csv     one row per step
 positions.csv   at some steps, the token statistics by position in the response
 rollouts.jsonl  at the same steps, one answer: its ids, and its text with the teacher's gap
@@ -82,19 +82,30 @@ def preset_of(given: dict[str, Any], default: str) -> str:
 def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[str, Any]:
     """The settings in the config.json of the folder given["resume"], and those of `safe` that are given.
 
-    Raises BadInput if the file is missing or not that of such a run, and for a flag that would change the
-    run.
+    One that is newer than the run takes its default, and a line says so. Raises BadInput if the file is
+    missing, not that of such a run, or was edited, and for a flag that would change the run.
     """
     path = Path(given["resume"], "config.json")
     if not given["resume"] or not path.is_file():
         raise BadInput(f"there is no {path}: name the folder of a run that was started")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        names = [field.name for field in dataclasses.fields(knobs_class)]
-        knobs = recorded(knobs_class, {name: found[name] for name in names})
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        digests = found.get("digests", {})
+        changed = [name for name in digests if hash_of_json(found.get(name)) != digests[name]]
+        recorded_names = found.keys() - {"run_id", "inputs", "environment", "digests"}
+        names = {field.name for field in dataclasses.fields(knobs_class)}
+        if not recorded_names or recorded_names - names:
+            raise ValueError(f"other settings: {', '.join(sorted(recorded_names - names)) or 'none'}")
+        knobs = recorded(knobs_class, found)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         what = f"{path} is not the config of such a run ({type(error).__name__}: {error})"
         raise BadInput(f"{what}: restore it, or start a new one") from error
+    if changed:
+        what = f"{', '.join(changed)} in {path} changed since the run was started"
+        raise BadInput(f"{what}: restore what changed, or start a new run")
+    if newer := sorted(names - recorded_names):
+        defaults = ", ".join(f"{flag_of(name)} {knobs[name]!r}" for name in newer)
+        print(f"{path} is of an earlier version: continuing with the defaults {defaults}", flush=True)
     for name in given.keys() - {"resume"}:
         if name not in safe and given[name] != knobs[name]:
             what = f"{flag_of(name)} {given[name]} would change the run, which has {knobs[name] or 'none'}"
@@ -240,7 +251,9 @@ def write_config(folder: Path, knobs: dict, device: torch.device, inputs: dict[s
     check_inputs(folder, inputs)
     path = folder / "config.json"
     run_id = run_id_of(folder) if path.exists() else secrets.token_hex(8)
-    content = knobs | {"run_id": run_id, "inputs": inputs, "environment": environment(device)}
+    digests = {name: hash_of_json(value) for name, value in knobs.items()}
+    content = knobs | {"run_id": run_id, "inputs": inputs, "digests": digests}
+    content |= {"environment": environment(device)}
     write_json(path, content)
     print(f"{content['environment']['hardware']}, {knobs['dtype']}; run folder {folder}", flush=True)
 

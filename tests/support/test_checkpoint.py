@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 
+import eval_math
 import train
 from extras import lora
 from support import data, models, report, run_folder
@@ -144,6 +145,45 @@ def test_a_flag_that_changes_the_run_is_refused(tmp_path, monkeypatch, flags, na
     (tmp_path / "config.json").write_text(json.dumps({**vars(train.Knobs()), "steps": 8}))
     with pytest.raises(BadInput, match=names):
         main(monkeypatch, f"--resume {tmp_path} {flags}")
+
+
+def test_an_edited_setting_is_refused_by_name(saved, monkeypatch):
+    path = saved / "config.json"
+    before = json.loads(path.read_text())
+    for edit in ({"lr": 0.5}, {"lr": 0.5, "seed": 9}, {"steps": 7}, {"world": "closing"}):
+        path.write_text(json.dumps(before | edit))
+        with pytest.raises(BadInput, match=f"^{', '.join(edit)} in .* changed since the run was started"):
+            main(monkeypatch, f"--resume {saved}")
+    path.write_text(json.dumps(before, indent=7))  # the layout does not matter
+    main(monkeypatch, f"--resume {saved}")
+
+
+def test_a_setting_that_is_newer_than_the_run_takes_its_default(saved, monkeypatch, capsys):
+    """And one that the run had recorded cannot be deleted."""
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("sampler", "temperature"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="temperature, sampler in .* changed since"):
+        main(monkeypatch, f"--resume {saved}")
+    for name in ("sampler", "temperature"):
+        del config["digests"][name]
+    path.write_text(json.dumps(config))
+    before = weights(saved)
+    capsys.readouterr()
+    for said in (1, 0):  # the first continuation records them
+        main(monkeypatch, f"--resume {saved}")
+        line = "continuing with the defaults --sampler 'plain', --temperature 1.0\n"
+        assert capsys.readouterr().out.count(line) == said
+    assert weights(saved) == before
+
+
+@pytest.mark.parametrize("config", [{}, vars(eval_math.Knobs())])
+def test_the_folder_of_another_program_is_not_resumed(tmp_path, monkeypatch, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="is not the config of such a run .*other settings"):
+        main(monkeypatch, f"--resume {tmp_path}")
 
 
 def start(folder, flags=SHORT):
