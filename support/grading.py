@@ -27,7 +27,7 @@ from functools import lru_cache
 LONGEST_ANSWER = 500  # characters of an answer; longer text is not compared
 LONGEST_RESPONSE = 200_000  # characters of a response; what follows is not searched for an answer
 
-SPELLINGS = (  # replaced in this order: other notations, and those that math-verify does not know
+SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations unknown to math-verify
     (r"^[\s=*]+|[\s.,;*]+$", ""),
     (r"^\$(.*)\$$", r"\1"),
     ("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),  # NFKC makes 5 of a raised 5
@@ -75,10 +75,9 @@ AMOUNT = re.compile(  # a number or formula, and the unit after it
     rf"|(?<=\s)(?:[mghsl]|[ap]\.?m|\(?(?!{NO_UNIT})[a-z]{{2}}[a-z./ ]*\)?))(\^\{{?[23]\}}?)?",
     re.S | re.I,
 )
-UNITS = {r"square (\w+)": r"\1^2", r"cubic (\w+)": r"\1^3", "kilo": "k", "centi": "c", "milli": "m"}
-UNITS |= {"met(er|re)": "m", "lit(er|re)": "l", "gram": "g", "hour|hr": "h", "minute": "min", "second": "s"}
-UNITS |= {"inche?": "in", "feet|foot": "ft", "mile": "mi", "yard": "yd", "pound|£": "lb", "ounce": "oz"}
-UNITS |= {r"dollar|usd|\\\$": "$", "euro?": "€", "cent": "¢", r"\^\s*\\circ|degree": "°", " per ": "/"}
+UNITS = {r"square (\w+)": r"\1^2", r"cubic (\w+)": r"\1^3", "kilo": "k", "centi": "c", "met(er|re)": "m"}
+UNITS |= {"hour|hr": "h", "minute": "min", "inche?": "in", "feet|foot": "ft", "mile": "mi", "yard": "yd"}
+UNITS |= {"pound": "lb", r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°"}
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
     r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"

@@ -244,14 +244,14 @@ def test_a_megabyte_is_searched_in_linear_time(start):
     """In the main process, where no clock runs: extraction, and the comparison by text and number."""
     for text in ENDLESS:
         response = start + text * (1_000_000 // len(text))
-        started = time.time()
+        started = time.process_time()
         found, _, _ = extract(response), extract(response, last_box=True), has_box(response)
         compare_quickly(found or "", "42")
-        assert time.time() - started < 5, text
+        assert time.process_time() - started < 2, text
 
 
 def test_an_overlong_unit_is_read_in_linear_time():
-    started = time.time()
+    started = time.process_time()
     for text in [
         "5" + "~" * 20_000 + "cm",
         "5 " + "ab " * 160,
@@ -262,7 +262,7 @@ def test_an_overlong_unit_is_read_in_linear_time():
         compare_quickly(text, "42")
         compare_quickly("42", text)
         plain(text)
-    assert time.time() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_correct_by_three_rules():
