@@ -47,6 +47,8 @@ class Knobs:
     world: str = knob("opening", "the toy preset's world", choices=toy.WORLDS)
     student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "another tokenizer needs --divergence sampled")
+    teacher_device: str = knob("", "cpu, or a second GPU such as cuda:1; default: --device")
+    teacher_bits: str = knob("", "of its weights; needs bitsandbytes; default: --dtype", choices=("8", "4"))
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
     eval_data: str = knob("", "held-out problems; default: test split of --data, or part of a single file")
     question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
@@ -117,6 +119,7 @@ def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], d
     teacher_head = OutputHead.of(teacher, vocab_size)
     models.check_head(student, hidden_states, student_head)
     models.check_head(teacher, hidden_states, teacher_head)
+    teacher_head = models.move_head(teacher_head, student.device)  # to where its logits meet the student's
     masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     for name, weight in student.named_parameters():
         if name in masters and dtype != torch.float32:
@@ -137,8 +140,9 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
 
 
 def hidden_states(model, ids: Tensor) -> Tensor:
-    """The last hidden states, which the output head turns into logits: (M, L) -> (M, L, D)."""
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    """The last hidden states, which the output head turns into logits: (M, L) -> (M, L, D), on one device."""
+    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    return hidden.to(ids.device)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: str) -> float:
@@ -280,6 +284,8 @@ def load_pair(
     checkpointing: bool = False,
     low_memory: bool = False,
     differ: bool = False,  # whether their tokenizers may differ
+    teacher_device: str = "",  # default: `device`
+    teacher_bits: str = "",
 ) -> Pair:
     """Load both models. Raises BadInput if one cannot be loaded, or if their tokenizers differ."""
     tokenizer = models.load_tokenizer(student_name)
@@ -287,8 +293,9 @@ def load_pair(
     vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer, differ)
     dtype = getattr(torch, dtype_name)
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
-    teacher = models.load_model(teacher_name, dtype, device).requires_grad_(False)
-    models.print_notes(student, teacher)
+    place = models.find_device(teacher_device) if teacher_device else device
+    teacher = models.load_model(teacher_name, dtype, place, teacher_bits).requires_grad_(False)
+    models.print_notes(student, teacher, dtype)
     if low_memory:
         from extras import lora
 
@@ -333,8 +340,9 @@ def main() -> int | None:
         print(memory.dry_run(knobs, problems, max(map(horizon_at, range(knobs.steps))), device))
         return None
     differ = models.tokenizers_differ(knobs.student, knobs.teacher, knobs.divergence)
+    how = {"teacher_device": knobs.teacher_device, "teacher_bits": knobs.teacher_bits, "differ": differ}
     pair = load_pair(
-        knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory, differ
+        knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory, **how
     )
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)

@@ -4,7 +4,9 @@ import shutil
 import time
 from collections.abc import Callable
 from copy import copy, deepcopy
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
@@ -53,12 +56,16 @@ def load_tokenizer(name: str):
     return load(AutoTokenizer, name)
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device):
-    """A causal LM in evaluation mode, weights from safetensors only.
+def load_model(name: str, dtype: torch.dtype, device: torch.device, bits: str = ""):
+    """A causal LM in evaluation mode, weights from safetensors only; with `bits`, 8 or 4, by bitsandbytes.
 
-    Raises BadInput if a weight is missing, NaN or infinite, or if the architecture is not supported.
+    Its embedding and output head keep `dtype`. Raises BadInput if a weight is missing, NaN or infinite, or if
+    the architecture is not supported.
     """
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if bits:
+        check_bits(bits)
+        options |= {"quantization_config": quantization(bits, dtype), "device_map": {"": device}}
     model, info = load(AutoModelForCausalLM, name, **options)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -68,20 +75,27 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
             raise BadInput(f"{name} has NaN or infinite weights, in {weight}: download or train it again")
-    model = model.to(device).eval()
+    if not bits:  # quantised weights are where they were made
+        model = model.to(device)
+    model.eval()
     check_architecture(model)
     check_cache(model)
     return model
 
 
-def print_notes(student, teacher) -> None:
-    """What may surprise about a pair and is no error."""
-    if teacher.device.type == "cpu" and teacher.dtype == torch.bfloat16:
-        print(
-            "bf16 on a CPU: logits are rounded to bf16, see RESULTS.md; --dtype float32 avoids it", flush=True
-        )
-    if teacher.num_parameters() < student.num_parameters():
-        print("the teacher is smaller than the student: fine if it is the better one", flush=True)
+def quantization(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """int8, or 4-bit normal floats whose matmuls have `dtype`."""
+    if bits == "8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def check_bits(bits: str) -> None:
+    """Raises BadInput if what --teacher-bits needs is not installed."""
+    missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if bits and missing:
+        names = " ".join(missing)
+        raise BadInput(f"--teacher-bits {bits} needs {names}: pip install {names}, or drop the flag")
 
 
 def check_architecture(model) -> None:
@@ -93,8 +107,9 @@ def check_architecture(model) -> None:
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder is model:
         raise BadInput(f"{name} does not give its decoder, and with it the hidden states: name another model")
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        raise BadInput(f"the output head of {name} is not a linear layer: name another model")
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
+        raise BadInput(f"the output head of {name} is not a linear layer, or quantised: name another model")
 
 
 @torch.no_grad()
@@ -179,6 +194,21 @@ def check_head(model, hidden_states: Callable, head: Callable[[Tensor], Tensor])
             f"{type(model).__name__} computes its logits in a way that opd.OutputHead does not support: "
             "name another model"
         )
+
+
+def move_head(head: Any, device: torch.device) -> Any:
+    """An `opd.OutputHead` on `device`, with the same weight if it is there already."""
+    bias = None if head.bias is None else head.bias.to(device)
+    return replace(head, weight=head.weight.to(device), bias=bias)
+
+
+def print_notes(student, teacher, dtype: torch.dtype) -> None:
+    """Print what a user may not expect of a pair."""
+    if student.device.type == "cpu" and dtype == torch.bfloat16:
+        what = "bf16 on a CPU: logits are rounded to bf16, see RESULTS.md"
+        print(f"{what}; --dtype float32 avoids it", flush=True)
+    if teacher.num_parameters() < student.num_parameters():
+        print("the teacher is smaller than the student: fine if it is the better one", flush=True)
 
 
 # The largest mean difference of two ways to compute the same log-probabilities, in nats. Correct ones were
@@ -297,7 +327,17 @@ def find_device(name: str) -> torch.device:
 
 
 def dtype_name(requested: str, device: torch.device) -> str:
-    """`requested`, or if that is empty the name of the dtype in which this device multiplies faster."""
+    """`requested`, or if that is empty the name of the dtype in which this device multiplies faster.
+
+    Raises BadInput for bf16 on a GPU that lacks it; without a request, fp32 is used there and a line says so.
+    """
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        card = torch.cuda.get_device_name(device)
+        if requested == "bfloat16":
+            raise BadInput(f"{card} has no bf16: use --dtype float32, which takes more memory")
+        if not requested:
+            print(f"{card} has no bf16: --dtype float32, which takes more memory", flush=True)
+        return "float32"
     return requested or str(fastest_dtype(device)).removeprefix("torch.")
 
 

@@ -65,9 +65,20 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
         low_memory = LOW_MEMORY if given.get("low_memory") else {}
         knobs = knobs_class(**(low_memory | of_preset | given | {"preset": preset}))
         folder = new_folder(knobs.out, f"{preset}-{knobs.schedule}")
-    dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
+    device = models.find_device(knobs.device)
+    check_device_flags(knobs, device)
+    dtype = models.dtype_name(knobs.dtype, device)
     eval_every = knobs.eval_every if knobs.eval_limit else 0
     return dataclasses.replace(knobs, dtype=dtype, eval_every=eval_every), folder
+
+
+def check_device_flags(knobs, device: torch.device) -> None:
+    """Raises BadInput for a sampler or a teacher's device or precision that is not available."""
+    if knobs.sampler == "continuous" and device.type not in ("cuda", "cpu"):
+        raise BadInput(f"--sampler continuous does not run on {device}: drop it, or use --device cuda")
+    if knobs.teacher_device:
+        models.find_device(knobs.teacher_device)
+    models.check_bits(knobs.teacher_bits)
 
 
 def preset_of(given: dict[str, Any], default: str) -> str:
