@@ -27,13 +27,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from eval_math import INSTRUCTION, extract, has_box
+from extras.continuous import continuous_rollout
 from opd import OutputHead, log_probs, opd_backward, reverse_kl
 from rollout import model_inputs, rollout, sampling_noise
 from support import data, models, run_folder
+from support.batch_size import Shape
 from support.cli import BadInput, knob, parse, run_main
 from support.workers import Grader
 
-SIDES = {"loss": ("naive", "ours", "liger", "trl"), "rollouts": ("generate", "plain")}
+SIDES = {"loss": ("naive", "ours", "liger", "trl"), "rollouts": ("generate", "plain", "continuous")}
 SIDES |= {"evaluation": (), "logits": ()}
 
 
@@ -151,8 +153,9 @@ def measure_rollouts(knobs: Knobs) -> dict[str, Any]:
             _, mask = sides.generate(model, prompts, knobs.horizon, eos_ids)
             lengths = mask[:, max(map(len, prompts)) :].sum(1).tolist()
         else:
+            sampler = continuous_rollout if knobs.side == "continuous" else rollout
             noise = sampling_noise([(knobs.seed, 0, row) for row in range(len(prompts))], knobs.horizon)
-            lengths = rollout(model, prompts, knobs.horizon, eos_ids, noise).response_mask.sum(1).tolist()
+            lengths = sampler(model, prompts, knobs.horizon, eos_ids, noise).response_mask.sum(1).tolist()
         sides.synchronize(device)
         measured.append((time.perf_counter() - started, lengths))
     seconds, lengths = max(measured[1:], key=lambda m: sum(m[1]) / m[0])  # the most tokens per second
@@ -160,7 +163,31 @@ def measure_rollouts(knobs: Knobs) -> dict[str, Any]:
     row |= {"shortest": min(lengths), "longest": max(lengths)} | sides.peak_columns(device)
     weights = sum(weight.nbytes for weight in model.parameters())
     row |= {"weights_gb_per_s": max(lengths) * weights / seconds / 1e9}
-    return row | {"read_gb_per_s": read_bandwidth(device) / 1e9} | sides.hardware(device)
+    row |= {"read_gb_per_s": read_bandwidth(device) / 1e9, "copy_gb_per_s": copy_bandwidth(device) / 1e9}
+    read = max(lengths) * weights + cache_reads(model, prompts, lengths)
+    row |= {"bandwidth_share": read / seconds / 1e9 / row["copy_gb_per_s"]}
+    return row | sides.hardware(device)
+
+
+def cache_reads(model, prompts: list[list[int]], lengths: list[int]) -> int:
+    """Bytes of keys and values that attention reads: token t of a row reads those of all tokens before it."""
+    shape = Shape.of(model.config, model.dtype.itemsize)
+    tokens = sum(n * len(prompt) + n * (n - 1) // 2 for prompt, n in zip(prompts, lengths))
+    return 2 * shape.layers * shape.cached_width * shape.item * tokens
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of 256 MB reads and writes: the bandwidth of the memory."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    rates = []
+    for _ in range(4):
+        sides.synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        sides.synchronize(device)
+        rates.append(2 * source.nbytes / (time.perf_counter() - started))
+    return max(rates)
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -64,9 +64,19 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_columns(device: torch.device) -> dict[str, Any]:
-    """Peak memory in GB; on a GPU also what PyTorch's allocator has reserved."""
-    reserved = torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else ""
-    return {"peak_gb": peak_memory(device) / 1e9, "reserved_gb": reserved}
+    """Peak memory in GB; on a GPU also what PyTorch's allocator has reserved, and what the device has in use.
+
+    The last includes the CUDA context, and all other processes on the device.
+    """
+    found = {"peak_gb": peak_memory(device) / 1e9, "reserved_gb": "", "device_gb": ""}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        used = {
+            "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,
+            "device_gb": (total - free) / 1e9,
+        }
+        return found | used
+    return found
 
 
 def hardware(device: torch.device) -> dict[str, str]:

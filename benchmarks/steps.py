@@ -5,15 +5,19 @@
     python benchmarks/steps.py --student PATH --teacher PATH --data FILE --prompts 1 --steps 1 --growth 4096
 
 Each side is a process of its own with the same prompts. A first step warms up, the median of the others
-counts. Memory is the peak of the whole process: resident on a CPU (Linux), allocated on a GPU. Rows are
-added to results/bench_steps.csv. With --growth, the side `ours-checkpointing` alone is measured, at answers
-of --tokens tokens, twice as many, and so on: results/bench_growth.csv and results/bench_growth.png.
+counts. Memory is the peak of the whole process: resident on a CPU (Linux), allocated on a GPU. The side
+`autocast` has fp32 weights and no masters: compare its rollout_s, score_s and memory with those of
+`ours-checkpointing`, which has bf16 weights and fp32 masters. Rows are added to results/bench_steps.csv.
+With --growth, the side `ours-checkpointing` alone is measured, at answers of --tokens tokens, twice as many,
+and so on: results/bench_growth.csv and results/bench_growth.png.
 """
 
+import functools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +30,7 @@ from transformers import AutoConfig
 import train
 from eval_math import INSTRUCTION
 from extras import memory
+from rollout import rollout
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
 
@@ -33,12 +38,13 @@ OURS = {
     "ours": {"checkpointing": False},
     "ours-checkpointing": {"checkpointing": True},
     "ours-low-memory": {"checkpointing": True, "low_memory": True},
+    "autocast": {"checkpointing": True},
 }
 SIDES = (*OURS, "naive", "trl")
 LR = 1e-6
 # score_s: both models' forward passes and backward; update_s: AdamW; baseline_gb: before loading the models.
 COLUMNS = ("seconds", "rollout_s", "score_s", "update_s", "response_tokens", "loss", "grad_norm", "lr")
-COLUMNS += ("baseline_gb", "estimate_gb")
+COLUMNS += ("baseline_gb", "estimate_gb", "estimate_tensors_gb")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Knobs:
     prompts: int = knob(8, "in a step", least=1)
     tokens: int = knob(128, "the horizon", least=1)
     steps: int = knob(3, "timed steps, after one that is not", least=1)
+    warm_up: int = knob(0, "the horizon of the step that is not timed; 0: --tokens", least=0)
+    micro_batch: int = knob(8192, "tokens in one backward of this project's sides", least=1)
     endless: bool = knob(False, "no eos token: all answers reach the horizon")
     growth: int = knob(0, "measure growing answers, up to so many tokens; 0: compare the sides", least=0)
     device: str = knob("cpu", "cpu or cuda")
@@ -63,7 +71,7 @@ def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
     device = models.find_device(knobs.device)
     settings = train.Knobs(
         **OURS[knobs.side],
-        micro_batch=8192,
+        micro_batch=knobs.micro_batch,
         steps=knobs.steps + 1,
         batch_size=knobs.prompts,
         lr=LR,
@@ -73,18 +81,48 @@ def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
         dtype=knobs.dtype,
         device=device.type,
     )
-    configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
-    estimate = memory.estimate(settings, *configs, max(map(len, prompts)), knobs.tokens)
-    facts = {"baseline_gb": sides.reset_peak(device) / 1e9, "estimate_gb": estimate["peak"] / 1e9}
-    pair = train.load_pair(
-        knobs.student, knobs.teacher, knobs.dtype, device, settings.checkpointing, settings.low_memory
-    )
+    facts = {"baseline_gb": sides.reset_peak(device) / 1e9}
+    if knobs.side != "autocast":
+        configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
+        found = memory.estimate(settings, *configs, max(map(len, prompts)), knobs.tokens)
+        facts |= {"estimate_gb": found["peak"] / 1e9, "estimate_tensors_gb": found["tensors"] / 1e9}
+    pair, how = load(knobs, settings, device)
     if knobs.endless:
         pair = replace(pair, eos_ids={pair.vocab_size})  # an id that is never sampled
     run = run_folder.Run(device)
     sides.reset_peak(device)  # loading has a peak of its own
-    train.train(pair, train.adamw(pair, settings), prompts, lambda step: knobs.tokens, settings, run)
+    horizons = [knobs.warm_up or knobs.tokens] + [knobs.tokens] * knobs.steps
+    train.train(pair, train.adamw(pair, settings), prompts, horizons.__getitem__, settings, run, **how)
     return [row | facts | {"seconds": row["seconds"] - last["seconds"]} for last, row in pairwise(run.rows)]
+
+
+def load(knobs: Knobs, settings: train.Knobs, device: torch.device) -> tuple[train.Pair, dict[str, Callable]]:
+    """The models of a side, and what it replaces in `train.train`."""
+    names = (knobs.student, knobs.teacher)
+    if knobs.side != "autocast":
+        flags = (settings.checkpointing, settings.low_memory)
+        return train.load_pair(*names, knobs.dtype, device, *flags), {}
+    pair = train.load_pair(*names, "float32", device, settings.checkpointing)
+    for weight in pair.teacher.parameters():  # it is not trained
+        weight.data = weight.data.to(getattr(torch, knobs.dtype))
+    return pair, autocast(device, getattr(torch, knobs.dtype))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
+    """The sampler and the scorer of `train.train` under autocast: what fp32 weights without masters would be.
+
+    Each call has a context of its own, as the copies that one makes of the weights are kept until its end.
+    """
+
+    def cast(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def inside(*args: Any, **options: Any) -> Any:
+            with torch.autocast(device.type, dtype):
+                return function(*args, **options)
+
+        return inside
+
+    return {"sampler": cast(rollout), "scorer": cast(train.score)}
 
 
 def naive(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """`--dry-run`: how much memory a run needs, estimated before anything is loaded.
 
-From the shapes alone, in bytes. What is counted is written where it is counted; what libraries keep for
-themselves, and memory lost to fragmentation, is not.
+From the shapes alone, in bytes. What is counted is written where it is counted. The sum of the tensors is
+tested; the CUDA context and the fragmentation are allowances, until `benchmarks/gpu.sh` has measured them.
 """
+
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,6 +14,10 @@ from support import data, models
 from support.batch_size import Shape, free_memory
 from support.cli import BadInput
 
+# What the driver, its libraries and their kernels take of a GPU: about 0.4 GB with lazily loaded kernels, the
+# default (https://github.com/pytorch/pytorch/issues/109888), and workspaces of cuBLAS.
+CONTEXT = 500_000_000
+FRAGMENTATION = 0.05  # of the tensors: free blocks of PyTorch's allocator that nothing fits into; a guess
 CHUNK = 128  # tokens whose logits exist at a time: the default of opd.opd_backward
 
 
@@ -52,15 +58,14 @@ def parameters(config, low_memory: bool) -> tuple[int, int]:
 
 
 def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -> dict[str, int]:
-    """Bytes of each part of a training run, and `peak`; `prompt` is the length of the longest prompt.
+    """Bytes of each part of a training run; `prompt` is the length of the longest prompt.
 
-    The peak occurs while sampling, where there are no gradients, in the loss, or in backward, where gradients
-    replace the activations: of the first micro-batch, and next to the gradients of the earlier ones in later
-    ones.
+    `tensors` is their peak, and `peak` that of the device, with the allowances above. The first occurs while
+    sampling, where there are no gradients, in the loss, or in backward, where gradients replace the
+    activations: of the first micro-batch, and next to the gradients of the earlier ones in later ones.
     """
     item = getattr(torch, knobs.dtype).itemsize
     parameters_, trained = parameters(student_config, knobs.low_memory)
-    parameters_of_teacher, _ = parameters(teacher_config, low_memory=False)
     student, teacher = Shape.of(student_config, item), Shape.of(teacher_config, item)
     rows = knobs.batch_size * knobs.rollouts_per_prompt
     length = prompt + horizon
@@ -69,31 +74,58 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
     vocab = min(student.vocab, teacher.vocab)
     head = 0 if knobs.low_memory else vocab * student.width
     chunk = min(CHUNK, together * horizon) * vocab
+    # The gradient of the head, or of the embedding that is tied to it, next to the sum of the gradients. A
+    # CPU adds a bf16 tensor to an fp32 one by way of an fp32 copy.
+    beside = head * (item + 4 if item < 4 else item)
     found = {
         "student weights": parameters_ * item,
         "fp32 masters": 0 if item == 4 else trained * 4,
         "AdamW": trained * 8,
-        "teacher weights": parameters_of_teacher * item,
+        "teacher weights": teacher_bytes(knobs, teacher_config, teacher),
         "gradients": trained * 4,
         "cache and sampling": student.cache_bytes(rows * length) + student.sampling_bytes(rows),
         "activations": activation_bytes(student, tokens, knobs.checkpointing),
-        # a chunk's gradient of the head, and eight fp32 tensors like its logits
-        "loss": item * head + 8 * 4 * chunk,
+        # seven fp32 tensors like a chunk's logits, or four and the gradient of the head
+        "loss": max(7 * 4 * chunk, 4 * 4 * chunk + beside),
     }
     held = sum(found[k] for k in ("student weights", "fp32 masters", "AdamW", "teacher weights"))
     earlier = found["gradients"] if micro_batches > 1 else 0  # of the micro-batches before
     # One layer's activations recomputed, and its gradients.
     working = layer_bytes(student, tokens) * (3 if knobs.checkpointing else 1) // 2
     loss = max(earlier, 4 * head) + found["activations"] + found["loss"]
-    backward = max(earlier + found["activations"], found["gradients"]) + working + 2 * item * head
+    backward = max(earlier + found["activations"], found["gradients"]) + working + beside
     sampling = found["cache and sampling"] + student.forward_bytes(rows * prompt)
-    return found | {"peak": held + max(loss, backward, sampling)}
+    found["tensors"] = held + max(loss, backward, sampling)
+    on_gpu = place(knobs.device)[0] == "cuda"
+    found["fragmentation"] = int(FRAGMENTATION * found["tensors"]) if on_gpu else 0
+    found["CUDA context"] = CONTEXT if on_gpu else 0
+    return found | {"peak": found["tensors"] + found["fragmentation"] + found["CUDA context"]}
+
+
+def place(device: str) -> tuple[str, int]:
+    """Type and number of a device; without a name a GPU."""
+    named = torch.device(device or "cuda")
+    return named.type, named.index or 0
+
+
+def teacher_bytes(knobs, config, shape: Shape) -> int:
+    """Of the teacher's weights on the student's device: of a teacher that is elsewhere, its head alone."""
+    head = shape.vocab * shape.width * shape.item
+    if place(knobs.teacher_device or knobs.device) != place(knobs.device):
+        return head
+    total = parameters(config, low_memory=False)[0]
+    if not knobs.teacher_bits:
+        return total * shape.item
+    embeddings = head if config.get_text_config(decoder=True).tie_word_embeddings else 2 * head
+    return (total - embeddings // shape.item) * int(knobs.teacher_bits) // 8 + embeddings
 
 
 def format_estimate(found: dict[str, int], free: int) -> str:
+    """The parts, and whether they fit; what is free on a GPU is so beside the context of this process."""
     lines = [f"{name:20}{bytes_ / 1e9:7.2f} GB" for name, bytes_ in found.items()]
     remedy = "lower --micro-batch, --batch-size or --max-new-tokens, or add --low-memory"
-    verdict = "fits" if found["peak"] <= free else f"does not fit: {remedy}"
+    needed = found["tensors"] + found["fragmentation"]
+    verdict = "fits" if needed <= free else f"does not fit: {remedy}"
     lines.append(f"estimated, of {free / 1e9:.1f} GB free: {verdict}")
     return "\n".join(lines)
 
@@ -104,6 +136,7 @@ def dry_run(knobs, problems: list, horizon: int, device: torch.device) -> str:
     With --horizon auto that of its profile, which are full rollouts.
     """
     horizon = knobs.max_new_tokens if knobs.horizon == "auto" else horizon
+    knobs = replace(knobs, device=str(device))
     tokenizer = models.load_tokenizer(knobs.student)
     prompts = data.render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]

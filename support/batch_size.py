@@ -78,8 +78,10 @@ def batch_that_fits(model, prompts: list[list[int]], max_new_tokens: int, reques
     row = shape.cache_bytes(longest + max_new_tokens) + shape.forward_bytes(longest) + shape.sampling_bytes(1)
     free = int(0.9 * free_memory(model.device))
     size = min(64, free // row) if requested == "auto" else int(requested)
-    if size * row > free or size < 1:
-        rows = max(size, 1)
-        what = f"{rows} answers at once need {rows * row / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    if row > free:
+        what = f"a single answer needs {row / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+        raise BadInput(f"{what}: lower --max-new-tokens, or name a smaller model")
+    if size * row > free:
+        what = f"{size} answers at once need {size * row / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
         raise BadInput(f"{what}: lower the batch size (auto takes what fits) or --max-new-tokens")
     return size

@@ -1,6 +1,8 @@
 """The estimate of --dry-run against what torch really keeps."""
 
+import json
 import sys
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from extras import lora, memory
 from support import models, run_folder
 from support.batch_size import Shape
 
+CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]
 MIDDLE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_key_value_heads": 2}
 
@@ -69,6 +72,31 @@ def test_estimate_is_what_a_pair_and_adamw_hold():
     assert found["fp32 masters"] == found["gradients"] == masters
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("micro_batch", [40, 2000])  # several in a step, or one
+def test_tensors_are_what_a_step_allocates(dtype, micro_batch, tmp_path):
+    """At the peak the tied embedding's gradient and its fp32 copy stand beside the sum of the gradients."""
+    wide = MIDDLE | {"vocab_size": 4000, "tie_word_embeddings": True}
+    student, teacher = tiny(**wide), tiny(seed=1, **wide)
+    models.enable_checkpointing(student)
+    pair = pair_of(student, teacher, dtype, ends=(4000,))
+    prompt, rows, horizon = 5, 4, 8
+    knobs = train.Knobs(steps=2, batch_size=rows, dtype=str(dtype)[6:], micro_batch=micro_batch)
+    optimizer = train.adamw(pair, knobs)
+    held = {weight.data_ptr(): weight.nbytes for model in (student, teacher) for weight in model.parameters()}
+    held |= {weight.data_ptr(): weight.nbytes for weight in pair.masters.values()}
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        train.train(pair, optimizer, [[5] * prompt] * rows, lambda step: horizon, knobs, run_folder.Run(CPU))
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    measured = sum(held.values()) + max(accumulate(size for _, size in allocations))
+    found = memory.estimate(knobs, student.config, teacher.config, prompt, horizon)
+    assert 0.93 * found["tensors"] < measured <= found["tensors"]
+
+
 def peak(horizon=900, **changes):
     config = tiny(**MIDDLE | {"vocab_size": 5000}).config
     knobs = train.Knobs(**({"dtype": "bfloat16", "device": "cuda"} | changes))
@@ -77,6 +105,9 @@ def peak(horizon=900, **changes):
 
 def test_what_is_meant_to_save_memory_does():
     assert peak() < peak(checkpointing=False)
+    assert peak(teacher_device="cpu") < peak(teacher_bits="4") < peak(teacher_bits="8") < peak()
+    assert peak(teacher_device="cuda:0") == peak()
+    assert peak(device="cpu") < peak() - memory.CONTEXT
     assert peak(horizon=90) < peak()
     assert peak(low_memory=True) < peak()
     assert peak(micro_batch=1000) < peak()

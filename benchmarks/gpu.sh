@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in under ten minutes and without network: the tests of the five files on the card,
+# then the measurements of benchmarks/gpu.py. `benchmarks/gpu.sh --tiny` runs the same on a CPU in about a minute.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python -m support.requirements
+device=cuda
+tests=(tests/test_{opd,rollout,schedules,train,eval_math}.py)
+if [[ " $* " == *" --tiny "* ]]; then
+  device=cpu
+  tests=(tests/test_opd.py tests/test_schedules.py)  # the others take minutes
+fi
+workers=()
+if python -c "import xdist" 2>/dev/null; then
+  workers=(-n "$(nproc | awk '{print $1 < 4 ? 1 : 4}')")
+fi
+failed=0
+python -m pytest -q "${workers[@]}" --device "$device" "${tests[@]}" || failed=$?
+python benchmarks/gpu.py "$@"
+exit "$failed"
