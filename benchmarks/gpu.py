@@ -11,14 +11,14 @@ rollouts    the plain sampler and transformers' continuous batching: tokens per 
 steps       a whole step of this project, of a naive loop, and under autocast; peaks of memory next to what
             `--dry-run` estimates
 
-Rows go to results/gpu.csv, which is replaced at the end. A side that fails has its reason in the column `error`.
+Rows go to results/gpu.csv, which is replaced at the end. Where a side fails, the column `error` says why.
 """
 
 import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Plan:
     rollout_tokens: int
     prompts: int  # in a step
     tokens: dict[str, int]  # the two horizons
+    dtype: str = "bfloat16"
 
 
 REAL = Plan(
@@ -101,7 +102,7 @@ def write_inputs(folder: Path, plan: Plan) -> None:
 
 def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str, Any], dict[str, Any]]]:
     """The script, the side, its flags, and the columns that describe the row."""
-    common = {"data": str(folder), "device": plan.device, "dtype": "bfloat16"}
+    common = {"data": str(folder), "device": plan.device, "dtype": plan.dtype}
     for rows in plan.rollouts:
         about = {"part": "rollouts", "rows": rows, "tokens": plan.rollout_tokens}
         flags = common | {"part": "rollouts", "model": str(folder / "student"), "every": 0, "repeats": 1}
@@ -163,8 +164,10 @@ def main() -> None:
     plan = TINY if knobs.tiny else REAL
     out = Path(knobs.out or sides.ROOT / ("runs/gpu-tiny.csv" if knobs.tiny else "results/gpu.csv"))
     run_folder.check_file(out, "--out")
-    if not knobs.tiny:
-        models.dtype_name("bfloat16", models.find_device("cuda"))  # raises BadInput without them
+    if not (knobs.tiny or torch.cuda.is_available()):
+        raise BadInput("there is no CUDA device here: add --tiny, which runs on a CPU")
+    if not knobs.tiny:  # allocates nothing: the context of this process would count in the measurements
+        plan = replace(plan, dtype=models.dtype_name("", torch.device(plan.device)))
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder), plan)
         rows = measure(plan, Path(folder))

@@ -1,5 +1,6 @@
 """Tiny random models for every test, and the toy world, built once and cached, for the tests that train."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import train
 from support import toy
 
 torch.set_num_threads(1)  # the models are tiny
+DEVICE = torch.device("cpu")  # of the tests of the five files, see --device
 V = 50  # vocabulary size of the tiny models
 END = 3  # their eos token
 
@@ -30,7 +32,7 @@ def tiny(seed: int = 0, **changes) -> Qwen2ForCausalLM:
         "bos_token_id": None,
         "initializer_range": 0.5,
     }
-    return Qwen2ForCausalLM(Qwen2Config(**(settings | changes))).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**(settings | changes))).eval().to(DEVICE)
 
 
 def pair_of(student, teacher, dtype: torch.dtype = torch.float32, ends=(END,)) -> train.Pair:
@@ -52,3 +54,12 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         "--kills", type=int, default=1, help="how often a training run and an evaluation are killed"
     )
+    parser.addoption("--device", default="cpu", help="for the tests of the five files: cpu, cuda, ...")
+
+
+def pytest_configure(config) -> None:
+    """Before the tests are imported. Without --device, neither they nor the programs they start use a GPU."""
+    global DEVICE
+    DEVICE = torch.device(config.getoption("device"))
+    if DEVICE.type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 
 import opd
 
@@ -13,17 +14,27 @@ P, Q = torch.randn(2, 5, dtype=torch.float64).log_softmax(-1)  # student and tea
 NO_BIAS = {"bias": None, "scale": 1.0, "softcap": None, "vocab_size": 40}
 
 
+def on_device(value):
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def normal(*shape, seed):
+    """The same numbers on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
 def head(seed=0, v=40, d=8, **changes):
-    weight = torch.randn(v, d, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    weight = normal(v, d, seed=seed).requires_grad_()
+    changes = {name: on_device(value) for name, value in changes.items()}
     return opd.OutputHead(**(NO_BIAS | {"weight": weight} | changes))
 
 
 def states(n=10, d=8, seed=0, grad=True):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), requires_grad=grad)
+    return normal(n, d, seed=seed).requires_grad_(grad)
 
 
 def run(student, hidden, teacher, teacher_hidden, tokens=None, normalizer=7, **options):
-    tokens = torch.arange(len(hidden)) % 33 if tokens is None else tokens
+    tokens = torch.arange(len(hidden), device=DEVICE) % 33 if tokens is None else tokens
     return opd.opd_backward(student, hidden, teacher, teacher_hidden, tokens, normalizer, **options)
 
 
@@ -131,7 +142,11 @@ CHANGES = [
 def test_chunks_equal_plain_autograd_on_all_logits(divergence, changes, n):
     """Value, statistics and gradients of hidden states and head; also for no token at all."""
     student, teacher = head(**changes), head(seed=1, **changes)
-    hidden, teacher_hidden, tokens = states(n), states(n, seed=1, grad=False), torch.arange(n) % 33
+    hidden, teacher_hidden, tokens = (
+        states(n),
+        states(n, seed=1, grad=False),
+        torch.arange(n, device=DEVICE) % 33,
+    )
 
     def logp(h, x):
         logits = F.linear(x, h.weight, h.bias) * h.scale
@@ -157,8 +172,8 @@ def test_tied_weights_get_both_gradients():
     """The embedding is also the head: its gradient is the sum of both uses, as plain autograd has it."""
     gradients = []
     for chunked in (True, False):
-        weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        tied, tokens = opd.OutputHead(**(NO_BIAS | {"weight": weight})), torch.arange(10)
+        weight = normal(40, 8, seed=0).requires_grad_()
+        tied, tokens = opd.OutputHead(**(NO_BIAS | {"weight": weight})), torch.arange(10, device=DEVICE)
         hidden = torch.tanh(weight[tokens])
         if chunked:
             run(tied, hidden, head(seed=1), states(seed=1, grad=False), tokens, chunk=3)
@@ -199,12 +214,12 @@ def test_a_frozen_head_gets_no_gradient_and_no_grad_gets_none_at_all():
 def test_lengths_that_differ_are_refused():
     """zip stops at the shortest: tokens would lose their gradient silently."""
     with pytest.raises(ValueError, match="10, 10 and 4"):
-        run(head(), states(), head(seed=1), states(seed=1), torch.arange(4))
+        run(head(), states(), head(seed=1), states(seed=1), torch.arange(4, device=DEVICE))
 
 
 def test_nothing_is_written_in_place():
     """A normaliser was once corrupted by an in-place write: all inputs are bit-identical afterwards."""
-    inputs = [states(), states(seed=1, grad=False), torch.arange(10)]
+    inputs = [states(), states(seed=1, grad=False), torch.arange(10, device=DEVICE)]
     before = [x.detach().clone() for x in inputs]
     run(head(), inputs[0], head(seed=1), inputs[1], inputs[2])
     assert all(torch.equal(x.detach(), y) for x, y in zip(inputs, before))
@@ -219,16 +234,17 @@ def test_bf16_models_get_an_fp32_divergence():
 
 
 def test_fp32_logits_of_bf16_tensors_have_the_gradient_of_the_matmul(monkeypatch):
-    """`torch.mm(out_dtype=)` exists on CUDA alone: an fp32 matmul of the same numbers replaces it here."""
+    """`torch.mm(out_dtype=)` exists on CUDA alone: elsewhere an fp32 matmul replaces it."""
     mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype)))
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype)))
     hidden = states().detach().bfloat16().requires_grad_()
     weight = head().weight.detach().bfloat16().requires_grad_()
     logits = opd.LinearFP32.apply(hidden, weight)
     assert logits.dtype == torch.float32
     exact_hidden, exact_weight = hidden.detach().float(), weight.detach().float()
     assert torch.allclose(logits, exact_hidden @ exact_weight.T, atol=1e-6)
-    upstream = torch.randn(10, 40, generator=torch.Generator().manual_seed(2))
+    upstream = normal(10, 40, seed=2)
     logits.backward(upstream)
     for ours, exact in ((hidden.grad, upstream @ exact_weight), (weight.grad, upstream.T @ exact_hidden)):
         assert ours.dtype == torch.bfloat16

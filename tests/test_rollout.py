@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import END, V, tiny
+from conftest import DEVICE, END, V, tiny
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from rollout import micro_batches, model_inputs, rollout, sample, sampling_noise
@@ -14,7 +14,12 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]  # unequal lengths, a
 def uncached_greedy(model, prompt, steps, ends):
     text = list(prompt)
     for _ in range(steps):
-        text.append(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax().item())
+        text.append(
+            model(input_ids=torch.tensor([text], device=DEVICE), use_cache=False)
+            .logits[0, -1]
+            .argmax()
+            .item()
+        )
         if text[-1] in ends:
             break
     return text[len(prompt) :]
@@ -47,9 +52,10 @@ def test_greedy_is_generates_greedy_on_another_architecture():
     model = LlamaForCausalLM(
         LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.5, eos_token_id=END)
     )
-    ro = rollout(model.eval(), PROMPTS, 10, {END}, temperature=0)
+    model = model.eval().to(DEVICE)
+    ro = rollout(model, PROMPTS, 10, {END}, temperature=0)
     for row, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=DEVICE)
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=10, pad_token_id=0)
         assert written(ro, row) == out[0, len(prompt) :].tolist()
@@ -64,10 +70,9 @@ def test_sampled_logp_is_the_trainers_logp(temperature):
     assert ro.tokens.max() < V - 5
     for row, prompt in enumerate(PROMPTS):
         text = prompt + written(ro, row)
-        logits = model(input_ids=torch.tensor([text])).logits[0, len(prompt) - 1 : -1, : V - 5]
-        logp = (
-            (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(written(ro, row))[:, None])[:, 0]
-        )
+        ids = torch.tensor([text], device=DEVICE)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1, : V - 5]
+        logp = (logits / temperature).log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
         assert torch.allclose(ro.logp[row][ro.response_mask[row]], logp, atol=1e-5)
 
 
@@ -221,7 +226,7 @@ def test_a_loss_mask_selects_tokens_in_their_order():
     mask = torch.zeros_like(ro.response_mask)
     mask[0, 2] = mask[2, 0] = mask[2, 5] = True
     ids, predicts = model_inputs(ro, [2, 0], mask)
-    following = torch.cat([ids[:, 1:], torch.full((2, 1), -1)], dim=1)  # the token that each state predicts
+    following = torch.cat([ids[:, 1:], ids.new_full((2, 1), -1)], dim=1)  # the token that each state predicts
     following[0, len(PROMPTS[2]) + 4] = ro.tokens[2, 5]  # the last token of a row is not an input
     assert following[predicts].tolist() == ro.tokens[[2, 0]][mask[[2, 0]]].tolist()
 

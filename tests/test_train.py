@@ -5,18 +5,20 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import END, V, pair_of, tiny
+from conftest import DEVICE, END, V, pair_of, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
 import rollout as sampling
 import train
 from rollout import micro_batches, model_inputs, rollout, sampling_noise
-from support import cli, data
+from support import cli, data, models
 from support.models import enable_checkpointing
 from support.run_folder import Run
 
@@ -78,7 +80,7 @@ def test_the_loss_is_the_token_weighted_mean_of_rows_scored_alone():
     rollouts = small_rollouts(pair)
     total = 0.0
     for prompt, tokens, mask in zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask):
-        ids = torch.tensor([prompt + tokens[mask].tolist()])
+        ids = torch.tensor([prompt + tokens[mask].tolist()], device=DEVICE)
         logits = [m(input_ids=ids).logits[0, len(prompt) - 1 : -1] for m in (pair.student, pair.teacher)]
         p, q = (x.log_softmax(-1) for x in logits)
         total += F.kl_div(q, p, log_target=True, reduction="sum").item()
@@ -121,7 +123,7 @@ def test_a_mask_a_divergence_and_a_teacher_temperature():
     """What controls need: the loss of chosen tokens, of any function, against a sharpened teacher."""
     pair = pair_of(tiny(), tiny(seed=1))
     rollouts = small_rollouts(pair)
-    mask = rollouts.response_mask & (torch.arange(rollouts.tokens.shape[1]) < 2)
+    mask = rollouts.response_mask & (torch.arange(rollouts.tokens.shape[1], device=DEVICE) < 2)
 
     def half(student_logp, teacher_logp, tokens):
         return 0.5 * opd.reverse_kl(student_logp, teacher_logp, tokens)
@@ -130,7 +132,7 @@ def test_a_mask_a_divergence_and_a_teacher_temperature():
     assert len(tokens["row"]) == mask.sum() and tokens["position"].max() == 1
     total = 0.0
     for prompt, ids, selected in zip(rollouts.prompts, rollouts.tokens, mask):
-        text = torch.tensor([prompt + ids[selected].tolist()])
+        text = torch.tensor([prompt + ids[selected].tolist()], device=DEVICE)
         logits = [m(input_ids=text).logits[0, len(prompt) - 1 : -1] for m in (pair.student, pair.teacher)]
         p, q = logits[0].log_softmax(-1), (logits[1] / 0.5).log_softmax(-1)
         total += 0.5 * F.kl_div(q, p, log_target=True, reduction="sum").item()
@@ -223,7 +225,7 @@ def test_training_accepts_rollouts_made_elsewhere_and_a_mask():
     masks = []
 
     def first_half(step, rollouts):
-        masks.append(rollouts.response_mask & (torch.arange(rollouts.tokens.shape[1]) < 5))
+        masks.append(rollouts.response_mask & (torch.arange(rollouts.tokens.shape[1], device=DEVICE) < 5))
         return masks[-1]
 
     options = {"sampler": lambda *args, **options: answers, "loss_mask": first_half, "divergence": opd.nll}
@@ -331,7 +333,7 @@ def test_what_is_read_is_what_runs(world, tmp_path, monkeypatch):
 
 def test_student_and_teacher_get_one_rendering(world):
     """One prompt, rendered once: both models score the same ids."""
-    pair = train.load_pair(str(world / "student"), str(world / "teacher"), "float32", torch.device("cpu"))
+    pair = train.load_pair(str(world / "student"), str(world / "teacher"), "float32", DEVICE)
     inputs = {}
     for name in ("student", "teacher"):
         getattr(pair, name).get_decoder().register_forward_pre_hook(
@@ -343,15 +345,52 @@ def test_student_and_teacher_get_one_rendering(world):
     assert inputs["student"][0, : len(prompts[0])].tolist() == prompts[0]
 
 
+def test_the_teacher_may_be_on_another_device():
+    """Ids go there, its hidden states come back, and its head is where the student's is."""
+    seen = []
+
+    class Teacher:
+        device = torch.device("meta")
+
+        def get_decoder(self):
+            return lambda input_ids, use_cache: seen.append(input_ids.device) or states
+
+    ids = torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
+    states = SimpleNamespace(last_hidden_state=torch.ones(2, 3, 4))
+    assert train.hidden_states(Teacher(), ids).device == ids.device
+    assert seen == [Teacher.device]
+    pair = pair_of(tiny(), tiny(seed=1))
+    assert pair.teacher_head.weight is pair.teacher.get_output_embeddings().weight  # no copy without need
+    head = replace(pair.teacher_head, bias=torch.ones(V))
+    moved = models.move_head(head, Teacher.device)
+    assert moved.weight.device == moved.bias.device == Teacher.device
+    assert replace(moved, weight=head.weight, bias=head.bias) == head
+
+
+@pytest.mark.parametrize("device, bits", [("", ""), ("cpu", ""), ("", "8")])
+def test_the_teachers_flags_are_the_teachers_alone(world, monkeypatch, device, bits):
+    loaded = []
+
+    def load_model(name, dtype, device, bits=""):
+        loaded.append((Path(name).name, device, bits))
+        return AutoModelForCausalLM.from_pretrained(name).eval()
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    names = (str(world / "student"), str(world / "teacher"))
+    train.load_pair(*names, "float32", torch.device("meta"), teacher_device=device, teacher_bits=bits)
+    place = torch.device(device or "meta")
+    assert loaded == [("student", torch.device("meta"), ""), ("teacher", place, bits)]
+
+
 def test_a_larger_vocabulary_is_cut_to_the_shared_ids(tmp_path, world, capsys):
     """Qwen2.5 0.5B has 151,936 rows, 7B 152,064, one tokenizer: distributions are over the shared ids."""
     pair = pair_of(tiny(), tiny(seed=1, vocab_size=V + 7))
-    assert pair.teacher_head(torch.randn(2, 16)).shape == (2, V)
+    assert pair.teacher_head(torch.randn(2, 16, device=DEVICE)).shape == (2, V)
     model = AutoModelForCausalLM.from_pretrained(world / "teacher")
     model.resize_token_embeddings(model.config.vocab_size + 6)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path)
-    pair = train.load_pair(str(world / "student"), str(tmp_path), "float32", torch.device("cpu"))
+    pair = train.load_pair(str(world / "student"), str(tmp_path), "float32", DEVICE)
     assert pair.vocab_size == pair.student.config.vocab_size
     assert capsys.readouterr().out.count("using the first") == 1
 
@@ -362,5 +401,5 @@ def test_every_eos_id_of_either_model_ends_a_response(world, tmp_path):
     model.generation_config.eos_token_id = [model.config.eos_token_id, 7]
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path)
-    pair = train.load_pair(str(world / "student"), str(tmp_path), "float32", torch.device("cpu"))
+    pair = train.load_pair(str(world / "student"), str(tmp_path), "float32", DEVICE)
     assert 7 in pair.eos_ids and pair.student.generation_config.eos_token_id == sorted(pair.eos_ids)

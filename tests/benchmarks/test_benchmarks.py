@@ -2,16 +2,18 @@
 
 import importlib.util
 import sys
-from functools import partial
 
+import gpu
 import parts
 import pytest
 import sides
 import steps
+from conftest import tiny
 
 from support.cli import BadInput
 from support.run_folder import read_csv, write_csv
 
+SCRIPTS = {parts.__file__: parts, steps.__file__: steps}
 NEEDS = {"trl": "trl", "liger": "liger_kernel", "ours-low-memory": "peft"}
 LOSS = ("--part=loss", "--tokens=8", "--vocab=50", "--student-width=8", "--teacher-width=12", "--repeats=1")
 
@@ -34,11 +36,12 @@ def columns(name: str) -> set[str]:
 def run(monkeypatch, tmp_path):
     """A function (script, flags) -> the rows of its CSV file; its sides are measured in this process."""
 
-    def measure_here(script, path: str, side: str, given: dict) -> dict:
+    def measure_here(path: str, side: str, given: dict) -> dict:
+        script = SCRIPTS[path]
         return script.measure(script.Knobs(**(given | {"side": side})))
 
     def call(script, *flags: str) -> list[dict[str, str]]:
-        monkeypatch.setattr(sides, "measure_apart", partial(measure_here, script))
+        monkeypatch.setattr(sides, "measure_apart", measure_here)
         monkeypatch.setattr(sys, "argv", [script.__file__, *flags, f"--out={tmp_path / 'out.csv'}"])
         script.main()
         return read_csv(tmp_path / "out.csv")
@@ -130,3 +133,42 @@ def test_a_side_that_fails_is_one_line(tmp_path):
     script.write_text("import no_such_library")
     with pytest.raises(BadInput, match="side trl failed .*no_such_library.*select others with --sides"):
         sides.measure_apart(str(script), "trl", {"endless": True})
+
+
+def test_everything_for_a_gpu_runs_on_a_cpu(run, capsys):
+    """Every side, none of which fails, with the columns that a GPU's rows have."""
+    rows = run(gpu, "--tiny")
+    assert [row["error"] for row in rows] == [""] * len(rows)
+    assert [row["side"] for row in rows[:2]] == ["plain", "continuous"]
+    assert {row["side"] for row in rows[2:]} == {*gpu.STEPS["full"], *gpu.STEPS["topd"]}
+    assert all(row["hardware"] and float(row["seconds"]) > 0 for row in rows)
+    assert all(float(row["bandwidth_share"]) > 0 for row in rows[:2])
+    estimated = [row["side"] for row in rows if row["estimate_gb"]]
+    assert estimated == ["ours-checkpointing", "ours-low-memory"] * 2
+    assert {"peak_gb", "reserved_gb", "device_gb", "estimate_tensors_gb"} <= set(rows[0])
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+
+
+def test_a_side_that_fails_on_the_gpu_leaves_its_reason(run, monkeypatch):
+    def fail(*args):
+        raise BadInput("side x failed (out of memory)")
+
+    monkeypatch.setattr(
+        gpu, "measurements", lambda *args: [(steps, "x", {}, {"part": "steps", "rows": 1, "tokens": 2})]
+    )
+    monkeypatch.setattr(steps, "measure", fail)
+    monkeypatch.setattr(steps, "Knobs", dict)
+    (row,) = run(gpu, "--tiny")
+    assert row["error"] == "side x failed (out of memory)" and row["hardware"]
+
+
+def test_the_memory_next_to_its_estimate():
+    row = {"part": "steps", "side": "ours", "rows": 16, "tokens": 102, "error": "", "seconds": 2.0}
+    row |= {"peak_gb": 12.0, "reserved_gb": 13.0, "device_gb": 13.5, "estimate_gb": 14.0}
+    assert "of the device 13.50, estimated 14.00 (+4%, as wanted)" in gpu.summary(row)
+    assert "(+48%, beyond 15%)" in gpu.summary(row | {"estimate_gb": 20.0})
+
+
+def test_cache_reads_are_those_of_every_token_before():
+    model = tiny()  # 2 layers, 2 key heads of 4 fp32 numbers: 128 bytes of keys and values per token
+    assert parts.cache_reads(model, [[1] * 5, [1]], [3, 1]) == 128 * ((5 + 6 + 7) + 1)

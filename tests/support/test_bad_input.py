@@ -8,6 +8,7 @@ from pathlib import Path
 
 import compare
 import four_schedules
+import gpu
 import parts
 import phase
 import probe
@@ -180,6 +181,9 @@ BAD = [  # script, flags, what the line names
     ("train", "--world middle", "middle"),
     ("train", "--device abacus", "abacus"),
     ("train", "--dtype int8", "int8"),
+    ("train", "--teacher-device abacus", "abacus"),
+    ("train", "--teacher-device cuda:7", "'cuda:7' is not available"),
+    ("train", "--teacher-bits 3", "'3'"),
     ("train", "--data {here}/empty.jsonl", "is empty"),
     ("train", "--data {here}/broken.jsonl", "line 2"),
     ("train", "--data {here}/list.jsonl", "line 1"),
@@ -399,6 +403,8 @@ BAD = [  # script, flags, what the line names
     ("parts", "--part=evaluation --data={here}/missing.jsonl --out={here}/e.csv", "does not exist"),
     ("parts", "--out={here}/nothing", "name another --out"),
     ("parts", "--side=ours --device=abacus", "abacus"),
+    ("gpu", "", "no CUDA device here: add --tiny"),
+    ("gpu", "--tiny --out={here}/nothing", "name another --out"),
     ("steps", "--bogus", "--bogus"),
     ("steps", "--sides=best", "best"),
     ("steps", "--tokens=0", "below 1"),
@@ -410,7 +416,7 @@ BAD = [  # script, flags, what the line names
 ]
 BAD += [(script, f"--resume={{here}}/config{i}", names) for i, (script, _, names) in enumerate(CONFIGS)]
 SCRIPTS = (train, eval_math, schedules, toy, report, four_schedules, compare, probe, parts, steps)
-SCRIPTS += (phase, words)
+SCRIPTS += (phase, words, gpu)
 MAINS = {script.__name__.rpartition(".")[2]: script.main for script in SCRIPTS}
 
 
@@ -447,6 +453,7 @@ EXPENSIVE = [
     "--student=./missing",
     "--teacher=./other --student=./missing",
     "--device=abacus",
+    "--teacher-device=abacus",
     "--out=used",
     "--out=one.jsonl/x",
     "--steps=0",

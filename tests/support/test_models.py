@@ -184,3 +184,53 @@ def test_context(length, fits):
     else:
         with pytest.raises(BadInput, match="25 tokens, and --max-new-tokens 40 exceed the context of 64"):
             models.check_context([tiny(), tiny(max_position_embeddings=99)], prompts, 40)
+
+
+def test_a_teacher_in_few_bits_is_loaded_by_bitsandbytes(monkeypatch):
+    """What the library gets; the weights are made on the device, and are not moved."""
+    given = {}
+
+    def load(auto_class, name, **options):
+        given.update(options)
+        model = tiny()
+        model.to = None  # bitsandbytes refuses it
+        return model, {"missing_keys": []}
+
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    cpu = torch.device("cpu")
+    for bits in ("8", "4"):
+        models.load_model("x", torch.bfloat16, cpu, bits)
+        config = given["quantization_config"]
+        assert (config.load_in_8bit, config.load_in_4bit) == (bits == "8", bits == "4")
+        assert given["device_map"] == {"": cpu}
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_few_bits_without_the_library_are_refused(monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(
+        BadInput, match="--teacher-bits 4 needs bitsandbytes: pip install bitsandbytes, or drop"
+    ):
+        models.check_bits("4")
+    models.check_bits("")
+
+
+def test_a_quantised_head_is_refused():
+    model = tiny()
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(50, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(BadInput, match="not a linear layer, or quantised"):
+        models.check_architecture(model)
+
+
+def test_a_card_without_bf16_says_what_runs(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    card = torch.device("cuda")
+    assert models.dtype_name("", card) == "float32"
+    assert capsys.readouterr().out == "Tesla T4 has no bf16: --dtype float32, which takes more memory\n"
+    assert models.dtype_name("float32", card) == "float32" and not capsys.readouterr().out
+    with pytest.raises(BadInput, match="Tesla T4 has no bf16: use --dtype float32"):
+        models.dtype_name("bfloat16", card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert models.dtype_name("", card) == models.dtype_name("bfloat16", card) == "bfloat16"

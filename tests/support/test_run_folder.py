@@ -224,3 +224,10 @@ def test_rows_after_a_checkpoint_are_dropped(tmp_path):
     run_folder.drop_rows_after(tmp_path, 3, total=6)
     assert [row["step"] for row in run_folder.read_csv(tmp_path / "metrics.csv")] == ["0", "1", "2"]
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "eval_step_2.jsonl", "eval_before.jsonl"}
+
+
+def test_continuous_batching_is_refused_where_it_does_not_run():
+    knobs = train.Knobs(sampler="continuous")
+    run_folder.check_device_flags(knobs, CPU)
+    with pytest.raises(BadInput, match="--sampler continuous does not run on mps: drop it"):
+        run_folder.check_device_flags(knobs, torch.device("mps"))
