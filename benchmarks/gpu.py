@@ -26,7 +26,7 @@ import parts
 import sides  # also puts the project on the path
 import steps
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from support import models, run_folder, toy
 from support.cli import BadInput, knob, parse, run_main
@@ -71,7 +71,7 @@ REAL = Plan(
 )
 TINY = Plan(
     device="cpu",
-    shapes=dict.fromkeys(("student", "teacher"), SMALL | {"num_key_value_heads": 2, "vocab_size": 1000}),
+    shapes=dict.fromkeys(("student", "teacher"), SMALL | {"num_key_value_heads": 2, "vocab_size": 2000}),
     rollouts=(2,),
     rollout_tokens=4,
     prompts=2,
@@ -90,9 +90,9 @@ def write_inputs(folder: Path, plan: Plan) -> None:
             max_position_embeddings=4096,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
-            dtype="bfloat16",
         )
-        Qwen2ForCausalLM._from_config(config).save_pretrained(folder / name)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for part in ("train", "test"):
         rows = [{"question": toy.question(*p), "answer": "0"} for p in toy.all_problems(recipe)[:100]]
@@ -109,12 +109,12 @@ def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str,
         flags |= {"rows": rows, "horizon": plan.rollout_tokens}
         for side in ("plain", "continuous"):
             yield parts, side, flags, about
-    models_ = {name: str(folder / name) for name in plan.shapes}
-    for horizon, sides_ in STEPS.items():
+    pair = {name: str(folder / name) for name in plan.shapes}
+    for horizon, selected in STEPS.items():
         about = {"part": "steps", "rows": plan.prompts, "tokens": plan.tokens[horizon]}
-        flags = common | models_ | {"prompts": plan.prompts, "tokens": plan.tokens[horizon], "steps": 1}
+        flags = common | pair | {"prompts": plan.prompts, "tokens": plan.tokens[horizon], "steps": 1}
         flags |= {"endless": True, "warm_up": 2, "micro_batch": 2048}  # the default of train.py
-        for side in sides_:
+        for side in selected:
             yield steps, side, flags, about
 
 

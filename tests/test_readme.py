@@ -8,6 +8,7 @@ from pathlib import Path
 import claims
 import compare
 import figures
+import gpu
 import parts
 import probe
 import pytest
@@ -101,7 +102,7 @@ def test_the_whole_method_learns_on_the_toy(method, world):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_exist(name):
-    classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs]
+    classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs, gpu.Knobs]
     classes += [knobs for _, knobs in probe.PROBES.values()]
     flags = {cli.flag_of(f.name) for knobs in classes for f in dataclasses.fields(knobs)}
     flags |= {"--no-checkpointing", "--help"}
@@ -130,7 +131,7 @@ def test_memory_table_is_the_estimate():
     big = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
     configs = [Qwen2Config(**shape, **sizes) for sizes in (half, big)]
     rows = re.findall(r"^\| (\d+) GB \| `(.*)` \| (\d+) \| ([\d.]+) \|$", RESULTS, re.MULTILINE)
-    assert len(rows) >= 5
+    assert len(rows) >= 5 and "estimated |" in RESULTS
     for device, flags, horizon, peak in rows:
         knobs = train.Knobs(**{"dtype": "bfloat16"} | cli.parse(train.Knobs, "", flags.split()))
         found = memory.estimate(knobs, *configs, 256, int(horizon))["peak"] / 1e9
