@@ -105,6 +105,7 @@ def load(knobs: Knobs, settings: train.Knobs, device: torch.device) -> tuple[tra
     pair = train.load_pair(*names, "float32", device, settings.checkpointing)
     for weight in pair.teacher.parameters():  # it is not trained
         weight.data = weight.data.to(getattr(torch, knobs.dtype))
+    torch.cuda.empty_cache()  # of its fp32 weights; does nothing without CUDA
     return pair, autocast(device, getattr(torch, knobs.dtype))
 
 
