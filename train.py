@@ -7,10 +7,12 @@ Left out: top-k and top-p in training (the loss must differentiate the distribut
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -70,6 +72,7 @@ class Knobs:
     clip: float = knob(1.0, "largest gradient norm", least=1e-6)
     micro_batch: int = knob(2048, "tokens in one backward: changes memory, not the result", least=1)
     low_memory: bool = knob(False, "train LoRA adapters instead of all weights; lr 5e-5 with preset qwen")
+    shard: bool = knob(False, "with torchrun: divide both models among the processes (FSDP2)")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
 
     eval_every: int = knob(0, "steps between evaluations; 0: before and after", least=0, group="evaluation")
@@ -164,6 +167,7 @@ def score(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     micro_batch: int = 2048,
+    normalizer: int | None = None,  # tokens with a loss in the whole step; default: in these rollouts
 ) -> tuple[float, dict[str, Tensor]]:
     """Score rollouts with both models, and backpropagate into the masters, unless under `torch.no_grad()`.
 
@@ -172,7 +176,7 @@ def score(
     """
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
     # Of the whole step: a mean per micro-batch would weight tokens unequally.
-    normalizer = int(loss_mask.sum())
+    normalizer = int(loss_mask.sum()) if normalizer is None else normalizer
     loss = 0.0
     statistics = []
     for rows in micro_batches(rollouts, micro_batch):
@@ -320,7 +324,15 @@ def save_student(pair: Pair, folder: Path) -> None:
 
 def main() -> int | None:
     """Check everything that can be checked before the first step, then train."""
+    ranks = None
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
+        from extras.ranks import join
+
+        ranks = join(load_pair, score, adamw)  # returns on rank 0; the others serve it, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
+    # What is done with the models. With several processes, rank 0 calls functions that divide it among them.
+    functions = {"load_pair": load_pair, "rollout": rollout, "score": score, "adamw": adamw}
+    engine = ranks.start(knobs) if ranks else SimpleNamespace(**functions, run=CheckpointedRun)
     schedule = partial(
         make_schedule,
         name=knobs.schedule,
@@ -341,13 +353,13 @@ def main() -> int | None:
         return None
     differ = models.tokenizers_differ(knobs.student, knobs.teacher, knobs.divergence)
     how = {"teacher_device": knobs.teacher_device, "teacher_bits": knobs.teacher_bits, "differ": differ}
-    pair = load_pair(
+    pair = engine.load_pair(
         knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory, **how
     )
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
-    scorer = score
+    scorer = engine.score
     # What each model is evaluated with: tokenizer, prompts, problems, ids that end an answer.
     own = (pair.tokenizer, test_prompts, test, pair.eos_ids)
     evaluated_with = {pair.student: own, pair.teacher: own}
@@ -376,11 +388,12 @@ def main() -> int | None:
             batch_size=batch_that_fits(model, texts, knobs.max_new_tokens, knobs.eval_batch),
             seed=knobs.seed,
             temperature=knobs.eval_temperature,
+            sampler=engine.rollout,
         )
         return score_answers(records)
 
-    optimizer = adamw(pair, knobs)
-    run = CheckpointedRun(folder, pair, optimizer, save_student, knobs.save_every)
+    optimizer = engine.adamw(pair, knobs)
+    run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
     longest = max(map(horizon_at, range(knobs.steps)))
     shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
     with run.open(fresh=not knobs.resume, shape=shape):
@@ -391,7 +404,8 @@ def main() -> int | None:
         hashes = run_folder.training_inputs(knobs, problems, test)
         run_folder.write_config(folder, asdict(knobs), device, hashes)
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        train(pair, optimizer, prompts, horizon_at, knobs, run, grade, scorer=scorer)
+        sampler = engine.rollout if ranks else None  # None: as --sampler says
+        train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler, scorer=scorer)
         run.save_student()
         summary |= {"seconds": run.seconds(), "after": grade(pair.student, "after")}
         run.track(knobs.steps, summary)

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support import models, report, run_folder
-from support.cli import BadInput, Stopped
+from support.cli import BadInput, ProcessEnded, Stopped
 
 # Ctrl-C, a scheduler's request, a closed terminal
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -83,7 +83,7 @@ class CheckpointedRun(run_folder.Run):
 
     @contextmanager
     def open(self, fresh: bool, shape: str) -> Iterator[None]:
-        """Hold the folder. Out-of-memory and disk errors end in one line; `shape` says what did not fit.
+        """Hold the folder. Faults of memory, disk and processes end in one line; `shape` is what did not fit.
 
         Raises BadInput if the student cannot be saved; Stopped.
         """
@@ -92,7 +92,7 @@ class CheckpointedRun(run_folder.Run):
             try:
                 yield
             except Exception as error:
-                self.stop_on_oom_or_disk(error, shape)
+                self.stop_on_fault(error, shape)
                 raise
 
     def steps(self, total: int) -> Iterator[int]:
@@ -152,19 +152,27 @@ class CheckpointedRun(run_folder.Run):
     def save_student(self) -> None:
         self.save_pair(self.pair, self.folder / "student")
 
-    def stop_on_oom_or_disk(self, error: Exception, shape: str) -> None:
-        """Raise Stopped with one line if memory or disk is the cause; return for any other error."""
+    def stop_on_fault(self, error: Exception, shape: str) -> None:
+        """Raise Stopped with one line if memory, disk or another process is the cause; else return."""
+        if isinstance(error, ProcessEnded):  # torchrun will end this one as well
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            self.save_last()
+            raise Stopped(1, f"{error} at step {self.step}: {self.remedy()}") from error
         if isinstance(error, (OSError, SafetensorError)):
             raise Stopped(1, f"cannot write the run ({error}): fix that, then {self.remedy()}") from error
         if run_folder.is_out_of_memory(error):
-            self.optimizer.zero_grad()
-            # Before the first update there is nothing to save; once a step has updated, its start is gone.
-            updates = max((int(state.get("step", 0)) for state in self.optimizer.state.values()), default=0)
-            if 0 < self.step == updates:
-                self.save()
+            self.save_last()
             what = f"out of memory at step {self.step}, {shape}: lower --micro-batch or --eval-batch"
             remedy = f"{self.remedy()}; or start again with a lower --horizon or --batch-size"
             raise Stopped(1, f"{what} and {remedy}") from error
+
+    def save_last(self) -> None:
+        """Save the state after the last step, if it still exists: an update of the next one replaces it."""
+        self.optimizer.zero_grad()
+        updates = max((int(state.get("step", 0)) for state in self.optimizer.state.values()), default=0)
+        if 0 < self.step == updates:  # before the first update there is nothing to save
+            self.save()
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained weights and AdamW's state of each, by name: the tensors themselves, not copies."""
@@ -231,11 +239,16 @@ class CheckpointedRun(run_folder.Run):
                 raise ValueError("its hash differs")
             if facts.get("run_id") != self.run_id:
                 raise BadInput(f"{path} is of another run: move it out of the folder")
-            for name, weight in self.pair.masters.items():
-                weight.data.copy_(file.get_tensor(f"weight/{name}"))
+            for name in self.pair.masters:
                 keys = [n.split("/", 1)[0] for n in names if n.split("/", 1)[1] == name]
-                state = {key: file.get_tensor(f"{key}/{name}") for key in keys if key != "weight"}
-                self.optimizer.state[weight] = {k: v.to(weight.device) for k, v in state.items()}
+                self.restore(name, {key: file.get_tensor(f"{key}/{name}") for key in {*keys, "weight"}})
         self.pair.copy_masters_to_weights()
         self.step = facts["step"]
         self.began = time.perf_counter() - facts["seconds"]
+
+    def restore(self, name: str, values: dict[str, Tensor]) -> None:
+        """Set a trained weight and AdamW's state of it; `values` as in a checkpoint, by key."""
+        master = self.pair.masters[name]
+        master.data.copy_(values["weight"])
+        state = {key: value.to(master.device) for key, value in values.items() if key != "weight"}
+        self.optimizer.state[master] = state

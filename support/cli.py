@@ -23,6 +23,10 @@ class Stopped(Exception):
         self.code = code
 
 
+class ProcessEnded(Exception):
+    """Another process of the run has ended; the message names it."""
+
+
 def knob(
     default: Any,
     help: str,

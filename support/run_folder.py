@@ -45,6 +45,7 @@ SAFE = (
     "eval_batch",
     "dry_run",
     "tracker",
+    "shard",
 )
 
 
@@ -73,12 +74,14 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
 
 
 def check_device_flags(knobs, device: torch.device) -> None:
-    """Raises BadInput for a sampler or a teacher's device or precision that is not available."""
+    """Raises BadInput for a flag that needs what is not available here."""
     if knobs.sampler == "continuous" and device.type not in ("cuda", "cpu"):
         raise BadInput(f"--sampler continuous does not run on {device}: drop it, or use --device cuda")
     if knobs.teacher_device:
         models.find_device(knobs.teacher_device)
     models.check_bits(knobs.teacher_bits)
+    if knobs.shard and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise BadInput("--shard needs several processes: start with torchrun, or give --no-shard")
 
 
 def preset_of(given: dict[str, Any], default: str) -> str:
@@ -251,6 +254,8 @@ def environment(device: torch.device) -> dict[str, str]:
         found["git_commit"] = "not a git checkout"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
     found["hardware"] = f"{name}, {torch.get_num_threads()} CPU threads"
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # processes that torchrun started
+        found["hardware"] = f"{os.environ['WORLD_SIZE']} x {found['hardware']}"
     return found
 
 

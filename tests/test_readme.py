@@ -15,6 +15,7 @@ import pytest
 import steps
 import torch
 from conftest import END, pair_of, tiny
+from torch.distributed import run as torchrun
 from transformers import Qwen2Config
 
 import eval_math
@@ -106,6 +107,7 @@ def test_flags_exist(name):
     classes += [knobs for _, knobs in probe.PROBES.values()]
     flags = {cli.flag_of(f.name) for knobs in classes for f in dataclasses.fields(knobs)}
     flags |= {"--no-checkpointing", "--help"}
+    flags |= set(re.findall(r"--[a-z-]+", torchrun.get_args_parser().format_help()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXTS[name])) <= flags
 
 

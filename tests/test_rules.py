@@ -85,6 +85,15 @@ def test_extras_are_imported_under_a_condition(name):
             assert ast.FunctionDef in kinds and ast.If in kinds, module
 
 
+def test_ranks_are_imported_where_there_are_several():
+    found = []
+    for name in FIVE:
+        for module, ancestors in imports_of(ROOT / f"{name}.py"):
+            if module == "extras.ranks":
+                found.append([ast.unparse(node.test) for node in ancestors if isinstance(node, ast.If)])
+    assert found == [["os.environ.get('WORLD_SIZE', '1') != '1'"]]
+
+
 def test_nothing_stands_between_the_command_line_and_the_formula(world, tmp_path, monkeypatch):
     chains = []
 

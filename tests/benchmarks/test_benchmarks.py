@@ -6,6 +6,7 @@ import sys
 import gpu
 import parts
 import pytest
+import ranks as bench_ranks
 import sides
 import steps
 from conftest import tiny
@@ -174,3 +175,14 @@ def test_the_memory_next_to_its_estimate():
 def test_cache_reads_are_those_of_every_token_before():
     model = tiny()  # 2 layers, 2 key heads of 4 fp32 numbers: 128 bytes of keys and values per token
     assert parts.cache_reads(model, [[1] * 5, [1]], [3, 1]) == 128 * ((5 + 6 + 7) + 1)
+
+
+def test_ranks(world, tmp_path, monkeypatch):
+    """One process, which is started as several are."""
+    flags = "--preset toy --batch-size 2 --max-new-tokens 4"
+    command = ["ranks.py", f"--flags={flags}", "--processes=1", "--steps=1", "--repeats=1"]
+    monkeypatch.setattr(sys, "argv", [*command, f"--out={tmp_path / 'out.csv'}"])
+    bench_ranks.main()
+    (row,) = read_csv(tmp_path / "out.csv")
+    assert row["processes"] == "1" and int(float(row["response_tokens"])) <= 8
+    assert float(row["tokens_per_s"]) > 0

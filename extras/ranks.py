@@ -1,0 +1,344 @@
+"""`torchrun --nproc-per-node N train.py ...`: N processes divide the answers of every step.
+
+Rank 0 runs train.py as a single process would: it alone reads settings and data, prints, writes, saves, and
+steps the optimizer. The other ranks load the same models and do what rank 0 asks. In each step a rank samples
+its share of the answers and then scores a share of them, with the number of tokens of the whole step as the
+normalizer. The gradients are summed in fp32 into rank 0's masters before they are clipped, and the weights
+are broadcast before the next answers are sampled.
+
+The noise of an answer depends on seed, step and row, and not on N: in fp32 any N samples the same tokens, and
+trains the same student up to the order of sums. In bf16 logits depend on the other rows of a batch: the
+distribution is the same, the tokens are not.
+
+Messages are pickled by torch.distributed and go over gloo, which notices at once that a process has ended.
+Weights and gradients on GPUs go over NCCL.
+"""
+
+import atexit
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from rollout import Rollout, rollout
+from support import models
+from support.checkpoint import SIGNALS, CheckpointedRun
+from support.cli import BadInput, ProcessEnded, Stopped
+from support.run_folder import is_out_of_memory
+
+LONG = timedelta(days=30)  # rank 0 may evaluate or save for hours between two messages
+
+
+class Messages:
+    """Objects sent between rank 0 and the others. ProcessEnded: the other process has ended."""
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo", timeout=LONG)
+
+    def send(self, rank: int, message: Any) -> None:
+        with connected(f"process {rank}"):
+            dist.send_object_list([message], rank, self.group)
+
+    def receive(self, rank: int) -> Any:
+        message = [None]
+        with connected(f"process {rank}"):
+            dist.recv_object_list(message, rank, self.group)
+        return message[0]
+
+
+class Worker:
+    """What every rank does, rank 0 included."""
+
+    collective: tuple[str, ...] = (
+        "prepare",
+        "sum_gradients",
+    )  # the methods in which ranks wait for each other
+
+    def __init__(self, load_pair: Callable, score: Callable, adamw: Callable):
+        self.load_pair = load_pair  # train.load_pair
+        self.score_rows = score  # train.score
+        self.adamw = adamw  # train.adamw
+        self.pair = None  # after `load`
+
+    def load(self, *arguments: Any, **options: Any) -> None:
+        self.pair = self.load_pair(*arguments, **options)
+
+    def prepare(self, model: str) -> None:
+        """Before sampling, the student takes rank 0's trained weights, in the dtype of the matmuls."""
+        if model == "teacher":
+            return
+        for name, weight in self.pair.student.named_parameters():
+            if name in self.pair.masters:
+                dist.broadcast(weight.detach(), 0)
+
+    def sample(self, model: str, *arguments: Any, **options: Any) -> Rollout:
+        return moved(rollout(getattr(self.pair, model), *arguments, **options), "cpu")
+
+    def score(
+        self, rollouts: Rollout, loss_mask: Tensor, training: bool, **options: Any
+    ) -> tuple[float, dict[str, Tensor], list[str]]:
+        """Loss, statistics, and the names of the weights that have a gradient."""
+        device = self.pair.student.device
+        with torch.set_grad_enabled(training):
+            loss, statistics = self.score_rows(
+                self.pair, moved(rollouts, device), loss_mask.to(device), **options
+            )
+        names = [name for name, master in self.pair.masters.items() if master.grad is not None]
+        return loss, {name: values.cpu() for name, values in statistics.items()}, names
+
+    def sum_gradients(self, names: list[str]) -> None:
+        """Add the fp32 gradients of all ranks into rank 0's masters."""
+        for master in map(self.pair.masters.get, names):
+            if master.grad is None:  # of an expert that no token of this rank chose, for example
+                master.grad = torch.zeros_like(master)
+            dist.reduce(master.grad, 0)
+            if dist.get_rank() > 0:
+                master.grad = None
+
+
+class Leader:
+    """Rank 0's side: loads, samples and scores as `train` and `rollout` do, with the help of all ranks."""
+
+    def __init__(self, worker: Worker, messages: Messages):
+        self.worker = worker
+        self.messages = messages
+        self.size = dist.get_world_size()
+        self.waiting = False  # whether another rank may be sending what will not be received
+        self.sampler_checked = False
+        self.dtype: torch.dtype | None = None  # of the matmuls; default: that of the student's weights
+        atexit.register(self.close)
+
+    def start(self, knobs) -> "Leader":
+        """The leader for these settings. Raises BadInput if they do not work with so many processes."""
+        rows = knobs.batch_size * knobs.rollouts_per_prompt
+        if rows < self.size:
+            what = f"a step of {rows} answers cannot be divided among {self.size} processes"
+            raise BadInput(f"{what}: raise --batch-size, or lower --nproc-per-node")
+        single = {"--sampler": knobs.sampler != "plain" and knobs.sampler}
+        single |= {"--teacher-device": knobs.teacher_device, "--teacher-bits": knobs.teacher_bits}
+        for flag, value in single.items():
+            if value:
+                what = f"{flag} {value} works in a single process"
+                raise BadInput(f"{what}: drop it, or start with python instead of torchrun")
+        device = models.find_device(knobs.device)
+        if device.index is not None or device.type not in ("cpu", "cuda"):
+            what = f"--device {knobs.device} cannot be divided among {self.size} processes"
+            raise BadInput(f"{what}: name cuda, which is one GPU for each, or cpu")
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        if device.type == "cuda" and here > torch.cuda.device_count():
+            what = f"{here} processes cannot share {torch.cuda.device_count()} GPUs"
+            raise BadInput(f"{what}: lower --nproc-per-node, or add --device cpu")
+        if not knobs.shard:
+            return self
+        if knobs.low_memory or knobs.horizon == "auto":
+            other = "--low-memory" if knobs.low_memory else "--horizon auto"
+            raise BadInput(f"--shard does not work with {other}: drop one of them")
+        from extras.shard import ShardedLeader
+
+        atexit.unregister(self.close)
+        return ShardedLeader(self, knobs)
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        """Let the other ranks call a method, whose result is not needed."""
+        for rank in range(1, self.size):
+            self.messages.send(rank, (method, arguments, None))
+
+    def everywhere(self, method: str, shares: list[tuple], **options: Any) -> list[Any]:
+        """Call a method of the first len(shares) workers, each with its arguments: the results, by rank.
+
+        Raises the first error: when all have answered, or at once where ranks wait for each other. An ended
+        process is a ProcessEnded.
+        """
+        self.waiting = True
+        for rank, share in enumerate(shares[1:], 1):
+            self.messages.send(rank, (method, share, options))
+        results = [attempt(getattr(self.worker, method), *shares[0], **options)]
+        if isinstance(results[0], Exception) and method in self.worker.collective:
+            raise results[0]  # the others may not come out of it
+        results += [attempt(self.messages.receive, rank) for rank in range(1, len(shares))]
+        self.waiting = False
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def load_pair(self, *arguments: Any, differ: bool, **options: Any):
+        """As `train.load_pair`, in every rank. Raises Stopped if one ends."""
+        if differ:
+            print("the teacher has another tokenizer: process 0 alone scores the answers", flush=True)
+        try:
+            self.everywhere("load", [arguments] * self.size, differ=differ, **options)
+        except ProcessEnded as error:
+            raise Stopped(1, f"{error} while it loaded the models: start again") from error
+        return self.worker.pair
+
+    def rollout(
+        self, model, prompts: list[list[int]], horizon: int, eos_ids: set[int], noise: Tensor, **options: Any
+    ) -> Rollout:
+        """As `rollout.rollout`, of the pair's student or teacher."""
+        name = "teacher" if model is self.worker.pair.teacher else "student"
+        self.everywhere("prepare", [(name,)] * self.size)
+        size = min(self.size, len(prompts))
+        shares = [(name, prompts[r::size], horizon, eos_ids, noise[r::size]) for r in range(size)]
+        return moved(interleaved(prompts, self.everywhere("sample", shares, **options)), model.device)
+
+    def dealt(self, rollouts: Rollout) -> list[list[int]]:
+        """The rows that each rank scores, from the longest to the shortest, so that shares are alike."""
+        lengths = [len(p) + n for p, n in zip(rollouts.prompts, rollouts.response_mask.sum(1).tolist())]
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        return [order[r :: self.size] for r in range(min(self.size, len(order)))]
+
+    def score(
+        self, pair, rollouts: Rollout, loss_mask: Tensor | None = None, **options: Any
+    ) -> tuple[float, dict[str, Tensor]]:
+        """As `train.score`."""
+        mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
+        training = torch.is_grad_enabled()
+        options |= {"training": training, "normalizer": int(mask.sum())}
+        rows = self.dealt(rollouts)
+        shares = [(moved(selected(rollouts, part), "cpu"), mask[part].cpu()) for part in rows]
+        losses, statistics, names = zip(*self.everywhere("score", shares, **options))
+        if training:
+            self.everywhere("sum_gradients", [(sorted({*sum(names, [])}),)] * self.size)
+        for part, of_rank in zip(rows, statistics):
+            of_rank["row"] = torch.tensor(part)[of_rank["row"]]  # of the step, not of the share
+        statistics = {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
+        statistics = {name: values.to(rollouts.tokens.device) for name, values in statistics.items()}
+        if not self.sampler_checked:
+            self.sampler_checked = True
+            sampled = rollouts.logp[statistics["row"], statistics["position"]]
+            models.check_sampler(pair.student, sampled, statistics["student_logp"], dtype=self.dtype)
+        return sum(losses), statistics
+
+    def adamw(self, pair, knobs) -> torch.optim.Optimizer:
+        return self.worker.adamw(pair, knobs)
+
+    def run(self, *arguments: Any) -> CheckpointedRun:
+        return CheckpointedRun(*arguments)
+
+    def close(self) -> None:
+        """Let the other ranks end; one that may still wait for this one notices that the connection ends."""
+        if not self.waiting:
+            for rank in range(1, self.size):
+                with suppress(ProcessEnded):
+                    self.messages.send(rank, ("stop", (), {}))
+        dist.destroy_process_group()
+
+
+def join(load_pair: Callable, score: Callable, adamw: Callable) -> Leader:
+    """Meet the other processes that torchrun started. Returns on rank 0; the others work, and exit.
+
+    Raises BadInput if this process was not started by torchrun.
+    """
+    try:
+        rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        if local < torch.cuda.device_count():
+            torch.cuda.set_device(local)
+        dist.init_process_group()
+        messages = Messages()
+    except (KeyError, ValueError, RuntimeError) as error:
+        what = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot meet ({error})"
+        raise BadInput(f"{what}: start them with torchrun, or unset WORLD_SIZE") from error
+    worker = Worker(load_pair, score, adamw)
+    if rank > 0:
+        work(worker, messages)
+    return Leader(worker, messages)
+
+
+def work(worker: Worker, messages: Messages) -> NoReturn:
+    """Serve rank 0, silently, then exit. A signal that all processes get is rank 0's to handle."""
+    interrupts = []
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        serve(worker, messages)
+    except ProcessEnded as error:
+        if dist.get_rank() == 1 and not interrupts:  # one line is enough
+            print(f"error: {error}: continue with --resume and the run folder", file=sys.stderr)
+        raise SystemExit(1) from error
+    except (MemoryError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    dist.destroy_process_group()
+    raise SystemExit(0)
+
+
+def serve(worker: Worker, messages: Messages) -> None:
+    """Call the methods that rank 0 names, and send it their results, until it says stop."""
+    while True:
+        method, arguments, options = messages.receive(0)
+        if method == "stop":
+            return
+        if method == "shard":
+            from extras.shard import ShardedWorker
+
+            worker = ShardedWorker(worker.load_pair, worker.score_rows, worker.adamw)
+            continue
+        result = portable(attempt(getattr(worker, method), *arguments, **(options or {})))
+        if isinstance(result, Exception) and method in worker.collective:
+            raise result  # other ranks may wait in the collective: that this one ends, ends it
+        if options is not None:
+            messages.send(0, result)
+
+
+@contextmanager
+def connected(what: str) -> Iterator[None]:
+    """Turn an error of gloo or NCCL into a ProcessEnded."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise ProcessEnded(f"{what} has ended, or is not reached any more") from error
+
+
+def attempt(function: Callable, *arguments: Any, **options: Any) -> Any:
+    """What the function returns, or the exception that it raises."""
+    try:
+        with connected("a process"):
+            return function(*arguments, **options)
+    except Exception as error:
+        return error
+
+
+def portable(result: Any) -> Any:
+    """The result; an exception as one that can be pickled, and that keeps its kind or its traceback."""
+    if not isinstance(result, Exception) or isinstance(result, (BadInput, ProcessEnded)):
+        return result
+    where = f"process {dist.get_rank()}"
+    if is_out_of_memory(result):
+        return MemoryError(f"{where}: {models.first_line(result)}")
+    return RuntimeError(f"{where} failed:\n{''.join(traceback.format_exception(result))}")
+
+
+def moved(rollouts: Rollout, device: torch.device | str) -> Rollout:
+    parts = (rollouts.tokens, rollouts.response_mask, rollouts.logp, rollouts.finished)
+    return Rollout(rollouts.prompts, *(part.to(device) for part in parts))
+
+
+def selected(rollouts: Rollout, rows: list[int]) -> Rollout:
+    parts = (rollouts.tokens, rollouts.response_mask, rollouts.logp, rollouts.finished)
+    return Rollout([rollouts.prompts[row] for row in rows], *(part[rows] for part in parts))
+
+
+def interleaved(prompts: list[list[int]], parts: list[Rollout]) -> Rollout:
+    """The rollouts of all prompts; part r of N has the rows r, r + N, r + 2N, ..."""
+    width = max(part.tokens.shape[1] for part in parts)
+    padded = []
+    for part in parts:
+        by_token = (part.tokens, part.response_mask, part.logp)
+        padded.append([F.pad(values, (0, width - values.shape[1])) for values in by_token])
+        padded[-1].append(part.finished)
+    rows = torch.tensor([row for r in range(len(parts)) for row in range(r, len(prompts), len(parts))])
+    return Rollout(prompts, *(torch.cat(values)[rows.argsort()] for values in zip(*padded)))

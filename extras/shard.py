@@ -1,0 +1,239 @@
+"""`torchrun ... train.py --shard`: weights, gradients and AdamW's state are divided among processes (FSDP2).
+
+The student's shards are fp32 and take the place of the masters: FSDP gathers a layer in the dtype of the
+matmuls when it is needed, and sums its gradients over the processes in fp32. For sampling, a model is
+gathered once and kept until the next answers are scored. Each layer is a collective, so all processes make
+the same number of passes, some of them over a row without a loss.
+
+In bf16, the gradients of the output head are summed over the chunks of a micro-batch in bf16, where the
+hand-made masters sum them in fp32.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from extras.ranks import Leader, Worker, moved, selected
+from opd import OutputHead
+from rollout import Rollout, micro_batches
+from support import models
+from support.checkpoint import CheckpointedRun
+from support.cli import BadInput
+
+
+class ShardedWorker(Worker):
+    """What every rank does with its share, and with its shards."""
+
+    collective = ("divide", "prepare", "score", "sum_gradients", "clip", "step", "state", "weights")
+    whole: str | None = None  # the model that is gathered
+    optimizer: torch.optim.Optimizer | None = None
+
+    def load(
+        self, student: str, teacher: str, dtype: str, device: torch.device, *arguments, **options
+    ) -> None:
+        """Load both models into the CPU's memory; `divide` moves the shards to the device."""
+        super().load(student, teacher, dtype, torch.device("cpu"), *arguments, **options)
+
+    @torch.no_grad()
+    def divide(self, dtype: torch.dtype, device: torch.device) -> None:
+        for name, weight in self.pair.student.named_parameters():
+            weight.data = self.pair.masters[name].data  # fp32
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        shard(self.pair.student, mesh=mesh, mp_policy=policy)
+        shard(self.pair.teacher, mesh=mesh)
+        self.pair = replace(self.pair, masters=dict(self.pair.student.named_parameters()))
+
+    def prepare(self, model: str) -> None:
+        """Gather a model for sampling, which then communicates no more."""
+        if self.whole != model:
+            self.reshard()
+            self.whole = model
+            for module in sharded(getattr(self.pair, model)):
+                module.set_reshard_after_forward(False)
+                module.unshard()
+
+    def reshard(self) -> None:
+        for module in (*sharded(self.pair.student), *sharded(self.pair.teacher)):
+            module.set_reshard_after_forward(True)
+            module.reshard()
+        self.whole = None
+
+    def score(
+        self,
+        rollouts: Rollout,
+        loss_mask: Tensor,
+        training: bool,
+        micro_batch: int,
+        passes: int,
+        normalizer: int,
+        **options: Any,
+    ) -> tuple[float, dict[str, Tensor], list[str]]:
+        device = self.pair.student.device
+        rollouts, loss_mask = moved(rollouts, device), loss_mask.to(device)
+        self.reshard()
+        groups = micro_batches(rollouts, micro_batch)
+        score = partial(self.score_rows, micro_batch=1 << 60, normalizer=normalizer, **options)
+        loss, parts = 0.0, []
+        for i in range(passes):
+            rows = groups[i] if i < len(groups) else groups[0][:1]
+            mask = loss_mask[rows] if i < len(groups) else torch.zeros_like(loss_mask[rows])
+            with torch.set_grad_enabled(training):
+                part_loss, part = score(self.pair_with_heads(), selected(rollouts, rows), mask)
+            loss += part_loss
+            parts.append(part | {"row": torch.tensor(rows, device=device)[part["row"]]})
+        self.reshard()
+        statistics = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        return loss, statistics, []
+
+    def pair_with_heads(self):
+        """The pair with gathered output heads, embeddings and last norms.
+
+        FSDP gathers them in the model's own forward, which scoring does not call: `train.hidden_states` calls
+        the decoder, and `opd.opd_backward` the heads.
+        """
+        heads = []
+        for model in (self.pair.student, self.pair.teacher):
+            model.unshard()
+            heads.append(OutputHead.of(model, self.pair.vocab_size))
+        return replace(self.pair, student_head=heads[0], teacher_head=heads[1])
+
+    def sum_gradients(self, names: list[str]) -> None:
+        """FSDP has averaged them: make it the sum."""
+        for master in self.pair.masters.values():
+            if master.grad is not None:
+                master.grad.mul_(dist.get_world_size())
+
+    def make_optimizer(self, knobs) -> None:
+        self.optimizer = self.adamw(self.pair, knobs)
+
+    def clip(self, largest: float) -> None:
+        torch.nn.utils.clip_grad_norm_(self.pair.masters.values(), largest)
+
+    def step(self, lr: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor] | None:
+        """What `CheckpointedRun.tensors` returns, gathered; on rank 0 alone."""
+        found = {}
+        for name, weight in self.pair.masters.items():
+            for key, value in ({"weight": weight} | self.optimizer.state[weight]).items():
+                value = value.full_tensor() if isinstance(value, DTensor) else value
+                if dist.get_rank() == 0:
+                    found[f"{key}/{name}"] = value.detach().cpu()
+        return found if dist.get_rank() == 0 else None
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor] | None:
+        """The student's weights, gathered; on rank 0 alone."""
+        found = {}
+        for name, weight in self.pair.masters.items():
+            value = weight.full_tensor()
+            if dist.get_rank() == 0:
+                found[name] = value.cpu()
+        return found if dist.get_rank() == 0 else None
+
+    @torch.no_grad()
+    def restore(self, name: str, values: dict[str, Tensor]) -> None:
+        """Take this rank's shards of a weight and of AdamW's state."""
+        self.reshard()  # a gathered model would keep the old weights
+        master = self.pair.masters[name]
+        for key, value in values.items():
+            if value.shape == master.shape and key != "step":
+                value = value.to(master.device)
+                values[key] = distribute_tensor(
+                    value, master.device_mesh, master.placements, src_data_rank=None
+                )
+        master.copy_(values.pop("weight"))
+        self.optimizer.state[master] = values
+
+
+class ShardedLeader(Leader):
+    """Rank 0's side. What it does with the models, all ranks do."""
+
+    def __init__(self, leader: Leader, knobs):
+        plain = leader.worker
+        super().__init__(ShardedWorker(plain.load_pair, plain.score_rows, plain.adamw), leader.messages)
+        self.knobs = knobs
+        self.dtype = getattr(torch, knobs.dtype)
+        self.begin("shard")  # the other ranks replace their workers as well
+
+    def load_pair(self, *arguments: Any, differ: bool, **options: Any):
+        if differ:
+            what = "--shard needs one tokenizer, and the teacher has another"
+            raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")
+        super().load_pair(*arguments, differ=differ, **options)
+        self.everywhere("divide", [(self.dtype, models.find_device(self.knobs.device))] * self.size)
+        return self.worker.pair
+
+    def score(self, pair, rollouts: Rollout, loss_mask: Tensor | None = None, **options: Any):
+        shares = [selected(rollouts, rows) for rows in self.dealt(rollouts)]
+        passes = max(len(micro_batches(share, options["micro_batch"])) for share in shares)
+        found = super().score(pair, rollouts, loss_mask, passes=passes, **options)
+        if torch.is_grad_enabled():
+            self.begin("clip", self.knobs.clip)  # this rank does so in train.train
+        return found
+
+    def adamw(self, pair, knobs) -> torch.optim.Optimizer:
+        """An optimizer whose steps the other ranks make as well."""
+        self.everywhere("make_optimizer", [(knobs,)] * self.size)
+        optimizer = self.worker.optimizer
+        optimizer.register_step_pre_hook(lambda *_: self.begin("step", optimizer.param_groups[0]["lr"]))
+        return optimizer
+
+    def run(self, folder: Path, pair, optimizer, save_student: Callable, save_every: int) -> CheckpointedRun:
+        return ShardedRun(self, folder, pair, optimizer, self.save_student, save_every)
+
+    def save_student(self, pair, folder: Path) -> None:
+        """As `train.save_student`."""
+        weights = self.everywhere("weights", [()] * self.size)[0]
+        _, kind = type(pair.student).__bases__  # FSDP has put a class of its own in front of the model's
+        plain = kind.__new__(kind)
+        plain.__dict__.update(pair.student.__dict__)
+        weights = {name: weight.to(self.dtype) for name, weight in weights.items()}
+        models.save_model(plain, pair.tokenizer, folder, weights)
+
+
+class ShardedRun(CheckpointedRun):
+    """A run whose checkpoints are gathered: the files are those of one process, which can continue it."""
+
+    def __init__(self, leader: ShardedLeader, *arguments: Any):
+        super().__init__(*arguments)
+        self.leader = leader
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.leader.everywhere("state", [()] * self.leader.size)[0]
+
+    def restore(self, name: str, values: dict[str, Tensor]) -> None:
+        self.leader.everywhere("restore", [(name, values)] * self.leader.size)
+
+    def save_last(self) -> None:
+        """Nothing: after a fault the ranks are at different places, and cannot gather their shards."""
+
+
+def sharded(model) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@torch.no_grad()
+def shard(model, **options: Any) -> None:
+    """Divide each layer, then the rest. A first pass shows FSDP its root: the module that is called first."""
+    for module in list(model.modules()):
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    model.reshard()

@@ -1,0 +1,326 @@
+"""Several processes against one: the same tokens, the same student; faults and signals end all of them.
+
+The processes are forked from a server that has imported everything, and meet as those of torchrun do.
+"""
+
+import atexit
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import END, pair_of, tiny
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
+
+import opd
+import train
+from extras import ranks
+from rollout import rollout, sampling_noise
+from support import cli, data, report, run_folder
+
+ROOT = Path(train.__file__).parent
+FLAGS = "--preset toy --steps 6 --batch-size 7 --max-new-tokens 20 --horizon 13 --decay constant --warmup 0"
+FLAGS += " --eval-limit 0 --save-every 2 --show-every 2"
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["extras.shard", "train"])
+
+
+def process(rank, size, port, flags, output, fault, main):
+    """One process of torchrun, with its output in a file."""
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}"}
+    os.environ |= {"LOCAL_WORLD_SIZE": f"{size}", "MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+    torch.set_num_threads(1)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    report.draw_curve = lambda folder: None
+    if fault:
+        fault(rank)
+    sys.argv = ["train.py", *flags.split()]
+    try:
+        cli.run_main(main or train.main)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def launch(size, flags, folder, fault=None, main=None):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    outputs = [folder / f"output-{rank}" for rank in range(size)]
+    processes = []
+    for rank, output in enumerate(outputs):
+        processes.append(CONTEXT.Process(target=process, args=(rank, size, port, flags, output, fault, main)))
+        processes[-1].start()
+    return processes, outputs
+
+
+def finish(processes, outputs):
+    """The exit codes, and what each process wrote; a loaded machine takes long."""
+    deadline = time.time() + 180
+    for each in processes:
+        each.join(max(deadline - time.time(), 0))
+    codes = [each.exitcode for each in processes]
+    for each in processes:
+        each.kill()
+    assert None not in codes, "a process did not end"
+    return codes, [output.read_text() for output in outputs]
+
+
+def run(size, flags, folder, fault=None, main=None):
+    return finish(*launch(size, flags, folder, fault, main))
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """The folder of the same run in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *f"{FLAGS} --eval-limit 5 --out {folder}".split()])
+        patch.setattr(report, "draw_curve", lambda folder: None)
+        train.main()
+    return folder
+
+
+def assert_same_student(one, other):
+    ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert (weight - theirs[name]).abs().max() <= 1e-5, name
+
+
+def assert_same_metrics(one, other):
+    """To 4 digits, without the columns that depend on the clock."""
+    clocks = ("rollout_s", "score_s", "update_s", "seconds")
+    rows, others = (run_folder.read_csv(folder / "metrics.csv") for folder in (one, other))
+    assert len(rows) == len(others)
+    for row, again in zip(rows, others):
+        assert row.keys() == again.keys()
+        for name in row.keys() - {*clocks, "accuracy"}:
+            assert float(row[name]) == pytest.approx(float(again[name]), rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("flags", ["", "--shard --micro-batch 60 --checkpointing"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_train_the_student_of_one(alone, tmp_path, size, flags):
+    """Neither 2 nor 3 divides the 7 answers of a step, nor the 5 of the evaluation."""
+    codes, written = run(size, f"{FLAGS} {flags} --eval-limit 5 --out {tmp_path}/run", tmp_path)
+    assert codes == [0] * size, written
+    assert not any(written[1:])
+    assert_same_student(alone, tmp_path / "run")
+    assert_same_metrics(alone, tmp_path / "run")
+    for name in ("eval_before", "eval_teacher", "eval_after", "rollouts"):
+        one, other = (data.read_jsonl(folder / f"{name}.jsonl") for folder in (alone, tmp_path / "run"))
+        assert [row["response"] for row in one] == [row["response"] for row in other], name
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {path.name for path in alone.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "flags", ["--low-memory --horizon auto", "--micro-batch 60 --rollouts-per-prompt 2 --temperature 0.7"]
+)
+def test_settings_with_two_processes(world, tmp_path, monkeypatch, flags):
+    flags = f"{FLAGS} --steps 3 {flags} --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *f"{flags}/one".split()])
+    train.main()
+    codes, written = run(2, f"{flags}/two", tmp_path)
+    assert codes == [0, 0], written
+    assert_same_student(tmp_path / "one", tmp_path / "two")
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("first, then", [("", "--shard"), ("--shard", "--no-shard")])
+def test_a_signal_to_all_saves_and_another_number_of_processes_continues(alone, tmp_path, first, then):
+    processes, outputs = launch(2, f"{FLAGS} {first} --out {tmp_path}/run", tmp_path)
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        time.sleep(0.01)
+    for each in processes:
+        os.kill(each.pid, signal.SIGTERM)
+    codes, written = finish(processes, outputs)
+    assert codes == [143, 0] and written[0].count("error: stopped after step") == 1 and not written[1]
+    assert len(run_folder.read_csv(tmp_path / "run" / "metrics.csv")) < 6
+    codes, written = run(3, f"--resume {tmp_path}/run {then}", tmp_path)
+    assert codes == [0, 0, 0], written
+    assert_same_student(alone, tmp_path / "run")
+    assert_same_metrics(alone, tmp_path / "run")
+
+
+class At:
+    """Replaces train.score in one process: at the fourth call it does what `action` names."""
+
+    def __init__(self, rank, action):
+        self.rank, self.action, self.calls = rank, action, 0
+
+    def __call__(self, rank):
+        if self.rank in (rank, "all"):
+            self.process = rank
+            self.score, train.score = train.score, self.fourth
+
+    def fourth(self, *args, **options):
+        self.calls += 1
+        loss, statistics = self.score(*args, **options)
+        if self.calls < 4:
+            return loss, statistics
+        if self.action == "memory":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        if self.action == "bug":
+            return 1 / 0
+        if self.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.action == "interrupt":  # in an evaluation; the loop finishes its step instead
+            os.kill(os.getpid(), signal.SIGINT)
+            if self.process == 0:
+                raise KeyboardInterrupt
+        return float("nan") if self.action == "nan" else loss, statistics
+
+
+RESUME = "continue with python train.py --resume"
+
+
+@pytest.mark.parametrize(
+    "flags, rank, action, codes, line, newest",
+    [
+        ("", 1, "memory", [1, 0, 0], f"error: out of memory at step 3, .*{RESUME}", 3),
+        ("", 1, "kill", [1, -9, 0], f"error: process 1 has ended, .* at step 3: {RESUME}", 3),
+        ("", 0, "kill", [-9, 1, 1], "error: process 0 has ended, .*: continue with --resume", 2),
+        ("", 2, "nan", [1, 0, 0], "error: step 3 has loss nan", 2),
+        ("", 2, "bug", [1, 0, 0], "ZeroDivisionError: division by zero", 2),
+        ("", "all", "interrupt", [130, 1, 1], "stopped", 2),
+        ("--shard", 2, "kill", [1, 0, -9], f"error: .*process .*has ended, .* at step 3: {RESUME}", 2),
+        ("--shard", 0, "memory", [1, 1, 1], f"error: out of memory at step 3, .*{RESUME}", 2),
+        ("--shard", 2, "nan", [1, 0, 0], "error: step 3 has loss nan", 2),
+    ],
+)
+def test_a_fault_of_one_process_ends_all(world, tmp_path, flags, rank, action, codes, line, newest):
+    """With one line, unless it is a bug, and with the state of the last whole step where one can be saved."""
+    found, written = run(3, f"{FLAGS} {flags} --out {tmp_path}/run", tmp_path, At(rank, action))
+    assert found == codes, written
+    errors = [
+        row for text in written for row in text.splitlines() if re.match("error:|stopped|.*Error: ", row)
+    ]
+    assert re.match(line, errors[-1] if action == "bug" else errors[0]), errors
+    assert len(errors) == (2 if action == "bug" else 1) or flags, errors  # with shards, rank 1 may add a line
+    assert ("Traceback" in written[0]) == (action == "bug")
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint*"))
+    assert names[-1] == f"checkpoint-00000{newest}.safetensors"
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--batch-size 2", "a step of 2 answers cannot be divided among 3 processes"),
+        ("--sampler continuous", "--sampler continuous works in a single process"),
+        ("--device cpu:0", "--device cpu:0 cannot be divided among 3 processes"),
+        ("--shard --low-memory", "--shard does not work with --low-memory"),
+        ("--shard --horizon auto", "--shard does not work with --horizon auto"),
+        ("--shard --divergence sampled --teacher {other}", "--shard needs one tokenizer"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--teacher {other}", "different tokenizers, and reverse_kl needs one vocabulary"),
+        ("--student {other}/none", "model folder .* does not exist"),
+    ],
+)
+def test_wrong_input_is_one_line_of_the_first_process(world, tmp_path, flags, line):
+    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
+    tokenizer.add_tokens(["another"])
+    shutil.copytree(world / "teacher", tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    flags = f"{FLAGS} {flags.format(other=tmp_path / 'other')}"
+    codes, written = run(3, f"{flags} --out {tmp_path}/run", tmp_path)
+    assert codes == [2, 0, 0] and not any(written[1:])
+    assert re.fullmatch(f"(preset toy\n)?error: .*{line}.*\n", written[0]), written[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_world_size_without_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_main(train.main)
+    assert "start them with torchrun, or unset WORLD_SIZE" in capsys.readouterr().err
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4], [5, 6], [7, 7, 7, 7], [30]]
+ENDS = {END, *range(20, 30)}
+
+
+def load(student, teacher, dtype, device, differ):
+    return pair_of(tiny(), tiny(seed=1), getattr(torch, dtype), ENDS)
+
+
+def take_gradient(worker):
+    """The whole gradient of rank 0's masters, or of their shards on all ranks, which is then forgotten."""
+    found = []
+    for master in worker.pair.masters.values():
+        gradient, master.grad = master.grad, None
+        if gradient is not None:
+            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            assert gradient.dtype == torch.float32
+            found.append(gradient.flatten())
+    return torch.cat(found) if found else None
+
+
+def in_order(statistics):
+    order = (1000 * statistics["row"] + statistics["position"]).argsort()
+    return {name: values[order] for name, values in statistics.items()}
+
+
+def compare_with_one(dtype, shard, tolerance):
+    """Rollouts and scores of all processes against those of this one."""
+    ranks.Worker.take_gradient = take_gradient
+    leader = ranks.join(load, train.score, train.adamw)
+    leader = leader.start(train.Knobs(batch_size=7, clip=1e9, dtype=dtype, shard=shard, device="cpu"))
+    pair = leader.load_pair("", "", dtype, torch.device("cpu"), differ=False)
+    one = load("", "", dtype, "", "")
+    noise = sampling_noise(range(len(PROMPTS)), 9)
+    alone = rollout(one.student, PROMPTS, 9, ENDS, noise, temperature=0.7)
+    for name in ("teacher", "student") if dtype == "float32" else ("student",):
+        answers = rollout(getattr(one, name), PROMPTS, 9, ENDS, noise, top_p=0.9)
+        shared = leader.rollout(getattr(pair, name), PROMPTS, 9, ENDS, noise, top_p=0.9)
+        for part in ("tokens", "response_mask", "logp", "finished") if dtype == "float32" else ():
+            assert torch.allclose(getattr(shared, part), getattr(answers, part), atol=1e-5), part
+    first = torch.arange(alone.tokens.shape[1]) < 2
+    no_row_0 = alone.response_mask & (torch.arange(len(PROMPTS)) > 0)[:, None]
+    few = (opd.reverse_kl, opd.sampled_reverse_kl)  # a sharded pass has many messages
+    for divergence in few if shard else opd.DIVERGENCES.values():
+        for mask in (None, alone.response_mask & first, no_row_0):
+            options = {"divergence": divergence, "loss_mask": mask, "temperature": 0.7, "micro_batch": 20}
+            loss, statistics = train.score(one, alone, **options)
+            expected = torch.cat([master.grad.flatten() for master in one.masters.values()])
+            for master in one.masters.values():
+                master.grad = None
+            again, gathered = leader.score(pair, alone, **options)
+            if shard:
+                torch.nn.utils.clip_grad_norm_(pair.masters.values(), 1e9)
+            found = leader.everywhere("take_gradient", [()] * 3)[0]
+            assert again == pytest.approx(loss, rel=tolerance)
+            assert (found - expected).norm() <= tolerance * expected.norm()
+            statistics, gathered = in_order(statistics), in_order(gathered)
+            assert torch.equal(gathered["row"], statistics["row"])
+            gap = (gathered["student_logp"] - statistics["student_logp"]).abs()
+            assert (gap <= 20 * tolerance).all()
+    print("compared")
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_scores_and_gradients_are_those_of_one_process(tmp_path, dtype, tolerance, shard):
+    main = partial(compare_with_one, dtype, shard, tolerance)
+    codes, written = run(3, "", tmp_path, main=main)
+    assert codes == [0, 0, 0] and written[0].endswith("compared\n"), written
+
+
+def test_shards_need_several_processes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "toy", "--shard"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_main(train.main)
+    assert "error: --shard needs several processes: start with torchrun" in capsys.readouterr().err
