@@ -152,7 +152,7 @@ def evaluate(
     seed: int = 0,
     temperature: float = 0.0,  # 0 is greedy
     top_p: float = 1.0,
-    sampler: Callable[..., Rollout] = rollout,
+    sampler: Callable[..., Rollout] | None = None,  # default: rollout
 ) -> list[dict]:
     """One record per answer, written to the JSONL file `path` batch by batch; batches found there are kept.
 
@@ -170,7 +170,7 @@ def evaluate(
             began = time.perf_counter()
             noise = sampling_noise([("evaluation", *key) for key in batch], max_new_tokens)
             questions = [prompts[i] for _, i, _ in batch]
-            rollouts = sampler(
+            rollouts = (sampler or rollout)(
                 model, questions, max_new_tokens, eos_ids, noise, temperature=temperature, top_p=top_p
             )
             models.check_finite(model, rollouts.logp, [problems[i].question for _, i, _ in batch])

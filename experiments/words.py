@@ -44,7 +44,7 @@ from extras import profile_horizon
 from rollout import rollout
 from support import run_folder, scores, toy, words
 from support.cli import knob, parse, run_main
-from support.grading import Grader
+from support.workers import Grader
 
 FIRST = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")
 THEN = ("first", "self-teacher", "no-end", "seqkd-0.1", "gkd", "lora", "lora-esr")

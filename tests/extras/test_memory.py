@@ -94,7 +94,7 @@ def test_tensors_are_what_a_step_allocates(dtype, micro_batch, tmp_path):
     allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     measured = sum(held.values()) + max(accumulate(size for _, size in allocations))
     found = memory.estimate(knobs, student.config, teacher.config, prompt, horizon)
-    assert 0.93 * found["tensors"] < measured <= found["tensors"]
+    assert 0.88 * found["tensors"] < measured < 1.02 * found["tensors"]
 
 
 def peak(horizon=900, **changes):
