@@ -1,5 +1,6 @@
 """The second world: a tiny run of some arms, and the report and figure of rows with known answers."""
 
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -145,3 +146,26 @@ def test_tenths_of_positions():
     tokens = {"position": torch.tensor([0, 1, 2, 3, 19]), "reverse_kl": torch.tensor([1.0, 3, 5, 7, 9])}
     found = words.by_tenth(tokens, 20)
     assert found == {0: 2.0, 1: 6.0, 9: 9.0} | dict.fromkeys(range(2, 9), "")
+
+
+def test_committed_verdicts_and_figure_recomputed_by_hand():
+    """From results/words.csv, without sweep.py: two verdicts, and two points of the figure."""
+    knobs = words.Knobs()
+    rows = [row for row in read_csv(Path(knobs.csv)) if row["seed"] != "0"]
+    correct = {(row["arm"], row["seed"]): row["correct"].count("1") / 500 for row in rows}
+    results, rates = words.results_of(knobs)
+    verdicts = words.verdicts(results)
+    for arm, verdict in (("popd", "holds"), ("topd-0.1", "does not hold")):
+        gaps = [100 * (correct[arm, seed] - correct["full", seed]) for seed in "12345"]
+        mean, half = statistics.fmean(gaps), 2.776 * statistics.stdev(gaps) / 5**0.5  # t of 4 degrees
+        assert (mean - half > -5) == (verdict == "holds") and (mean + half < -5) == (verdict != "holds")
+        line = next(line for line in verdicts if line.startswith(f"{arm} is at least as good as full"))
+        low, high = (float(part) for part in re.findall(r"\[(\S+)% to (\S+)%\]", line)[0])
+        assert f"sampled {verdict}, {mean:+.1f}%" in line
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.06)
+    for arm in ("full", "topd-0.1"):
+        points = [float(row["kl_own_2"]) for row in rows if (row["arm"], row["lr"]) == (arm, rates[arm])]
+        assert (
+            words.mean(results, arm, "kl_own_2") == pytest.approx(statistics.fmean(points))
+            and len(points) == 5
+        )
