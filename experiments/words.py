@@ -76,7 +76,7 @@ TABLE = {  # column of the CSV: heading, how it is shown
     "grad_norm_mean": ("gradient", ".2f"),
     "grad_norm_max": ("largest", ".2f"),
 }
-LOOKS = dict(zip((*FIRST, *THEN), STYLES[:7] + [look | {"markerfacecolor": "white"} for look in STYLES]))
+LOOKS = dict(zip(("full", "topd-0.1", "esr"), STYLES))  # of an arm that is not here: black
 LOOKS["student"] = {"color": "#999999", "marker": "", "linestyle": ":", "linewidth": 2}
 LOOKS["teacher"] = {"color": "#555555", "marker": "", "linestyle": "--"}
 
@@ -315,36 +315,43 @@ def verdicts(results: Results) -> list[str]:
 
 
 def draw(results: Results, knobs: Knobs) -> Path:
-    """Above accuracy against tokens, below the reverse KL by position before and after."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained", sharey="row")
+    """Above the accuracy of every arm, below the reverse KL by position before and after."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 9.5), layout="constrained", sharey="row")
     for axis, (kind, name) in zip(axes[0], SCORES.items()):
         draw_scores(axis, results, name)
-        axis.set(title=f"{kind} answers", xlabel="tokens sampled in training", xscale="log", ylim=(0, 1))
+        axis.set(
+            title=f"{kind} answers", xlabel="held-out accuracy, 95 % intervals over seeds", xlim=(0.2, 1.05)
+        )
     middles = [(i + 0.5) * knobs.preset()["max_new_tokens"] / 10 for i in TENTHS]
     for axis, writer in zip(axes[1], ("student", "own")):
         for arm in filter(results.get, DRAWN):
             means = [mean(results, arm, f"kl_{writer}_{i}") for i in TENTHS]
-            axis.plot(middles, means, **LOOKS[arm], markersize=5)
+            axis.plot(middles, means, **LOOKS[arm], markersize=5, label=arm)
         axis.set(title=WRITERS[writer], xlabel="position in the answer", yscale="log")
-    axes[0, 0].set_ylabel("held-out accuracy, 95 % intervals over seeds")
     axes[1, 0].set_ylabel("reverse KL, nats per token")
+    axes[0, 0].legend(frameon=False, loc="lower left")
+    axes[1, 0].legend(frameon=False)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(textwrap.fill(missing(results, knobs), 110), fontsize=8, color=VERMILION)
     return save(figure, Path(knobs.csv).with_suffix(".png"))
 
 
 def draw_scores(axis, results: Results, name: str) -> None:
-    """A point for each arm, lines for student and teacher."""
-    for arm in results:
-        height, found = mean(results, arm, name), mean_of(numbers(results, arm, name))
-        if arm in ARMS:
-            look = LOOKS[arm] | {"linestyle": "", "markersize": 8, "capsize": 3, "label": arm}
-            error = found.high - found.mean if found else None
-            axis.errorbar(mean(results, arm, "response_tokens"), height, yerr=error, **look)
-        else:
-            axis.axhline(height, **LOOKS[arm], label=arm)
+    """A row for each arm, with its tokens as a share of full's, and lines for student and teacher."""
+    arms = [arm for arm in results if arm in ARMS]
+    tokens = {arm: mean(results, arm, "response_tokens") for arm in arms}
+    for row, arm in enumerate(arms):
+        found = mean_of(numbers(results, arm, name))
+        error = found.high - found.mean if found else None
+        look = LOOKS.get(arm, {"color": "black", "marker": "o"}) | {"linestyle": "", "capsize": 3}
+        axis.errorbar(mean(results, arm, name), row, xerr=error, **look)
+    for arm in claims.ENDS:
+        axis.axvline(mean(results, arm, name), **LOOKS[arm], label=arm)
+    labels = [f"{arm}, {tokens[arm] / tokens.get('full', math.nan):.0%}" for arm in arms]
+    axis.set_yticks(range(len(arms)), labels)
+    axis.set_ylim(len(arms) - 0.5, -0.7)
+    axis.set_ylabel("arm, and its tokens as a share of full's" if name == "accuracy" else "")
 
 
 def main() -> None:
