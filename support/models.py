@@ -323,7 +323,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # ImportError: hpu without its library
         raise BadInput(f"device {name!r} is not available ({first_line(error)}): use cpu") from error
     return device
 

@@ -183,6 +183,7 @@ BAD = [  # script, flags, what the line names
     ("train", "--dtype int8", "int8"),
     ("train", "--teacher-device abacus", "abacus"),
     ("train", "--teacher-device cuda:7", "'cuda:7' is not available"),
+    ("train", "--teacher-device hpu", "'hpu' is not available"),
     ("train", "--teacher-bits 3", "'3'"),
     ("train", "--data {here}/empty.jsonl", "is empty"),
     ("train", "--data {here}/broken.jsonl", "line 2"),
