@@ -91,7 +91,8 @@ def engine_config(model, prompts: list[list[int]], horizon: int, seed: int) -> C
         safety_margin=0.0,  # so no row has to wait for room
         return_logprobs=True,
         seed=seed,
-        auto_switch_to_flash=model.dtype != torch.float32,  # flash attention has 16 bits
+        # Flash attention has 16 bits, and does not run on a CPU beside a GPU.
+        auto_switch_to_flash=model.device.type != "cpu" and model.dtype != torch.float32,
     )
 
 
@@ -105,7 +106,8 @@ def generate(model, prompts: list, sampling: GenerationConfig, engine: Continuou
     model.destroy_cached_continuous_batching_manager()  # it would be used in place of a fresh one
     try:
         manager = model.init_continuous_batching(sampling, engine)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a family's own kind
+    # Of a family's own kind, or a flash attention that is installed and does not load.
+    except (AttributeError, LookupError, TypeError, ValueError, ImportError, OSError) as error:
         raise refusal(model, first_line(error)) from error
     names = manager.add_requests(prompts)
     outputs = {}

@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,7 +216,18 @@ def of_class(name, **settings):
     return model(model.config_class(**(SIZES | settings))).eval()
 
 
-REFUSED = {  # the first two at once, the others when they run
+def without_flash():
+    """An installed flash attention whose library does not load, as it was built for another torch."""
+    model = tiny()
+
+    def init(*args):
+        raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c10")
+
+    model.init_continuous_batching = init
+    return model
+
+
+REFUSED = {  # some at once, the others when they run
     "Gemma2ForCausalLM": lambda: of_class("Gemma2ForCausalLM", head_dim=4),  # log-probabilities would be off
     "MambaForCausalLM": lambda: of_class("MambaForCausalLM"),
     "GPT2LMHeadModel": lambda: of_class("GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=4),
@@ -224,11 +236,11 @@ REFUSED = {  # the first two at once, the others when they run
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_that_the_engine_cannot_run(name, caplog, monkeypatch):
+@pytest.mark.parametrize("name, model", [*REFUSED.items(), ("Qwen2ForCausalLM", without_flash)])
+def test_models_that_the_engine_cannot_run(name, model, caplog, monkeypatch):
     """In one line: the engine itself would log a traceback."""
     monkeypatch.setattr(logging.getLogger("ContinuousBatchingLogger"), "handlers", [caplog.handler])
-    model = REFUSED[name]()
+    model = model()
     match = rf"\A{name} does not run in transformers' continuous batching \(.+\): drop --sampler continuous\Z"
     with pytest.raises(BadInput, match=match):
         continuous_rollout(model, PROMPTS, 3, {END}, NOISE)
@@ -245,6 +257,17 @@ def test_the_cache_is_as_large_as_the_rows_need():
     config = continuous.engine_config(tiny(), [[5] * 300, [5]], 100, seed=0)
     assert config.num_blocks == (2 + 1) + (1 + 1)
     assert config.max_batch_tokens == 301
+
+
+def test_flash_attention_is_for_16_bits_and_gpus():
+    """With a GPU beside it, the engine would switch a model on the CPU to flash attention."""
+    for dtype, device, switch in (
+        (torch.bfloat16, "cuda", True),
+        (torch.float32, "cuda", False),
+        (torch.bfloat16, "cpu", False),
+    ):
+        stand_in = SimpleNamespace(dtype=dtype, device=torch.device(device))
+        assert continuous.engine_config(stand_in, [[5]], 8, seed=0).auto_switch_to_flash == switch
 
 
 def test_a_run(world, tmp_path, monkeypatch, capsys):
