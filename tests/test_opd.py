@@ -243,7 +243,7 @@ def test_fp32_logits_of_bf16_tensors_have_the_gradient_of_the_matmul(monkeypatch
     logits = opd.LinearFP32.apply(hidden, weight)
     assert logits.dtype == torch.float32
     exact_hidden, exact_weight = hidden.detach().float(), weight.detach().float()
-    assert torch.allclose(logits, exact_hidden @ exact_weight.T, atol=1e-6)
+    assert torch.allclose(logits, exact_hidden @ exact_weight.T, atol=1e-5)  # a GPU sums in another order
     upstream = normal(10, 40, seed=2)
     logits.backward(upstream)
     for ours, exact in ((hidden.grad, upstream @ exact_weight), (weight.grad, upstream.T @ exact_hidden)):

@@ -307,6 +307,7 @@ def test_the_toy_student_learns_with_every_schedule(world, tmp_path, monkeypatch
     assert AutoModelForCausalLM.from_pretrained(out / "student").config.vocab_size
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="attention's backward on a GPU sums in any order")
 def test_two_runs_with_one_seed_are_the_same(world, tmp_path, monkeypatch):
     weights = []
     for name in "ab":
