@@ -333,7 +333,8 @@ def dtype_name(requested: str, device: torch.device) -> str:
 
     Raises BadInput for bf16 on a GPU that lacks it; without a request, fp32 is used there and a line says so.
     """
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    # torch.cuda.is_bf16_supported asks the current device, whichever is named.
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         card = torch.cuda.get_device_name(device)
         if requested == "bfloat16":
             raise BadInput(f"{card} has no bf16: use --dtype float32, which takes more memory")

@@ -225,13 +225,14 @@ def test_a_quantised_head_is_refused():
 
 
 def test_a_card_without_bf16_says_what_runs(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    capability = {torch.device("cuda:0"): (8, 0), torch.device("cuda:1"): (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    card = torch.device("cuda")
+    card = torch.device("cuda:1")
     assert models.dtype_name("", card) == "float32"
     assert capsys.readouterr().out == "Tesla T4 has no bf16: --dtype float32, which takes more memory\n"
     assert models.dtype_name("float32", card) == "float32" and not capsys.readouterr().out
     with pytest.raises(BadInput, match="Tesla T4 has no bf16: use --dtype float32"):
         models.dtype_name("bfloat16", card)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert models.dtype_name("", card) == models.dtype_name("bfloat16", card) == "bfloat16"
+    other = torch.device("cuda:0")
+    assert models.dtype_name("", other) == models.dtype_name("bfloat16", other) == "bfloat16"
