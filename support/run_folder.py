@@ -43,6 +43,8 @@ SAFE = (
     "micro_batch",
     "checkpointing",
     "eval_batch",
+    "device",
+    "teacher_device",
     "dry_run",
     "tracker",
     "shard",
@@ -79,7 +81,8 @@ def check_device_flags(knobs, device: torch.device) -> None:
         raise BadInput(f"--sampler continuous does not run on {device}: drop it, or use --device cuda")
     if knobs.teacher_device:
         models.find_device(knobs.teacher_device)
-    models.check_bits(knobs.teacher_bits)
+    if not knobs.dry_run:  # which loads no model
+        models.check_bits(knobs.teacher_bits)
     if knobs.shard and os.environ.get("WORLD_SIZE", "1") == "1":
         raise BadInput("--shard needs several processes: start with torchrun, or give --no-shard")
 

@@ -127,7 +127,8 @@ def test_ten_steps_equal_five_and_resume_and_five(
 
 def test_a_finished_run_may_grow(world, tmp_path, monkeypatch):
     main(monkeypatch, f"{SHORT} --steps 4 --out {tmp_path}/run")
-    main(monkeypatch, f"--resume {tmp_path}/run --steps 7 --micro-batch 99")
+    elsewhere = "--device cpu --teacher-device cpu"  # the run may move: its GPUs may be gone
+    main(monkeypatch, f"--resume {tmp_path}/run --steps 7 --micro-batch 99 {elsewhere}")
     assert [int(row["step"]) for row in metrics(tmp_path / "run")] == list(range(7))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 7
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 import eval_math
 import train
 from rollout import rollout
-from support import run_folder, toy
+from support import models, run_folder, toy
 from support.checkpoint import CheckpointedRun
 from support.cli import BadInput, Stopped
 
@@ -224,6 +224,13 @@ def test_rows_after_a_checkpoint_are_dropped(tmp_path):
     run_folder.drop_rows_after(tmp_path, 3, total=6)
     assert [row["step"] for row in run_folder.read_csv(tmp_path / "metrics.csv")] == ["0", "1", "2"]
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "eval_step_2.jsonl", "eval_before.jsonl"}
+
+
+def test_an_estimate_needs_no_library_for_few_bits(monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    run_folder.check_device_flags(train.Knobs(teacher_bits="4", dry_run=True), CPU)
+    with pytest.raises(BadInput, match="needs bitsandbytes"):
+        run_folder.check_device_flags(train.Knobs(teacher_bits="4"), CPU)
 
 
 def test_continuous_batching_is_refused_where_it_does_not_run():
