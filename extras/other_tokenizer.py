@@ -180,15 +180,15 @@ def valid_start(raw: bytes) -> str:
 @torch.no_grad()
 def log_sums(head: Callable, hidden: Tensor, sets: list[tuple[int, list[int]]], temperature: float) -> list:
     """The log-probability of each set (n, tokens), predicted by state n of hidden, (N, D): float64 nats."""
-    state = torch.tensor([n for n, tokens in sets for _ in tokens], dtype=torch.long, device=hidden.device)
-    token = torch.tensor([t for _, tokens in sets for t in tokens], dtype=torch.long, device=hidden.device)
-    owner = [i for i, (_, tokens) in enumerate(sets) for _ in tokens]
-    owner = torch.tensor(owner, dtype=torch.long, device=hidden.device)
-    values = torch.zeros(len(state), dtype=torch.double, device=hidden.device)
+    # On the CPU: Apple's GPU has no float64.
+    state = torch.tensor([n for n, tokens in sets for _ in tokens], dtype=torch.long)
+    token = torch.tensor([t for _, tokens in sets for t in tokens], dtype=torch.long)
+    owner = torch.tensor([i for i, (_, tokens) in enumerate(sets) for _ in tokens], dtype=torch.long)
+    values = torch.zeros(len(state), dtype=torch.double)
     for start in range(0, len(hidden), CHUNK):
         logp = log_probs(head(hidden[start : start + CHUNK]), temperature)
         here = (state >= start) & (state < start + CHUNK)
-        values[here] = logp[state[here] - start, token[here]].double()
+        values[here] = logp[state[here] - start, token[here]].cpu().double()
     top = values.new_full((len(sets),), -torch.inf).scatter_reduce(0, owner, values, "amax")
     total = torch.zeros_like(top).index_add(0, owner, (values - top[owner]).exp())
     return (top + total.log()).tolist()
@@ -303,7 +303,7 @@ class Scorer:
         chunks = sum(len(row.bounds) - 1 for row in aligned)
         size = sum(row.size for row in aligned)
         every = torch.ones_like(statistics["reverse_kl"])
-        ratio = -statistics["reverse_kl"].double().sum().item() / max(size, 1)
+        ratio = -statistics["reverse_kl"].cpu().double().sum().item() / max(size, 1)
         more = {"chunk_length": every * normalizer / max(chunks, 1), "log_ratio_per_byte": every * ratio}
         return loss, statistics | more
 
