@@ -204,8 +204,8 @@ def move_head(head: Any, device: torch.device) -> Any:
 
 def print_notes(student, teacher, dtype: torch.dtype) -> None:
     """Print what a user may not expect of a pair."""
-    if student.device.type == "cpu" and dtype == torch.bfloat16:
-        what = "bf16 on a CPU: logits are rounded to bf16, see RESULTS.md"
+    if student.device.type != "cuda" and dtype == torch.bfloat16:
+        what = f"bf16 on {student.device.type}: logits are rounded to bf16, see RESULTS.md"
         print(f"{what}; --dtype float32 avoids it", flush=True)
     if teacher.num_parameters() < student.num_parameters():
         print("the teacher is smaller than the student: fine if it is the better one", flush=True)

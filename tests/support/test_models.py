@@ -1,5 +1,7 @@
 """Loading of models, and what has to be true of them before training starts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -222,6 +224,15 @@ def test_a_quantised_head_is_refused():
     model.lm_head.weight = torch.nn.Parameter(torch.ones(50, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(BadInput, match="not a linear layer, or quantised"):
         models.check_architecture(model)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_rounded_logits_are_said_where_they_are_rounded(device, capsys):
+    model = SimpleNamespace(device=torch.device(device), num_parameters=lambda: 1)
+    models.print_notes(model, model, torch.bfloat16)
+    assert (f"bf16 on {device}: logits are rounded" in capsys.readouterr().out) == (device != "cuda")
+    models.print_notes(model, model, torch.float32)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_card_without_bf16_says_what_runs(monkeypatch, capsys):
