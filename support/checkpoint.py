@@ -153,7 +153,12 @@ class CheckpointedRun(run_folder.Run):
         self.save_pair(self.pair, self.folder / "student")
 
     def stop_on_fault(self, error: Exception, shape: str) -> None:
-        """Raise Stopped with one line if memory, disk or another process is the cause; else return."""
+        """Raise Stopped with one line if memory, disk or another process is the cause; else return.
+
+        A BadInput on the way, of a sampler that fails for example, has its own line: the state is saved.
+        """
+        if isinstance(error, BadInput):
+            self.save_last()
         if isinstance(error, ProcessEnded):  # torchrun will end this one as well
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)

@@ -375,6 +375,23 @@ def test_out_of_memory_saves_a_checkpoint_and_names_the_flags(whole, tmp_path, m
     assert weights(tmp_path / "run") == weights(whole)  # evaluations do not change the training
 
 
+def test_a_sampler_that_fails_on_the_way_loses_no_step(whole, tmp_path, monkeypatch):
+    sample = train.rollout
+
+    def failing(*args, **kwargs):
+        if (tmp_path / "run/metrics.csv").exists() and len(metrics(tmp_path / "run")) == 4:
+            raise BadInput("the engine has stopped")
+        return sample(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rollout", failing)
+        with pytest.raises(BadInput, match="the engine has stopped"):
+            main(monkeypatch, f"{SHORT} --eval-limit 0 --save-every 0 --out {tmp_path}/run")
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-000004.safetensors"]
+    main(monkeypatch, f"--resume {tmp_path}/run")
+    assert weights(tmp_path / "run") == weights(whole)
+
+
 def test_out_of_memory_in_an_evaluation_saves_no_half_done_step(whole, tmp_path, monkeypatch):
     """The update is done by then, the step is not: a checkpoint would apply the update twice."""
     evaluate = train.evaluate
