@@ -328,11 +328,11 @@ def main() -> int | None:
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
         from extras.ranks import join
 
-        ranks = join(load_pair, score, adamw)  # returns on rank 0; the others serve it, and exit
+        ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
-    # What is done with the models. With several processes, rank 0 calls functions that divide it among them.
-    functions = {"load_pair": load_pair, "rollout": rollout, "score": score, "adamw": adamw}
-    engine = ranks.start(knobs) if ranks else SimpleNamespace(**functions, run=CheckpointedRun)
+    # Five things done with the models. With torchrun rank 0 has the same five, divided among the processes.
+    one = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
+    engine = ranks.start(knobs) if ranks else one
     schedule = partial(
         make_schedule,
         name=knobs.schedule,
@@ -404,7 +404,7 @@ def main() -> int | None:
         hashes = run_folder.training_inputs(knobs, problems, test)
         run_folder.write_config(folder, asdict(knobs), device, hashes)
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        sampler = engine.rollout if ranks else None  # None: as --sampler says
+        sampler = engine.rollout if ranks else None  # None: as --sampler says; ranks check theirs
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler, scorer=scorer)
         run.save_student()
         summary |= {"seconds": run.seconds(), "after": grade(pair.student, "after")}

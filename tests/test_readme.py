@@ -14,6 +14,7 @@ import probe
 import pytest
 import steps
 import torch
+import words
 from conftest import END, pair_of, tiny
 from torch.distributed import run as torchrun
 from transformers import Qwen2Config
@@ -103,7 +104,8 @@ def test_the_whole_method_learns_on_the_toy(method, world):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_exist(name):
-    classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs, gpu.Knobs]
+    classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs, gpu.Knobs, words.Knobs]
+
     classes += [knobs for _, knobs in probe.PROBES.values()]
     flags = {cli.flag_of(f.name) for knobs in classes for f in dataclasses.fields(knobs)}
     flags |= {"--no-checkpointing", "--no-shard", "--help"}

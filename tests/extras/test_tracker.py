@@ -1,6 +1,7 @@
 """Trackers, read back with their own readers; without network."""
 
 import sys
+import time
 
 import pytest
 
@@ -48,7 +49,11 @@ def test_wandb_offline(world, tmp_path, monkeypatch):
     trained(monkeypatch, tmp_path / "run", "wandb")
     wandb.finish()  # at exit, it does this itself
     files = list((tmp_path / "run" / "wandb").rglob("*.wandb"))
-    assert len(files) == 1 and b"reverse_kl" in files[0].read_bytes()
+    assert len(files) == 1
+    deadline = time.monotonic() + 30  # another process writes the file
+    while b"reverse_kl" not in files[0].read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert b"reverse_kl" in files[0].read_bytes()
 
 
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):

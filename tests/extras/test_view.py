@@ -179,8 +179,8 @@ def test_wrong_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch)
     (folder / "student").mkdir()
     config = json.loads((run / "config.json").read_text())
     for changed, remedy in (
-        ({name: config[name] for name in ("steps", "lr")}, "start a new one"),  # of an older version
-        (config | {"eval_limit": 0}, "with --data"),
+        (config | {"unknown": 1}, "start a new one"),  # of another version
+        (config | {"eval_limit": 0, "digests": {}}, "with --data"),
     ):
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(BadInput, match=remedy):
