@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -213,18 +214,15 @@ def train(
     knobs: Knobs,
     run: run_folder.Run,
     grade: Callable[[object, str], dict] | None = None,  # (model, name) -> held-out scores
-    sampler: Callable[..., Rollout] | None = None,  # rollouts of any source; default: knobs.sampler
+    sampler: Callable[..., Rollout] = rollout,
+    check_first: bool = True,  # whether step 0 checks the sampler; not for rollouts by another model
+    scorer: Callable[..., tuple[float, dict[str, Tensor]]] = score,
     loss_mask: Callable[[int, Rollout], Tensor] | None = None,  # (B, R) bool; default: all response tokens
     divergence: Divergence | None = None,  # default: knobs.divergence
     teacher_temperature: float | None = None,
-    scorer: Callable[..., tuple[float, dict[str, Tensor]]] = score,
 ) -> None:
-    """The training loop; `run` is what surrounds it. The last five are for experiments and extras."""
+    """The training loop; `run` is what surrounds it. The last six are for experiments and extras."""
     divergence = DIVERGENCES[knobs.divergence] if divergence is None else divergence
-    students_own = sampler is None  # it records the log-probabilities that the student scores
-    sampler = rollout if students_own else sampler
-    if students_own and knobs.sampler == "continuous":
-        from extras.continuous import continuous_rollout as sampler
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
 
@@ -254,9 +252,10 @@ def train(
                 teacher_temperature=teacher_temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if step == 0 and students_own:  # is the sampled distribution the one in the loss?
+            if step == 0 and check_first:  # is the sampled distribution the one in the loss?
                 sampled = rollouts.logp[statistics["row"], statistics["position"]]
-                models.check_sampler(pair.student, sampled, statistics["student_logp"], knobs.sampler)
+                scored = statistics["student_logp"]
+                models.check_sampler(pair.student, sampled, scored, knobs.sampler, knobs.dtype)
 
         # 3. One AdamW step. A non-finite loss or gradient ends the run before the weights move.
         with run.timed("update_s"):
@@ -322,26 +321,58 @@ def save_student(pair: Pair, folder: Path) -> None:
     models.save_model(pair.student, pair.tokenizer, folder, state_dict)
 
 
+class HeldOut(NamedTuple):
+    """What a model is evaluated with. The teacher has its own if its tokenizer differs from the student's."""
+
+    tokenizer: object
+    prompts: list[list[int]]
+    problems: list[data.Problem]
+    eos_ids: set[int]
+
+
+def held_out_scores(model, held_out: HeldOut, path: Path, knobs: Knobs, sampler: Callable) -> dict:
+    """Scores of full-length answers to the held-out problems; the answers are written to `path`."""
+    records = evaluate(
+        model,
+        held_out.tokenizer,
+        held_out.prompts,
+        held_out.problems,
+        held_out.eos_ids,
+        path=path,
+        max_new_tokens=knobs.max_new_tokens,
+        batch_size=batch_that_fits(model, held_out.prompts, knobs.max_new_tokens, knobs.eval_batch),
+        seed=knobs.seed,
+        temperature=knobs.eval_temperature,
+        sampler=sampler,
+    )
+    return score_answers(records)
+
+
+def schedule_of(knobs: Knobs) -> Callable[[int], int]:
+    """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule."""
+    return make_schedule(
+        name=knobs.schedule,
+        budget=knobs.max_new_tokens,
+        steps=knobs.steps,
+        horizon=knobs.horizon,
+        growth=knobs.popd_growth,
+        interval=knobs.popd_interval,
+    )
+
+
 def main() -> int | None:
-    """Check everything that can be checked before the first step, then train."""
+    """Read settings, problems and models, checking all that can be checked before the first step; train."""
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
         from extras.ranks import join
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
-    # Five things done with the models. With torchrun rank 0 has the same five, divided among the processes.
+    # What is done with the models. With torchrun rank 0 has the same five, divided among the processes.
     one = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
     engine = ranks.start(knobs) if ranks else one
-    schedule = partial(
-        make_schedule,
-        name=knobs.schedule,
-        budget=knobs.max_new_tokens,
-        steps=knobs.steps,
-        growth=knobs.popd_growth,
-        interval=knobs.popd_interval,
-    )
-    horizon_at = schedule(horizon=knobs.horizon)
+    horizon_at = schedule_of(knobs)
+
     run_folder.build_world(knobs, rollout)
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
@@ -351,6 +382,7 @@ def main() -> int | None:
 
         print(memory.dry_run(knobs, problems, max(map(horizon_at, range(knobs.steps))), device))
         return None
+
     differ = models.tokenizers_differ(knobs.student, knobs.teacher, knobs.divergence)
     how = {"teacher_device": knobs.teacher_device, "teacher_bits": knobs.teacher_bits, "differ": differ}
     pair = engine.load_pair(
@@ -359,38 +391,27 @@ def main() -> int | None:
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
+    held_out = HeldOut(pair.tokenizer, test_prompts, test, pair.eos_ids)
+    of_teacher = held_out
+    sampler = engine.rollout
     scorer = engine.score
-    # What each model is evaluated with: tokenizer, prompts, problems, ids that end an answer.
-    own = (pair.tokenizer, test_prompts, test, pair.eos_ids)
-    evaluated_with = {pair.student: own, pair.teacher: own}
+    if knobs.sampler == "continuous":
+        from extras.continuous import continuous_rollout as sampler
     if differ:
         from extras.other_tokenizer import prepare
 
-        scorer, evaluated_with[pair.teacher] = prepare(pair, hidden_states, prompts, problems, test, knobs)
+        scorer, own = prepare(pair, hidden_states, prompts, problems, test, knobs)
+        of_teacher = HeldOut(*own)
     if knobs.horizon == "auto":
         from extras import profile_horizon
 
         knobs = replace(knobs, horizon=profile_horizon.choose(scorer, pair, prompts, knobs))
-        horizon_at = schedule(horizon=knobs.horizon)
+        horizon_at = schedule_of(knobs)
 
     def grade(model, name: str) -> dict | None:
-        if not test:
-            return None
-        tokenizer, texts, held_out, eos_ids = evaluated_with[model]
-        records = evaluate(
-            model,
-            tokenizer,
-            texts,
-            held_out,
-            eos_ids,
-            path=folder / f"eval_{name}.jsonl",
-            max_new_tokens=knobs.max_new_tokens,
-            batch_size=batch_that_fits(model, texts, knobs.max_new_tokens, knobs.eval_batch),
-            seed=knobs.seed,
-            temperature=knobs.eval_temperature,
-            sampler=engine.rollout,
-        )
-        return score_answers(records)
+        about = of_teacher if model is pair.teacher else held_out
+        path = folder / f"eval_{name}.jsonl"
+        return held_out_scores(model, about, path, knobs, engine.rollout) if test else None
 
     optimizer = engine.adamw(pair, knobs)
     run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
@@ -404,8 +425,7 @@ def main() -> int | None:
         hashes = run_folder.training_inputs(knobs, problems, test)
         run_folder.write_config(folder, asdict(knobs), device, hashes)
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        sampler = engine.rollout if ranks else None  # None: as --sampler says; ranks check theirs
-        train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler, scorer=scorer)
+        train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler=sampler, scorer=scorer)
         run.save_student()
         summary |= {"seconds": run.seconds(), "after": grade(pair.student, "after")}
         run.track(knobs.steps, summary)

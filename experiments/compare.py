@@ -40,7 +40,7 @@ from support.scores import score_answers
 
 # Flags of train.py that do not apply to a comparison.
 WITHOUT = ("schedule", "horizon", "popd_growth", "popd_interval", "eval_every", "show_every", "save_every")
-WITHOUT += ("resume", "out", "seed", "dry_run")
+WITHOUT += ("resume", "out", "seed", "dry_run", "sampler")
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,6 @@ class Leader:
         self.messages = messages
         self.size = dist.get_world_size()
         self.waiting = False  # whether another rank may be sending what will not be received
-        self.sampler_checked = False
-        self.dtype: torch.dtype | None = None  # of the matmuls; default: that of the student's weights
         atexit.register(self.close)
 
     def start(self, knobs) -> "Leader":
@@ -213,10 +211,6 @@ class Leader:
             of_rank["row"] = torch.tensor(part)[of_rank["row"]]  # of the step, not of the share
         statistics = {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
         statistics = {name: values.to(rollouts.tokens.device) for name, values in statistics.items()}
-        if not self.sampler_checked:
-            self.sampler_checked = True
-            sampled = rollouts.logp[statistics["row"], statistics["position"]]
-            models.check_sampler(pair.student, sampled, statistics["student_logp"], dtype=self.dtype)
         return sum(losses), statistics
 
     def adamw(self, pair, knobs) -> torch.optim.Optimizer:

@@ -217,16 +217,17 @@ SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def check_sampler(
-    model, sampled: Tensor, scored: Tensor, sampler: str = "plain", dtype: torch.dtype | None = None
+    model, sampled: Tensor, scored: Tensor, sampler: str = "plain", dtype_name: str = ""
 ) -> None:
     """Compare the log-probabilities recorded while sampling with those of one pass over the text, (N,) each.
 
     They are the same numbers, unless cache, padding or positions are wrong, or the model is random. Raises
-    BadInput, naming the model's class. NaN is not compared.
+    BadInput, naming the model's class. NaN is not compared. `dtype_name` is that of the matmuls, if the
+    weights have another one.
     """
     gap = (sampled.float() - scored.float()).abs()
     gap = gap[gap.isfinite()]
-    if gap.mean() > SAMPLER_TOLERANCE[dtype or model.dtype]:
+    if gap.mean() > SAMPLER_TOLERANCE[getattr(torch, dtype_name) if dtype_name else model.dtype]:
         what = f"{type(model).__name__} samples from another distribution than a pass over the text gives"
         size = f"log-probabilities differ by {gap.mean():.2g} nats on average, by {gap.max():.2g} at most"
         remedy = "name another model" if sampler == "plain" else f"drop --sampler {sampler}"

@@ -290,7 +290,8 @@ def test_another_distribution_is_refused_before_the_first_update(dtype, wrong, m
     def step():
         run = run_folder.Run(pair.student.device)
         knobs = replace(KNOBS, lr=0.0)
-        train.train(pair, train.adamw(pair, knobs), PROMPTS, lambda step: 9, knobs, run)
+        sampler = continuous.continuous_rollout
+        train.train(pair, train.adamw(pair, knobs), PROMPTS, lambda step: 9, knobs, run, sampler=sampler)
 
     step()
 
