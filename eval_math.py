@@ -54,8 +54,6 @@ BENCHMARKS = {  # name: (hub data set, its split, instruction)
 
 def boxed(text: str) -> list[str]:
     r"""The contents of each \boxed{...}, in closing order; blank and overlong ones are skipped."""
-    if r"\boxed" not in text and r"\fbox" not in text:
-        return []
     found = []
     opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
     for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<escaped>\\[{}])|(?P<brace>[{}])", text):
@@ -63,9 +61,9 @@ def boxed(text: str) -> list[str]:
             opened.append((bool(match["box"]), match.end()))
         elif match["brace"] == "}" and opened:
             is_box, start = opened.pop()
-            content = text[start : min(match.start(), start + LONGEST_ANSWER + 1)].strip()
+            content = text[start : min(match.start(), start + LONGEST_ANSWER + 1)]
             if is_box and len(content) <= LONGEST_ANSWER and not is_blank(content):
-                found.append(content)
+                found.append(content.strip())
     return found
 
 
@@ -77,6 +75,7 @@ def after_hashes(text: str) -> list[str]:
 
 def after_phrase(text: str) -> list[str]:
     """What follows "the answer is", "answer:" or "answer =", up to the end of the sentence."""
+    # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     starts = islice(re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I), 100)
     end = re.compile(r"\.\s|\.?\*{0,9}[ \t]{0,20}$|\n|,\s(?=[a-z]{2})", re.M)
     pieces = [text[start.end() : start.end() + 240] for start in starts]
@@ -93,8 +92,8 @@ def extract(response: str, last_box: bool = False) -> str | None:
     r"""The final answer of a response, by the first rule that finds one; None if there is none.
 
     The rules: \boxed{x}, "#### x", "the answer is x", the last number. The first box counts, not the last: a
-    student that has not learned to stop continues after its answer and repeats boxes; `last_box` shows the
-    effect.
+    student that has not learned to stop continues after its answer and repeats boxes. With `last_box` the
+    last box counts instead, for a column of the scores that shows the effect.
     """
     response = without_reasoning(response)
     for rule in (boxed, after_hashes, after_phrase, last_number):
@@ -111,7 +110,7 @@ def has_box(response: str) -> bool:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Whether the final answer of `response` equals `answer`."""
+    """Whether the final answer of `response` equals `answer`; for use from Python."""
     return one_grader(extract, has_box).verdict(response, answer)["correct"]
 
 
@@ -129,13 +128,14 @@ def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:
 
 @torch.no_grad()
 def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -> None:
-    """Raises BadInput if one pass over the last answer gives it another probability than the sampler did."""
+    """Raises BadInput unless one pass over the last answer gives the log-probabilities of the sampler."""
     row = len(rollouts.prompts) - 1  # the row with the most padding
     mask = rollouts.response_mask[row]
     ids, predicts = model_inputs(rollouts, [row], rollouts.response_mask)
     logits = model(input_ids=ids, use_cache=False).logits[predicts].float()
-    logp = log_probs(logits, temperature or 1)
-    logp = keep_top_p(logp, top_p) if top_p < 1 else logp
+    logp = log_probs(logits, temperature or 1)  # greedy sampling records those of temperature 1
+    if temperature > 0 and top_p < 1:
+        logp = keep_top_p(logp, top_p)
     models.check_sampler(model, rollouts.logp[row][mask], token_logp(logp, rollouts.tokens[row][mask]))
 
 
@@ -152,7 +152,7 @@ def evaluate(
     seed: int = 0,
     temperature: float = 0.0,  # 0 is greedy
     top_p: float = 1.0,
-    sampler: Callable[..., Rollout] | None = None,  # default: rollout
+    sampler: Callable[..., Rollout] = rollout,
 ) -> list[dict]:
     """One record per answer, written to the JSONL file `path` batch by batch; batches found there are kept.
 
@@ -160,7 +160,7 @@ def evaluate(
     the same scores. Longest prompts come first: a batch that does not fit into memory fails at once.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    keys = [(seed, i, k) for i in order for k in range(samples)]
+    keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
     records = run_folder.whole_batches(path, len(keys))
     size = records[0]["batch_size"] if records else batch_size  # other batches would round differently
     bar = tqdm(total=len(keys), initial=len(records), desc=path.stem, unit="answer", leave=False)
@@ -168,19 +168,20 @@ def evaluate(
         for start in range(len(records), len(keys), size):
             batch = keys[start : start + size]
             began = time.perf_counter()
-            noise = sampling_noise([("evaluation", *key) for key in batch], max_new_tokens)
-            questions = [prompts[i] for _, i, _ in batch]
-            rollouts = (sampler or rollout)(
-                model, questions, max_new_tokens, eos_ids, noise, temperature=temperature, top_p=top_p
+            noise = sampling_noise([("evaluation", seed, i, k) for i, k in batch], max_new_tokens)
+            batch_prompts = [prompts[i] for i, _ in batch]
+            batch_problems = [problems[i] for i, _ in batch]
+            rollouts = sampler(
+                model, batch_prompts, max_new_tokens, eos_ids, noise, temperature=temperature, top_p=top_p
             )
-            models.check_finite(model, rollouts.logp, [problems[i].question for _, i, _ in batch])
+            models.check_finite(model, rollouts.logp, [problem.question for problem in batch_problems])
             if not records:
                 check_sampling(model, rollouts, temperature, top_p)
             answers = decode_answers(rollouts, tokenizer)
             seconds = (time.perf_counter() - began) / len(answers)
-            golds = [problems[i].answer for _, i, _ in batch]
+            golds = [problem.answer for problem in batch_problems]
             verdicts = grader.grade([answer["response"] for answer in answers], golds)
-            for (_, i, _), answer, verdict in zip(batch, answers, verdicts):
+            for (i, _), answer, verdict in zip(batch, answers, verdicts):
                 about = {"index": i, "problem": problems[i].question, "seconds": seconds, "batch_size": size}
                 records.append(about | answer | verdict)
             file.write("".join(json.dumps(record) + "\n" for record in records[start:]))
@@ -192,9 +193,9 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Knobs:
-    model: tuple[str, ...] = knob((), "hub name or folder; two are compared", group="models and problems")
+    model: tuple[str, ...] = knob((), "hub name or folder; several are compared", group="models and problems")
     benchmark: tuple[str, ...] = knob((), "may be repeated", choices=BENCHMARKS)
-    data: tuple[str, ...] = knob((), "file, folder or hub data set instead; its test split")
+    data: tuple[str, ...] = knob((), "file, folder or hub data set; its test split; may be repeated")
     question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
     answer_column: str = knob("", "default: found by name")
     skip_bad_rows: bool = knob(False, "leave out rows that cannot be read, instead of stopping")
@@ -242,21 +243,21 @@ def evaluate_model(
     model = models.load_model(name, getattr(torch, knobs.dtype), device)
     eos_ids = models.eos_ids(tokenizer, model)
     records = {}
-    for benchmark, questions in problems.items():
+    for benchmark, its_problems in problems.items():
         default = BENCHMARKS[benchmark][2] if benchmark in BENCHMARKS else INSTRUCTION
         instruction = default if knobs.instruction is None else knobs.instruction
         prompts = data.render(
-            tokenizer, questions, instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT
+            tokenizer, its_problems, instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT
         )
         models.check_context([model], prompts, knobs.max_new_tokens)
         batch_size = batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
-        if not (folder / "config.json").exists():  # nothing is written before every input has been checked
+        if not (folder / "config.json").exists():  # once the first model has loaded and its prompts fit
             run_folder.write_config(folder, asdict(knobs), device, inputs)
         records[benchmark] = evaluate(
             model,
             tokenizer,
             prompts,
-            questions,
+            its_problems,
             eos_ids,
             folder / f"{label}-{benchmark}.jsonl",
             knobs.max_new_tokens,
@@ -265,6 +266,7 @@ def evaluate_model(
             seed=knobs.seed,
             temperature=knobs.temperature,
             top_p=knobs.top_p,
+            sampler=rollout,
         )
     return records
 

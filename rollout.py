@@ -20,7 +20,7 @@ class Rollout:
     prompts: list[list[int]]
     tokens: Tensor  # (B, R) int64, 0 after the end
     response_mask: Tensor  # (B, R) bool, True on sampled tokens, the eos token included
-    logp: Tensor  # (B, R) fp32, log-probability of each token under the distribution it was sampled from
+    logp: Tensor | None  # (B, R) fp32, with which the student sampled each token; None if it did not
     finished: Tensor  # (B,) bool, True if the row ended with an eos token, False if the horizon cut it
 
 
@@ -37,27 +37,25 @@ def sampling_noise(keys: Iterable[object], horizon: int) -> Tensor:
     return torch.stack(rows)
 
 
-def sample(
-    logits: Tensor, temperature: float, uniform: Tensor | None, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, temperature: float, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """One token a row from softmax(logits / temperature), the argmax at temperature 0.
 
-    (b, V) logits, (b,) uniform numbers -> tokens (b,), logp (b,). The token is the first at which the
-    cumulative distribution exceeds the uniform number, so a token of probability 0 is never drawn. NaN logits
-    give a NaN logp.
+    (b, V) logits, (b,) uniform numbers -> tokens (b,), logp (b,). The token is the first whose cumulative
+    probability exceeds the uniform number (inverse transform sampling), so one of probability 0 is never
+    drawn. At temperature 0, logp is that of temperature 1, and top_p is not used. NaN logits give a NaN logp.
     """
     if temperature not in (0, 1):
         logits = logits.float() / temperature
     logp = torch.log_softmax(logits, dim=-1, dtype=torch.float)
     if temperature == 0:
         token = logp.argmax(-1, keepdim=True)
-        return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
-    if top_p < 1:
-        logp = keep_top_p(logp, top_p)
-    cumulative = logp.exp().cumsum_(-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]  # the last sum is 1 up to rounding
-    token = torch.searchsorted(cumulative, threshold, right=True)
-    token = token.clamp_max(logp.shape[-1] - 1)  # NaN logits exceed no threshold
+    else:
+        if top_p < 1:
+            logp = keep_top_p(logp, top_p)
+        cumulative = logp.exp().cumsum_(-1)
+        threshold = uniform[:, None] * cumulative[:, -1:]  # the last sum is 1 up to rounding
+        token = torch.searchsorted(cumulative, threshold, right=True)
+        token = token.clamp_max(logp.shape[-1] - 1)  # NaN logits exceed no threshold
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
 
 
@@ -146,6 +144,7 @@ def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
     lengths = [len(prompt) + n for prompt, n in zip(rollouts.prompts, response_lengths)]
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # The first row of a group is its longest.
         if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens:
             groups.append([])
         groups[-1].append(row)

@@ -3,7 +3,8 @@
     H = min(T, H0 + growth * floor(step / interval))
 
 Sampling stops after H response tokens, or at an eos token if that comes first. T is the budget, the full
-response length (`--max-new-tokens`); H0 is `--horizon`. `python schedules.py` draws H in the terminal.
+response length (`--max-new-tokens`). H0 is `--horizon`: a number of tokens N, or a fraction rho of T.
+`python schedules.py` draws H in the terminal.
 
     full   on-policy distillation: H = T
     popd   progressive OPD: H grows from H0 to T (Zhang et al., arXiv 2605.31490)
@@ -22,7 +23,7 @@ from support.cli import BadInput, NoKnobs, parse, run_main
 def linear(step: int, steps: int, budget: int, start: int, growth: int, interval: int) -> int:
     """The horizon in tokens at `step`, from 0 to steps - 1: the formula of all four schedules.
 
-    With growth 0, that of schedules that do not grow, H = H0.
+    A schedule that does not grow has growth 0, so H = H0. `steps` is not used here; other formulas need it.
     """
     return min(budget, start + growth * (step // interval))
 
@@ -64,21 +65,23 @@ def make_schedule(
     start = first_horizon(schedule.horizon if horizon in (None, "auto") else horizon, budget)
     if name == "full" and start < budget:
         raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")
-    interval = max(1, steps // 30) if interval is None else interval
-    if growth is None and interval > 0:
-        additions = max(1, steps * 2 // 3 // interval)
-        growth = math.ceil((budget - start) / additions)
-    if schedule.grows and not (growth and growth > 0 and 0 < interval < steps):
-        what = f"{name} from {start} to {budget} tokens in {steps} steps, {growth} more every {interval}"
-        raise BadInput(f"{what}, never grows: start lower, grow by more or more often, or raise --steps")
-    growth = growth if schedule.grows else 0
+    if schedule.grows:
+        interval = max(1, steps // 30) if interval is None else interval
+        if growth is None:
+            additions = max(1, steps * 2 // 3 // max(1, interval))
+            growth = math.ceil((budget - start) / additions)
+        if growth <= 0 or not 0 < interval < steps:
+            what = f"{name} from {start} to {budget} tokens in {steps} steps, {growth} more every {interval}"
+            raise BadInput(f"{what}, never grows: start lower, grow by more or more often, or raise --steps")
+    else:
+        growth, interval = 0, 1
     settings = {"steps": steps, "budget": budget, "start": start, "growth": growth, "interval": interval}
     return partial(schedule.formula, **settings)
 
 
 def first_horizon(horizon: float, budget: int) -> int:
     """H0 in tokens, at least 1, from a fraction up to 1 or a number of tokens above 1. Raises BadInput."""
-    if not 0 < horizon <= max(budget, 1) or (horizon > 1 and horizon != int(horizon)):
+    if not 0 < horizon <= budget or (horizon > 1 and horizon != int(horizon)):
         what = f"horizon {horizon:g} is neither a fraction (above 0, up to 1) nor a whole number of tokens"
         raise BadInput(f"{what} within the budget: lower it, or raise --max-new-tokens {budget}")
     return int(horizon) if horizon > 1 else max(1, round(horizon * budget))
@@ -87,7 +90,8 @@ def first_horizon(horizon: float, budget: int) -> int:
 def main() -> None:
     parse(NoKnobs, __doc__)
     for name in SCHEDULES:
-        horizons = [*map(make_schedule(name, budget=1024, steps=60), range(60))]
+        horizon_at = make_schedule(name, budget=1024, steps=60)
+        horizons = [horizon_at(step) for step in range(60)]
         print(f"\n{name}: {sum(horizons) / 60 / 1024:.0%} of the tokens of full rollouts")
         for step in range(0, 60, 6):
             print(f"  step {step:2d} {'#' * (horizons[step] // 16):<64} {horizons[step]}")

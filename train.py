@@ -51,7 +51,7 @@ class Knobs:
     student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "another tokenizer needs --divergence sampled")
     teacher_device: str = knob("", "cpu, or a second GPU such as cuda:1; default: --device")
-    teacher_bits: str = knob("", "of its weights; needs bitsandbytes; default: --dtype", choices=("8", "4"))
+    teacher_bits: str = knob("", "quantise its weights, by bitsandbytes; default: no", choices=("8", "4"))
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
     eval_data: str = knob("", "held-out problems; default: test split of --data, or part of a single file")
     question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
@@ -84,10 +84,10 @@ class Knobs:
     out: str = knob("", "default: the first free runs/<preset>-<schedule>-N", group="the run folder")
     resume: str = knob("", "run folder to continue; its settings are used, --steps may grow")
     save_every: int = knob(25, "steps between checkpoints, and one at the end; 0: none", least=0)
-    show_every: int = knob(10, "steps between rollouts shown with the teacher's gap; 0: none", least=0)
-    tracker: str = knob("", "also log there; must be installed", choices=("tensorboard", "wandb"))
+    show_every: int = knob(10, "steps between printed answers with log q - log p; 0: none", least=0)
+    tracker: str = knob("", "log to it as well; must be installed", choices=("tensorboard", "wandb"))
     seed: int = knob(0, "of data order and sampling", least=0, most=2**32)
-    dtype: str = knob("", "of matmuls; default: the faster one here", choices=("bfloat16", "float32"))
+    dtype: str = knob("", "of matmuls; default: whichever is faster here", choices=("bfloat16", "float32"))
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
     dry_run: bool = knob(False, "estimate the memory, say whether it fits, and stop")
 
@@ -99,6 +99,8 @@ class Pair:
     A bf16 weight has 8 bits of precision: an update of 1e-6 would be rounded away. So the optimizer updates
     the masters, fp32 tensors in which the gradients accumulate too, and the student computes with bf16 copies
     of them. If the student computes in fp32, its weights are the masters.
+
+    Both models stay in evaluation mode: with dropout, sampling and scoring would differ in distribution.
     """
 
     student: torch.nn.Module
@@ -107,7 +109,7 @@ class Pair:
     student_head: OutputHead
     teacher_head: OutputHead
     tokenizer: object
-    vocab_size: int  # ids that both models score; with two tokenizers those of the larger vocabulary
+    vocab_size: int  # ids that can be sampled and both heads score; with two tokenizers, the larger number
     eos_ids: set[int]  # ids that end a response
 
     @torch.no_grad()
@@ -123,7 +125,7 @@ def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], d
     teacher_head = OutputHead.of(teacher, vocab_size)
     models.check_head(student, hidden_states, student_head)
     models.check_head(teacher, hidden_states, teacher_head)
-    teacher_head = models.move_head(teacher_head, student.device)  # to where its logits meet the student's
+    teacher_head = models.move_head(teacher_head, student.device)  # the two distributions are compared there
     masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     for name, weight in student.named_parameters():
         if name in masters and dtype != torch.float32:
@@ -144,7 +146,7 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
 
 
 def hidden_states(model, ids: Tensor) -> Tensor:
-    """The last hidden states, which the output head turns into logits: (M, L) -> (M, L, D), on one device."""
+    """The last hidden states, which the output head makes logits of: (M, L) -> (M, L, D), where `ids` is."""
     hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     return hidden.to(ids.device)
 
@@ -183,11 +185,12 @@ def score(
     for rows in micro_batches(rollouts, micro_batch):
         ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (M, L) each
         row, position = loss_mask[rows].nonzero().T  # (N,) each, row within the micro-batch
+        student_hidden = hidden_states(pair.student, ids)[predicts]  # (N, D)
         with torch.no_grad():
-            teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D)
+            teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D), its own D
         part_loss, part = opd_backward(
             student_head=pair.student_head,
-            student_hidden=hidden_states(pair.student, ids)[predicts],
+            student_hidden=student_hidden,
             teacher_head=pair.teacher_head,
             teacher_hidden=teacher_hidden,
             tokens=rollouts.tokens[rows][loss_mask[rows]],
@@ -203,6 +206,7 @@ def score(
 
 
 def adamw(pair: Pair, knobs: Knobs) -> torch.optim.AdamW:
+    """AdamW on the masters. `train` sets the learning rate of each step."""
     return torch.optim.AdamW(pair.masters.values(), betas=(0.9, knobs.beta2), weight_decay=0, fused=True)
 
 
@@ -215,25 +219,23 @@ def train(
     run: run_folder.Run,
     grade: Callable[[object, str], dict] | None = None,  # (model, name) -> held-out scores
     sampler: Callable[..., Rollout] = rollout,
-    check_first: bool = True,  # whether step 0 checks the sampler; not for rollouts by another model
     scorer: Callable[..., tuple[float, dict[str, Tensor]]] = score,
-    loss_mask: Callable[[int, Rollout], Tensor] | None = None,  # (B, R) bool; default: all response tokens
-    divergence: Divergence | None = None,  # default: knobs.divergence
-    teacher_temperature: float | None = None,
 ) -> None:
-    """The training loop; `run` is what surrounds it. The last six are for experiments and extras."""
-    divergence = DIVERGENCES[knobs.divergence] if divergence is None else divergence
+    """The training loop. `run` numbers, times and logs the steps (support/run_folder.py), and saves them.
+
+    `sampler` and `scorer` take the place of `rollout` and `score`: extras and experiments have their own.
+    """
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
 
         # 1. The student answers this step's prompts with at most `horizon` tokens each.
         with run.timed("rollout_s"):
             indices = data.batch(len(prompts), knobs.batch_size, step, knobs.seed)
-            questions = [prompts[i] for i in indices for _ in range(knobs.rollouts_per_prompt)]
-            noise = sampling_noise([(knobs.seed, step, row) for row in range(len(questions))], horizon)
+            batch = [prompts[i] for i in indices for _ in range(knobs.rollouts_per_prompt)]
+            noise = sampling_noise([(knobs.seed, step, row) for row in range(len(batch))], horizon)
             rollouts = sampler(
                 pair.student,
-                questions,
+                batch,
                 horizon,
                 pair.eos_ids,
                 noise,
@@ -246,13 +248,11 @@ def train(
             loss, statistics = scorer(
                 pair,
                 rollouts,
-                loss_mask=loss_mask(step, rollouts) if loss_mask else None,
-                divergence=divergence,
+                divergence=DIVERGENCES[knobs.divergence],
                 temperature=knobs.temperature,
-                teacher_temperature=teacher_temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if step == 0 and check_first:  # is the sampled distribution the one in the loss?
+            if step == 0 and rollouts.logp is not None:  # is the sampled distribution the one in the loss?
                 sampled = rollouts.logp[statistics["row"], statistics["position"]]
                 scored = statistics["student_logp"]
                 models.check_sampler(pair.student, sampled, scored, knobs.sampler, knobs.dtype)
@@ -286,7 +286,7 @@ def load_pair(
     device: torch.device,
     checkpointing: bool = False,
     low_memory: bool = False,
-    differ: bool = False,  # whether their tokenizers may differ
+    differ: bool = False,  # whether the teacher may have its own tokenizer
     teacher_device: str = "",  # default: `device`
     teacher_bits: str = "",
 ) -> Pair:
@@ -295,6 +295,7 @@ def load_pair(
     teacher_tokenizer = models.load_tokenizer(teacher_name)
     vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer, differ)
     dtype = getattr(torch, dtype_name)
+    # In fp32, for the masters; with LoRA these weights are not trained.
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
     place = models.find_device(teacher_device) if teacher_device else device
     teacher = models.load_model(teacher_name, dtype, place, teacher_bits).requires_grad_(False)
@@ -306,7 +307,8 @@ def load_pair(
     if checkpointing:
         models.enable_checkpointing(student)
     # The teacher may end its answers with an id that the student's list lacks; the student learns to use it.
-    eos_ids = models.eos_ids(tokenizer, student, *([] if differ else [teacher]))
+    with_eos = [student] if differ else [student, teacher]
+    eos_ids = models.eos_ids(tokenizer, *with_eos)
     student.generation_config.eos_token_id = sorted(eos_ids)
     return make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
 
@@ -361,18 +363,20 @@ def schedule_of(knobs: Knobs) -> Callable[[int], int]:
 
 
 def main() -> int | None:
-    """Read settings, problems and models, checking all that can be checked before the first step; train."""
+    """Check all that can be checked before the first step, then train. Returns what cli.run_main expects."""
+    # 1. Settings and problems.
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
         from extras.ranks import join
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
-    # What is done with the models. With torchrun rank 0 has the same five, divided among the processes.
-    one = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
-    engine = ranks.start(knobs) if ranks else one
+    engine = SimpleNamespace(
+        load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun
+    )
+    if ranks:
+        engine = ranks.start(knobs)  # the same five, with the work divided among the processes
     horizon_at = schedule_of(knobs)
-
     run_folder.build_world(knobs, rollout)
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
@@ -383,25 +387,35 @@ def main() -> int | None:
         print(memory.dry_run(knobs, problems, max(map(horizon_at, range(knobs.steps))), device))
         return None
 
+    # 2. The models, and what depends on their tokenizers.
     differ = models.tokenizers_differ(knobs.student, knobs.teacher, knobs.divergence)
-    how = {"teacher_device": knobs.teacher_device, "teacher_bits": knobs.teacher_bits, "differ": differ}
     pair = engine.load_pair(
-        knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory, **how
+        knobs.student,
+        knobs.teacher,
+        knobs.dtype,
+        device,
+        checkpointing=knobs.checkpointing,
+        low_memory=knobs.low_memory,
+        differ=differ,
+        teacher_device=knobs.teacher_device,
+        teacher_bits=knobs.teacher_bits,
     )
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
     held_out = HeldOut(pair.tokenizer, test_prompts, test, pair.eos_ids)
-    of_teacher = held_out
+    teacher_held_out = held_out
     sampler = engine.rollout
     scorer = engine.score
     if knobs.sampler == "continuous":
-        from extras.continuous import continuous_rollout as sampler
+        from extras.continuous import continuous_rollout
+
+        sampler = continuous_rollout
     if differ:
         from extras.other_tokenizer import prepare
 
-        scorer, own = prepare(pair, hidden_states, prompts, problems, test, knobs)
-        of_teacher = HeldOut(*own)
+        scorer, parts = prepare(pair, hidden_states, prompts, problems, test, knobs)
+        teacher_held_out = HeldOut(*parts)
     if knobs.horizon == "auto":
         from extras import profile_horizon
 
@@ -409,25 +423,27 @@ def main() -> int | None:
         horizon_at = schedule_of(knobs)
 
     def grade(model, name: str) -> dict | None:
-        about = of_teacher if model is pair.teacher else held_out
+        given = teacher_held_out if model is pair.teacher else held_out
         path = folder / f"eval_{name}.jsonl"
-        return held_out_scores(model, about, path, knobs, engine.rollout) if test else None
+        return held_out_scores(model, given, path, knobs, engine.rollout) if test else None
 
+    # 3. Evaluate, train, evaluate again.
     optimizer = engine.adamw(pair, knobs)
     run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
     longest = max(map(horizon_at, range(knobs.steps)))
     shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
-    with run.open(fresh=not knobs.resume, shape=shape):
+    with run.open(fresh=not knobs.resume, shape=shape):  # the shape is for the message "out of memory"
         if knobs.tracker:
             from extras import tracker
 
             run.track = tracker.start(knobs.tracker, folder, asdict(knobs))
         hashes = run_folder.training_inputs(knobs, problems, test)
-        run_folder.write_config(folder, asdict(knobs), device, hashes)
+        run_folder.write_config(folder, asdict(knobs), device, hashes)  # refused if a resumed run's differ
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler=sampler, scorer=scorer)
         run.save_student()
-        summary |= {"seconds": run.seconds(), "after": grade(pair.student, "after")}
+        summary["seconds"] = run.seconds()
+        summary["after"] = grade(pair.student, "after")
         run.track(knobs.steps, summary)
         report.finish(folder, summary)
     return 0

@@ -123,7 +123,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
 
         return inside
 
-    return {"sampler": cast(rollout), "scorer": cast(train.score), "check_first": False}
+    return {"sampler": cast(rollout), "scorer": cast(train.score)}
 
 
 def naive(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:

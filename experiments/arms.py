@@ -156,7 +156,9 @@ def teachers_share(share: float) -> Callable:
 
         def sampler(student, *settings, **more) -> Rollout:
             draw = sampling_noise([("writer", knobs.seed, next(steps))], 1).item()
-            return rollout(pair.teacher if draw < share else student, *settings, **more)
+            if draw < share:
+                return replace(rollout(pair.teacher, *settings, **more), logp=None)
+            return rollout(student, *settings, **more)
 
         return sampler
 
@@ -184,14 +186,21 @@ class Arm(NamedTuple):
         if self.low_memory and not knobs.low_memory:
             raise BadInput("the arms with LoRA need --low-memory: add it, or leave them out of --arms")
 
-    def loss_mask(self, pair: train.Pair, knobs) -> Callable[[int, Rollout], Tensor] | None:
-        """The mask as `train.train` takes it: (step, rollouts) -> (B, R)."""
+    def scorer(self, pair: train.Pair, knobs) -> Callable:
+        """`train.score` with this arm's mask, divergence and teacher."""
+        steps = count()
+        changes = {"teacher_temperature": self.sharpened}
+        if self.divergence:
+            changes["divergence"] = self.divergence
 
-        def mask(step: int, rollouts: Rollout) -> Tensor:
-            values = self.values(pair, rollouts, knobs, step) if self.values else None
-            return self.mask(rollouts, masked_tokens(knobs), values)
+        def score(pair: train.Pair, rollouts: Rollout, **settings) -> tuple[float, dict[str, Tensor]]:
+            mask = None
+            if self.mask:
+                values = self.values(pair, rollouts, knobs, next(steps)) if self.values else None
+                mask = self.mask(rollouts, masked_tokens(knobs), values)
+            return train.score(pair, rollouts, mask, **(settings | changes))
 
-        return mask if self.mask else None
+        return score
 
     def train(self, pair: train.Pair, prompts: list[list[int]], knobs, run) -> None:
         """Train the pair's student. The horizon may depend on `run.history`."""
@@ -207,10 +216,7 @@ class Arm(NamedTuple):
             knobs,
             run,
             sampler=self.sampler(pair, knobs) if self.sampler else rollout,
-            check_first=self.sampler is None,
-            loss_mask=self.loss_mask(pair, knobs),
-            divergence=self.divergence,
-            teacher_temperature=self.sharpened,
+            scorer=self.scorer(pair, knobs),
         )
 
 

@@ -100,7 +100,9 @@ def test_an_answer_does_not_depend_on_its_batch(world, tmp_path, monkeypatch):
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
-@pytest.mark.parametrize("flags", [[], ["--temperature", 0.7], ["--temperature", 0.7, "--top-p", 0.9]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--temperature", 0.7], ["--temperature", 0.7, "--top-p", 0.9], ["--top-p", 0.5]]
+)
 def test_a_sampler_of_another_distribution_is_refused(world, tmp_path, monkeypatch, flags):
     """A wrong cache once gave a believable score."""
 

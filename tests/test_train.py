@@ -221,29 +221,31 @@ def test_the_row_of_a_step_has_what_it_says():
 def test_training_accepts_rollouts_made_elsewhere_and_a_mask():
     """Supervised training on given answers: their likelihood rises; the mask is that of the step."""
     pair = pair_of(tiny(), tiny(seed=1))
-    answers = small_rollouts(pair_of(tiny(seed=1), tiny()))
-    masks = []
+    answers = train.replace(small_rollouts(pair_of(tiny(seed=1), tiny())), logp=None)
+    scored = []
 
-    def first_half(step, rollouts):
-        masks.append(rollouts.response_mask & (torch.arange(rollouts.tokens.shape[1], device=DEVICE) < 5))
-        return masks[-1]
+    def first_half(pair, rollouts, **settings):
+        mask = torch.arange(rollouts.tokens.shape[1], device=DEVICE).expand_as(rollouts.tokens) < 5
+        loss, statistics = train.score(pair, rollouts, mask, **settings)
+        scored.append(statistics["position"])
+        return loss, statistics
 
-    options = {"sampler": lambda *args, **options: answers, "check_first": False}
-    options |= {"loss_mask": first_half, "divergence": opd.nll}
-    rows = run_training(pair, train.replace(KNOBS, steps=8, lr=1e-2), **options)
-    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"] and len(masks) == 8
+    sampled = {"sampler": lambda *args, **options: answers, "scorer": first_half}
+    rows = run_training(pair, train.replace(KNOBS, steps=8, lr=1e-2, divergence="nll"), **sampled)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"] and torch.cat(scored).max() == 4
     assert rows[0]["student_logp"] == pytest.approx(-rows[0]["loss"], rel=1e-4)
 
 
-def test_a_non_finite_gradient_stops_before_the_update():
+def test_a_non_finite_gradient_stops_before_the_update(monkeypatch):
     pair = pair_of(tiny(), tiny(seed=1))
     before = {name: p.detach().clone() for name, p in pair.masters.items()}
 
     def infinite(student_logp, teacher_logp, tokens):
         return student_logp.sum(-1) * torch.inf
 
+    monkeypatch.setitem(opd.DIVERGENCES, "reverse_kl", infinite)
     with pytest.raises(cli.Stopped, match="step 0 has loss"):
-        run_training(pair, divergence=infinite)
+        run_training(pair)
     assert all(torch.equal(p, before[name]) for name, p in pair.masters.items())
 
 

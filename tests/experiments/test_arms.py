@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import END, pair_of, tiny
 
-from rollout import rollout, sampling_noise
+from rollout import Rollout, rollout, sampling_noise
 from support import data, run_folder
 from support.cli import BadInput
 
@@ -109,18 +109,26 @@ def test_no_teacher_makes_the_least_likely_fifth_less_likely_and_needs_no_teache
 
 
 def test_gkd_mixes_by_step_with_the_stated_share_and_reproducibly(monkeypatch):
-    monkeypatch.setattr(arms, "rollout", lambda model, *more, **settings: model)
+    def written(model, *more, **settings) -> Rollout:
+        return Rollout([], model, None, logp="of the writer", finished=None)
+
+    monkeypatch.setattr(arms, "rollout", written)
     pair = pair_with()
 
     def writers(seed: int, share: float = 0.5) -> list[bool]:
         sampler = arms.teachers_share(share)(pair, compare.Knobs(seed=seed))
-        return [sampler(pair.student) is pair.teacher for _ in range(400)]
+        found = [sampler(pair.student) for _ in range(400)]
+        assert all((one.logp is None) == (one.tokens is pair.teacher) for one in found)
+        return [one.tokens is pair.teacher for one in found]
 
     assert writers(0) == writers(0) != writers(1)
     assert sum(writers(0)) / 400 == pytest.approx(0.5, abs=0.08)
     assert sum(writers(0, share=0.2)) / 400 == pytest.approx(0.2, abs=0.06)
     assert all(writers(0, share=1.0)) and not any(writers(0, share=0.0))
-    assert arms.ARMS["gkd"].sampler(pair, compare.Knobs())(pair.student) in (pair.student, pair.teacher)
+    assert arms.ARMS["gkd"].sampler(pair, compare.Knobs())(pair.student).tokens in (
+        pair.student,
+        pair.teacher,
+    )
 
 
 def test_the_self_teacher_is_the_student_at_the_start_sharpened():
