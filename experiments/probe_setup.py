@@ -175,7 +175,7 @@ def after_training(pair: train.Pair, knobs: TrainedKnobs, device: torch.device) 
 
 class RunWithBar(run_folder.Run):
     def steps(self, total: int) -> Iterator[int]:
-        yield from tqdm(super().steps(total), "training the toy's student", total, leave=False)
+        yield from tqdm(super().steps(total), "training", total, leave=False)
 
 
 def train_toy(pair: train.Pair, knobs: TrainedKnobs) -> None:

@@ -1,0 +1,206 @@
+"""A pair of real weights with a large gap: a small instruction-tuned model, and itself after fine-tuning.
+
+    user       Sam has 8 books. On Monday, Sam buys 5 books. On Tuesday, Sam loses 3 books. How many ...
+    assistant  Let us count day by day. Sam starts with 8 books. On Monday, Sam buys 5 books, so 8 ...
+
+The teacher learns worked answers by train.py's own loop, with `nll` as the loss and the worked answers in
+place of rollouts. The gap holds both the form of an answer and its arithmetic.
+
+    python experiments/english.py                        makes the teacher; prints the FOLDER of the next line
+    python experiments/compare.py --student FOLDER/student --teacher FOLDER/teacher --data FOLDER \\
+        --arms full --arms topd-0.1 --arms esr --steps 40 --batch-size 8 --lr 1e-4 --max-new-tokens 160 \\
+        --eval-limit 200 --seeds 1 --curve-points 1 --keep kept
+    python experiments/english.py --score kept/full-0 --score kept/topd-0.1-0 --score kept/esr-0
+
+The last command writes the exact reverse KL to the teacher, on the same rollouts for every student, as rows
+of probe.py: `at` is the tenth of the budget, or `all`.
+"""
+
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from probe import mean_of_tokens
+from probe_setup import RunWithBar
+
+import train
+from eval_math import INSTRUCTION
+from extras.profile_horizon import in_batches
+from rollout import Rollout
+from support import data, run_folder
+from support.cli import knob, parse, run_main
+
+CACHE = ROOT / ".cache" / "english"
+MAX_NEW_TOKENS = 160
+BATCH = 64  # rollouts sampled together
+NAMES = ("Sam", "Ann", "Tom", "Eve", "Ben", "Mia")
+THINGS = ("books", "coins", "apples", "cards", "stones", "shells")
+GAINS = ("buys", "finds", "gets")
+LOSSES = ("sells", "loses", "gives away")
+WEEK = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines problems and teacher; the cache is keyed by it."""
+
+    student: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    seed: int = 0
+    days: tuple[int, int] = (2, 4)
+    largest: int = 20  # total
+    problems: int = 2000  # in train.jsonl
+    held_out: int = 400
+    steps: int = 60  # of fine-tuning
+    batch: int = 8
+    lr: float = 1e-4
+
+
+def draw_problem(recipe: Recipe, rng: random.Random) -> tuple[str, str, int]:
+    """A question, a worked answer, and the result; the running total stays between 1 and `largest`."""
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    total = rng.randint(1, recipe.largest)
+    first_day = rng.randrange(7)
+    question = [f"{name} has {total} {thing}."]
+    worked = [f"Let us count day by day. {name} starts with {total} {thing}."]
+    for day in range(rng.randint(*recipe.days)):
+        change = rng.choice([c for c in range(-9, 10) if c and 1 <= total + c <= recipe.largest])
+        verb = rng.choice(GAINS if change > 0 else LOSSES)
+        event = f"On {WEEK[(first_day + day) % 7]}, {name} {verb} {abs(change)} {thing}"
+        question.append(f"{event}.")
+        worked.append(f"{event}, so {total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}.")
+        total += change
+    question.append(f"How many {thing} does {name} have now?")
+    worked.append(f"The answer is \\boxed{{{total}}}.")
+    return " ".join(question), " ".join(worked), total
+
+
+def write_problems(folder: Path, recipe: Recipe) -> dict[str, str]:
+    """Write train.jsonl and test.jsonl; the worked answers to other questions, by question."""
+    rng = random.Random(f"english {recipe.seed}")
+    taught = recipe.steps * recipe.batch
+    drawn = {}
+    while len(drawn) < taught + recipe.held_out + recipe.problems:
+        question, worked, result = draw_problem(recipe, rng)
+        drawn[question] = (worked, result)
+    rows = [{"question": question, "answer": str(result)} for question, (_, result) in drawn.items()]
+    held_out = rows[taught : taught + recipe.held_out]
+    for name, part in (("test", held_out), ("train", rows[taught + recipe.held_out :])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return {row["question"]: drawn[row["question"]][0] for row in rows[:taught]}
+
+
+def teach(pair: train.Pair, worked: dict[str, str], recipe: Recipe) -> None:
+    """Fine-tune the student on the worked answers: one pass, a step per batch."""
+    problems = [data.Problem(question, None) for question in worked]
+    prompts = data.render(pair.tokenizer, problems, INSTRUCTION)
+    ids_of = {}
+    for prompt, text in zip(prompts, worked.values()):
+        ids_of[tuple(prompt)] = pair.tokenizer.encode(text) + [pair.tokenizer.eos_token_id]
+
+    def sampler(student, questions: list[list[int]], *settings, **more) -> Rollout:
+        answers = [torch.tensor(ids_of[tuple(question)]) for question in questions]
+        tokens = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)
+        lengths = torch.tensor([len(ids) for ids in answers])
+        mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+        finished = torch.ones(len(answers), dtype=torch.bool)
+        return Rollout(questions, tokens, mask, logp=None, finished=finished)
+
+    knobs = train.Knobs(steps=recipe.steps, batch_size=recipe.batch, lr=recipe.lr, divergence="nll")
+    longest = max(map(len, ids_of.values()))
+    run = RunWithBar(pair.student.device)
+    optimizer = train.adamw(pair, knobs)
+    train.train(pair, optimizer, prompts, lambda step: longest, knobs, run, sampler=sampler)
+
+
+def folder_of(recipe: Recipe) -> Path:
+    key = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:8]
+    return CACHE / f"{recipe.seed}-{key}"
+
+
+def build(recipe: Recipe = Recipe()) -> Path:
+    """The folder with student/, teacher/, train.jsonl and test.jsonl, made if it does not exist."""
+    folder = folder_of(recipe)
+    if folder.exists():
+        return folder
+    part = folder.with_suffix(".part")
+    part.mkdir(parents=True, exist_ok=True)
+    worked = write_problems(part, recipe)
+    pair = train.load_pair(recipe.student, recipe.student, "float32", torch.device("cpu"))
+    train.save_student(pair, part / "student")
+    teach(pair, worked, recipe)
+    train.save_student(pair, part / "teacher")
+    part.rename(folder)
+    return folder
+
+
+# The reverse KL on fixed rollouts.
+
+
+def fixed_rollouts(pair: train.Pair, prompts: list[list[int]]) -> dict[str, list[Rollout]]:
+    """Full rollouts to the same prompts, by the student before training and by the teacher."""
+    writers = {"student": pair.student, "teacher": pair.teacher}
+    return {
+        name: list(in_batches(model, pair, prompts, MAX_NEW_TOKENS, 1.0, name, BATCH))
+        for name, model in writers.items()
+    }
+
+
+@torch.no_grad()
+def kl_rows(curve: str, pair: train.Pair, parts: list[Rollout]) -> Iterator[dict]:
+    """The mean reverse KL of all tokens and of each tenth of the budget; intervals over rollouts."""
+    found = [train.score(pair, part)[1] for part in parts]
+    starts = [BATCH * i for i in range(len(parts))]
+    row = torch.cat([tokens["row"] + start for tokens, start in zip(found, starts)])
+    kl, position = (torch.cat([tokens[name] for tokens in found]) for name in ("reverse_kl", "position"))
+    rows = int(row.max()) + 1
+    yield mean_of_tokens(curve, "all", kl, row, rows)
+    tenth = position * 10 // MAX_NEW_TOKENS
+    for i in tenth.unique().tolist():
+        yield mean_of_tokens(curve, str(i), kl[tenth == i], row[tenth == i], rows)
+
+
+def score_students(folder: Path, names: tuple[str, ...], rollouts: int) -> list[dict]:
+    """The rows of the student before training and of each trained one."""
+    problems = data.read_problems(str(folder), "test")[-rollouts:]
+    fixed = {}
+    rows = []
+    for name in (str(folder / "student"), *names):
+        pair = train.load_pair(name, str(folder / "teacher"), "float32", torch.device("cpu"))
+        fixed = fixed or fixed_rollouts(pair, data.render(pair.tokenizer, problems, INSTRUCTION))
+        for writer, parts in fixed.items():
+            rows += kl_rows(f"{Path(name).name} on the {writer}'s", pair, parts)
+    return rows
+
+
+@dataclass(frozen=True)
+class Knobs:
+    student: str = knob(Recipe.student, "hub name or folder; before training it is the teacher, too")
+    score: tuple[str, ...] = knob((), "a trained student, as compare.py --keep writes it; may be repeated")
+    rollouts: int = knob(128, "of each writer, for the reverse KL", least=2)
+    csv: str = knob(str(ROOT / "results" / "english_kl.csv"), "the reverse KL")
+
+
+def main() -> None:
+    knobs = Knobs(**parse(Knobs, __doc__))
+    run_folder.check_file(Path(knobs.csv), "--csv")
+    folder = build(Recipe(knobs.student))
+    print(f"student, teacher and problems: {folder}")
+    if knobs.score:
+        rows = score_students(folder, knobs.score, knobs.rollouts)
+        run_folder.write_csv(Path(knobs.csv), list(rows[0]), rows)
+        for row in rows:
+            print("{curve:28} {at:4} {value:7.3f} [{low:.3f} to {high:.3f}] {n:6} tokens".format_map(row))
+
+
+if __name__ == "__main__":
+    run_main(main)
