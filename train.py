@@ -185,9 +185,9 @@ def score(
     for rows in micro_batches(rollouts, micro_batch):
         ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (M, L) each
         row, position = loss_mask[rows].nonzero().T  # (N,) each, row within the micro-batch
-        student_hidden = hidden_states(pair.student, ids)[predicts]  # (N, D)
         with torch.no_grad():
-            teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D), its own D
+            teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D), the teacher's D
+        student_hidden = hidden_states(pair.student, ids)[predicts]  # (N, D)
         part_loss, part = opd_backward(
             student_head=pair.student_head,
             student_hidden=student_hidden,
