@@ -371,11 +371,9 @@ def main() -> int | None:
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
-    engine = SimpleNamespace(
-        load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun
-    )
-    if ranks:
-        engine = ranks.start(knobs)  # the same five, with the work divided among the processes
+    # What works on the models. With torchrun the same five divide the work among the processes.
+    one = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
+    engine = ranks.start(knobs) if ranks else one
     horizon_at = schedule_of(knobs)
     run_folder.build_world(knobs, rollout)
     device = models.find_device(knobs.device)
