@@ -1,0 +1,59 @@
+"""The pair of real weights: its problems, its teacher, and the reverse KL, with a tiny model."""
+
+import random
+import re
+
+import english
+import pytest
+import torch
+
+import train
+from support import data
+
+RECIPE = english.Recipe(problems=8, held_out=6, steps=6, batch=4, lr=3e-3)
+
+
+def test_worked_answers_say_what_the_questions_say():
+    rng = random.Random(0)
+    for question, worked, result in (english.draw_problem(RECIPE, rng) for _ in range(200)):
+        start, *changes = map(int, re.findall(r"\d+", question))
+        losses = re.findall(r"(sells|loses|gives away) (\d+)", question)
+        total = start + sum(changes) - 2 * sum(int(amount) for _, amount in losses)
+        assert total == result and worked.endswith(f"\\boxed{{{result}}}.")
+        sums = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", worked)
+        assert len(sums) == len(changes)
+        for before, sign, amount, after in sums:
+            assert int(before) + int(f"{sign}{amount}") == int(after)
+
+
+def test_no_question_is_in_two_parts(tmp_path):
+    taught = english.write_problems(tmp_path, RECIPE)
+    parts = [set(taught)]
+    for name in ("test", "train"):
+        parts.append({row["question"] for row in data.read_jsonl(tmp_path / f"{name}.jsonl")})
+    assert [len(part) for part in parts] == [24, 6, 8] and len(set().union(*parts)) == 38
+
+
+def test_the_teacher_learns_and_its_reverse_kl_is_measured(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(english, "CACHE", tmp_path)
+    monkeypatch.setattr(english, "MAX_NEW_TOKENS", 20)
+    monkeypatch.setattr(english, "BATCH", 4)
+    recipe = english.Recipe(str(world / "student"), problems=8, held_out=6, steps=6, batch=4, lr=3e-3)
+    folder = english.build(recipe)
+    assert english.build(recipe) == folder  # not made again
+    taught = english.write_problems(tmp_path, recipe)
+    nll = {}
+    for name in ("student", "teacher"):
+        pair = train.load_pair(str(folder / name), str(folder / "teacher"), "float32", torch.device("cpu"))
+        ids = [pair.tokenizer.encode(text, return_tensors="pt") for text in taught.values()]
+        nll[name] = sum(pair.student(input_ids=text, labels=text).loss.item() for text in ids)
+    assert nll["teacher"] < 0.7 * nll["student"]
+    rows = english.score_students(folder, (str(folder / "teacher"),), rollouts=6)
+    means = {row["curve"]: row["value"] for row in rows if row["at"] == "all"}
+    assert means["student on the student's"] > 0.1 and means["student on the teacher's"] > 0.1
+    assert means["teacher on the student's"] == pytest.approx(0, abs=1e-6)
+    of_tenths = [row for row in rows if row["curve"] == "student on the student's" and row["at"] != "all"]
+    tokens = sum(row["n"] for row in of_tenths)
+    weighted = sum(row["value"] * row["n"] for row in of_tenths) / tokens
+    assert weighted == pytest.approx(means["student on the student's"])
+    assert tokens == next(row["n"] for row in rows)
