@@ -29,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from figures import STYLES, draw_line, plt, save
 from probe import mean_of_tokens
 from probe_setup import RunWithBar
 
@@ -182,6 +183,22 @@ def score_students(folder: Path, names: tuple[str, ...], rollouts: int) -> list[
     return rows
 
 
+def draw(rows: list[dict], path: Path) -> Path:
+    """The reverse KL by position, on the student's and on the teacher's rollouts, with 95 % intervals."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+    for axis, writer in zip(axes, ("student", "teacher")):
+        curves = [c for c in dict.fromkeys(row["curve"] for row in rows) if c.endswith(f"{writer}'s")]
+        for curve, look in zip(curves, STYLES):
+            points = [row for row in rows if row["curve"] == curve and row["at"] != "all"]
+            middles = [row | {"at": (int(row["at"]) + 0.5) * MAX_NEW_TOKENS / 10} for row in points]
+            draw_line(axis, middles, curve.split()[0], look | {"markersize": 4})
+        axis.set(title=f"on the {writer}'s rollouts", xlabel="position in the answer", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("reverse KL to the teacher, nats per token")
+    axes[0].legend(frameon=False)
+    return save(figure, path.with_suffix(".png"))
+
+
 @dataclass(frozen=True)
 class Knobs:
     student: str = knob(Recipe.student, "hub name or folder; before training it is the teacher, too")
@@ -200,6 +217,7 @@ def main() -> None:
         run_folder.write_csv(Path(knobs.csv), list(rows[0]), rows)
         for row in rows:
             print("{curve:28} {at:4} {value:7.3f} [{low:.3f} to {high:.3f}] {n:6} tokens".format_map(row))
+        print(f"figure: {draw(rows, Path(knobs.csv))}")
 
 
 if __name__ == "__main__":

@@ -57,3 +57,4 @@ def test_the_teacher_learns_and_its_reverse_kl_is_measured(world, tmp_path, monk
     weighted = sum(row["value"] * row["n"] for row in of_tenths) / tokens
     assert weighted == pytest.approx(means["student on the student's"])
     assert tokens == next(row["n"] for row in rows)
+    assert english.draw(rows, tmp_path / "kl.csv").stat().st_size > 10_000
