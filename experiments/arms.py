@@ -186,19 +186,24 @@ class Arm(NamedTuple):
         if self.low_memory and not knobs.low_memory:
             raise BadInput("the arms with LoRA need --low-memory: add it, or leave them out of --arms")
 
-    def scorer(self, pair: train.Pair, knobs) -> Callable:
+    def loss_mask(self, pair: train.Pair, knobs) -> Callable[[int, Rollout], Tensor]:
+        """(step, rollouts) -> (B, R), the tokens with a loss."""
+
+        def mask(step: int, rollouts: Rollout) -> Tensor:
+            values = self.values(pair, rollouts, knobs, step) if self.values else None
+            return self.mask(rollouts, masked_tokens(knobs), values)
+
+        return mask if self.mask else lambda step, rollouts: rollouts.response_mask
+
+    def scorer(self, pair: train.Pair, knobs) -> Callable[..., tuple[float, dict[str, Tensor]]]:
         """`train.score` with this arm's mask, divergence and teacher."""
         steps = count()
-        changes = {"teacher_temperature": self.sharpened}
-        if self.divergence:
-            changes["divergence"] = self.divergence
+        mask_of = self.loss_mask(pair, knobs)
+        changes = {"divergence": self.divergence} if self.divergence else {}
 
         def score(pair: train.Pair, rollouts: Rollout, **settings) -> tuple[float, dict[str, Tensor]]:
-            mask = None
-            if self.mask:
-                values = self.values(pair, rollouts, knobs, next(steps)) if self.values else None
-                mask = self.mask(rollouts, masked_tokens(knobs), values)
-            return train.score(pair, rollouts, mask, **(settings | changes))
+            own = {"loss_mask": mask_of(next(steps), rollouts), "teacher_temperature": self.sharpened}
+            return train.score(pair, rollouts, **(settings | changes | own))
 
         return score
 
