@@ -11,7 +11,7 @@ rollouts    the plain sampler and transformers' continuous batching: tokens per 
 steps       a whole step of this project, of a naive loop, and under autocast; peaks of memory next to what
             `--dry-run` estimates
 
-Rows go to results/gpu.csv, which is replaced at the end. Where a side fails, the column `error` says why.
+Rows go to results/gpu.csv, which is written anew after each. Where a side fails, the column `error` says why.
 """
 
 import json
@@ -118,8 +118,8 @@ def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str,
             yield steps, side, flags, about
 
 
-def measure(plan: Plan, folder: Path) -> list[dict[str, Any]]:
-    """All rows; that of a side that fails says why."""
+def measure(plan: Plan, folder: Path, out: Path) -> None:
+    """Write all rows; that of a side that fails says why."""
     rows = []
     for script, side, flags, about in measurements(plan, folder):
         started = time.perf_counter()
@@ -128,8 +128,9 @@ def measure(plan: Plan, folder: Path) -> list[dict[str, Any]]:
         except BadInput as error:
             found = {"error": str(error)} | sides.hardware(torch.device(plan.device))
         rows.append(about | {"side": side} | found)
+        write(rows, out)
         print(summary(rows[-1]), f"({time.perf_counter() - started:.0f} s)", flush=True)
-    return rows
+    print(f"{rows[0]['hardware']}: {out}")
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -156,7 +157,6 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
     part = out.with_suffix(".part")
     run_folder.write_csv(part, columns, rows)
     run_folder.atomic_rename(part, out)
-    print(f"{rows[0]['hardware']}: {out}")
 
 
 def main() -> None:
@@ -170,8 +170,7 @@ def main() -> None:
         plan = replace(plan, dtype=models.dtype_name("", torch.device(plan.device)))
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder), plan)
-        rows = measure(plan, Path(folder))
-    write(rows, out)
+        measure(plan, Path(folder), out)
 
 
 if __name__ == "__main__":

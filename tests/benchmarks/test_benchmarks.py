@@ -152,16 +152,20 @@ def test_everything_for_a_gpu_runs_on_a_cpu(run, capsys):
     assert sum(line.startswith(("rollouts ", "steps ")) for line in printed) == len(rows)
 
 
-def test_a_side_that_fails_on_the_gpu_leaves_its_reason(run, monkeypatch):
+def test_a_side_that_fails_on_the_gpu_leaves_its_reason(run, monkeypatch, tmp_path):
     def fail(*args):
         raise BadInput("side x failed (out of memory)")
 
-    monkeypatch.setattr(
-        gpu, "measurements", lambda *args: [(steps, "x", {}, {"part": "steps", "rows": 1, "tokens": 2})]
-    )
+    def planned(*args):
+        yield steps, "x", {}, {"part": "steps", "rows": 1, "tokens": 2}
+        raise KeyboardInterrupt  # what was measured before a stop stays
+
+    monkeypatch.setattr(gpu, "measurements", planned)
     monkeypatch.setattr(steps, "measure", fail)
     monkeypatch.setattr(steps, "Knobs", dict)
-    (row,) = run(gpu, "--tiny")
+    with pytest.raises(KeyboardInterrupt):
+        run(gpu, "--tiny")
+    (row,) = read_csv(tmp_path / "out.csv")
     assert row["error"] == "side x failed (out of memory)" and row["hardware"]
 
 
