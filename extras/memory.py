@@ -108,14 +108,24 @@ def place(device: str) -> tuple[str, int]:
     return named.type, named.index or 0
 
 
+def is_elsewhere(knobs) -> bool:
+    """Whether the teacher is on a device of its own."""
+    return place(knobs.teacher_device or knobs.device) != place(knobs.device)
+
+
 def teacher_bytes(knobs, config, shape: Shape) -> int:
     """Of the teacher's weights on the student's device: of a teacher that is elsewhere, its head alone."""
-    head = shape.vocab * shape.width * shape.item
-    if place(knobs.teacher_device or knobs.device) != place(knobs.device):
-        return head
+    return (
+        shape.vocab * shape.width * shape.item if is_elsewhere(knobs) else weights_bytes(knobs, config, shape)
+    )
+
+
+def weights_bytes(knobs, config, shape: Shape) -> int:
+    """Of the teacher's weights, quantised or not."""
     total = parameters(config, low_memory=False)[0]
     if not knobs.teacher_bits:
         return total * shape.item
+    head = shape.vocab * shape.width * shape.item
     embeddings = head if config.get_text_config(decoder=True).tie_word_embeddings else 2 * head
     return (total - embeddings // shape.item) * int(knobs.teacher_bits) // 8 + embeddings
 
@@ -141,4 +151,14 @@ def dry_run(knobs, problems: list, horizon: int, device: torch.device) -> str:
     prompts = data.render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
     found = estimate(knobs, *configs, max(map(len, prompts)), horizon)
-    return format_estimate(found, free_memory(device))
+    lines = [format_estimate(found, free_memory(device))]
+    if is_elsewhere(knobs):
+        shape = Shape.of(configs[1], getattr(torch, knobs.dtype).itemsize)
+        needed, free = (
+            weights_bytes(knobs, configs[1], shape),
+            free_memory(torch.device(knobs.teacher_device)),
+        )
+        verdict = "fits" if needed <= free else "does not fit: name another --teacher-device"
+        where = f"the teacher's weights on {knobs.teacher_device}, {needed / 1e9:.2f} GB"
+        lines.append(f"{where} of {free / 1e9:.1f} GB free: {verdict}")
+    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import pair_of, tiny
 
 import train
 from extras import lora, memory
-from support import models, run_folder
+from support import data, models, run_folder
 from support.batch_size import Shape
 
 CPU = torch.device("cpu")
@@ -123,3 +124,17 @@ def test_dry_run_estimates_and_writes_nothing(world, tmp_path, monkeypatch, caps
     train.main()
     assert verdict in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("free, verdict", [(1 << 40, "fits"), (1 << 10, "does not fit: name another")])
+def test_dry_run_looks_at_the_memory_of_the_teachers_device(world, monkeypatch, free, verdict):
+    of_device = {"cpu": 1 << 40, "meta": free}
+    monkeypatch.setattr(memory, "free_memory", lambda device: of_device[device.type])
+    pair = {name: str(world / name) for name in ("student", "teacher")}
+    knobs = train.Knobs(**pair, dtype="float32", teacher_device="meta")
+    problems = [data.Problem("x=2", None)]
+    text = memory.dry_run(knobs, problems, horizon=8, device=torch.device("cpu"))
+    assert f"the teacher's weights on meta, 0.00 GB of {free / 1e9:.1f} GB free: {verdict}" in text
+    assert "free: fits" in text.splitlines()[-2]
+    here = memory.dry_run(replace(knobs, teacher_device=""), problems, horizon=8, device=torch.device("cpu"))
+    assert "the teacher's weights on" not in here
