@@ -63,7 +63,7 @@ def test_every_model_has_a_label_of_its_own(world, tmp_path, monkeypatch):
 
 def test_a_stopped_run_resumes_to_the_same_scores(world, tmp_path, monkeypatch, request):
     """Real kills at random moments, and an incomplete line. Sampled, so the noise must be the same too."""
-    flags = ["--model", world / "teacher", "--data", world / "test.jsonl", "--limit", 60, "--samples", 2]
+    flags = ["--model", world / "teacher", "--data", world / "test.jsonl", "--limit", 30, "--samples", 2]
     flags += ["--temperature", 1, "--top-p", 0.9, "--batch-size", 10, *FLAGS]
     main(monkeypatch, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "stopped"
