@@ -74,7 +74,8 @@ def make_schedule(
             what = f"{name} from {start} to {budget} tokens in {steps} steps, {growth} more every {interval}"
             raise BadInput(f"{what}, never grows: start lower, grow by more or more often, or raise --steps")
     else:
-        growth, interval = 0, 1
+        growth = 0
+        interval = 1
     settings = {"steps": steps, "budget": budget, "start": start, "growth": growth, "interval": interval}
     return partial(schedule.formula, **settings)
 
