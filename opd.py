@@ -21,7 +21,9 @@ Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student_logp, teache
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature), the distribution that tokens are sampled from: (C, V) -> (C, V)."""
-    return F.log_softmax(logits / temperature, dim=-1)
+    if temperature != 1:  # a copy of the logits is among the largest tensors of a step
+        logits = logits / temperature
+    return F.log_softmax(logits, dim=-1)
 
 
 def token_logp(logp: Tensor, tokens: Tensor) -> Tensor:
