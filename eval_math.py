@@ -129,7 +129,7 @@ def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:
 @torch.no_grad()
 def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -> None:
     """Raises BadInput unless one pass over the last answer gives the log-probabilities of the sampler."""
-    row = len(rollouts.prompts) - 1  # the row with the most padding
+    row = len(rollouts.prompts) - 1  # the longest prompts come first, so this row has the most padding
     mask = rollouts.response_mask[row]
     ids, predicts = model_inputs(rollouts, [row], rollouts.response_mask)
     logits = model(input_ids=ids, use_cache=False).logits[predicts].float()

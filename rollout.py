@@ -20,7 +20,7 @@ class Rollout:
     prompts: list[list[int]]
     tokens: Tensor  # (B, R) int64, 0 after the end
     response_mask: Tensor  # (B, R) bool, True on sampled tokens, the eos token included
-    logp: Tensor | None  # (B, R) fp32, of each token in the student's sampling; None: another model's text
+    logp: Tensor | None  # (B, R) fp32, of each token when it was sampled; None: not by the trained model
     finished: Tensor  # (B,) bool, True if the row ended with an eos token, False if the horizon cut it
 
 

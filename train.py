@@ -4,6 +4,7 @@
     python train.py --preset qwen                      one GPU: a 0.5B student, a 1.5B teacher, GSM8K
 
 Left out: top-k and top-p in training (the loss must differentiate the distribution that was sampled), replay.
+Shapes: B rows, R longest response; M rows, L longest input of a micro-batch; N tokens with a loss; D width.
 """
 
 import math
@@ -174,8 +175,8 @@ def score(
 ) -> tuple[float, dict[str, Tensor]]:
     """Score rollouts with both models, and backpropagate into the masters, unless under `torch.no_grad()`.
 
-    Returns the loss, which is the mean of the divergence over all tokens with a loss, and `token_statistics`
-    with each token's row and position, (N,) each.
+    Returns the loss, which is the sum of the divergence over all tokens with a loss / `normalizer`, so by
+    default its mean, and `token_statistics` with each token's row and position, (N,) each.
     """
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
     # Of the whole step: a mean per micro-batch would weight tokens unequally.
@@ -223,7 +224,8 @@ def train(
 ) -> None:
     """The training loop. `run` numbers, times and logs the steps (support/run_folder.py), and saves them.
 
-    `sampler` and `scorer` take the place of `rollout` and `score`: extras and experiments have their own.
+    `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way. Rollouts
+    that the student did not sample have `logp=None`: step 0 compares it with the scorer's `student_logp`.
     """
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
@@ -295,7 +297,7 @@ def load_pair(
     teacher_tokenizer = models.load_tokenizer(teacher_name)
     vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer, differ)
     dtype = getattr(torch, dtype_name)
-    # In fp32, for the masters; with LoRA these weights are not trained.
+    # In fp32, which the masters need; with LoRA these weights are not trained.
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
     place = models.find_device(teacher_device) if teacher_device else device
     teacher = models.load_model(teacher_name, dtype, place, teacher_bits).requires_grad_(False)
@@ -363,7 +365,7 @@ def schedule_of(knobs: Knobs) -> Callable[[int], int]:
 
 
 def main() -> int | None:
-    """Check all that can be checked before the first step, then train. Returns what cli.run_main expects."""
+    """Check all that can be checked before the first step, then train. Returns 0, after a dry run None."""
     # 1. Settings and problems.
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
@@ -403,7 +405,7 @@ def main() -> int | None:
     models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
     held_out = HeldOut(pair.tokenizer, test_prompts, test, pair.eos_ids)
     teacher_held_out = held_out
-    sampler = engine.rollout
+    sampler = engine.rollout  # in training; evaluation always uses this one
     scorer = engine.score
     if knobs.sampler == "continuous":
         from extras.continuous import continuous_rollout

@@ -11,7 +11,8 @@ rollouts    the plain sampler and transformers' continuous batching: tokens per 
 steps       a whole step of this project, of a naive loop, and under autocast; peaks of memory next to what
             `--dry-run` estimates
 
-Rows go to results/gpu.csv, which is written anew after each. Where a side fails, the column `error` says why.
+Rows go to results/gpu.csv, which is replaced at the end; those of a stopped run stay in results/gpu.part.
+Where a side fails, the column `error` says why.
 """
 
 import json
@@ -128,8 +129,9 @@ def measure(plan: Plan, folder: Path, out: Path) -> None:
         except BadInput as error:
             found = {"error": str(error)} | sides.hardware(torch.device(plan.device))
         rows.append(about | {"side": side} | found)
-        write(rows, out)
+        write(rows, out.with_suffix(".part"))
         print(summary(rows[-1]), f"({time.perf_counter() - started:.0f} s)", flush=True)
+    run_folder.atomic_rename(out.with_suffix(".part"), out)
     print(f"{rows[0]['hardware']}: {out}")
 
 
@@ -151,12 +153,10 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def write(rows: list[dict[str, Any]], out: Path) -> None:
-    """Replace the table; sides have different columns."""
+    """Write the table; sides have different columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    run_folder.write_csv(part, columns, rows)
-    run_folder.atomic_rename(part, out)
+    run_folder.write_csv(out, columns, rows)
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ def masked_tokens(knobs) -> int:
 
 
 def noise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
-    """Uniform random numbers that depend on seed, step and row alone."""
+    """Uniform random numbers that depend on seed, row and how many steps came before alone."""
     keys = [("mask", knobs.seed, step, row) for row in range(len(rollouts.prompts))]
     return sampling_noise(keys, rollouts.tokens.shape[1]).to(rollouts.tokens.device)
 
@@ -133,7 +133,7 @@ def statistic(name: str) -> Callable:
     @torch.no_grad()
     def values_of(pair: train.Pair, rollouts: Rollout, knobs, step: int) -> Tensor:
         _, tokens = train.score(pair, rollouts, temperature=knobs.temperature, micro_batch=knobs.micro_batch)
-        values = torch.zeros_like(rollouts.logp)
+        values = torch.zeros(rollouts.tokens.shape, device=rollouts.tokens.device)
         values[tokens["row"], tokens["position"]] = tokens[name].to(values.dtype)
         return values
 

@@ -165,7 +165,7 @@ def test_a_side_that_fails_on_the_gpu_leaves_its_reason(run, monkeypatch, tmp_pa
     monkeypatch.setattr(steps, "Knobs", dict)
     with pytest.raises(KeyboardInterrupt):
         run(gpu, "--tiny")
-    (row,) = read_csv(tmp_path / "out.csv")
+    (row,) = read_csv(tmp_path / "out.part")
     assert row["error"] == "side x failed (out of memory)" and row["hardware"]
 
 
