@@ -7,6 +7,7 @@ from pathlib import Path
 
 import claims
 import compare
+import english
 import figures
 import gpu
 import parts
@@ -105,8 +106,7 @@ def test_the_whole_method_learns_on_the_toy(method, world):
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_exist(name):
     classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs, gpu.Knobs, words.Knobs]
-
-    classes += [knobs for _, knobs in probe.PROBES.values()]
+    classes += [english.Knobs, *(knobs for _, knobs in probe.PROBES.values())]
     flags = {cli.flag_of(f.name) for knobs in classes for f in dataclasses.fields(knobs)}
     flags |= {"--no-checkpointing", "--no-shard", "--help"}
     flags |= set(re.findall(r"--[a-z-]+", torchrun.get_args_parser().format_help()))
