@@ -2,14 +2,18 @@
 
 import random
 import re
+from pathlib import Path
 
+import claims
 import english
 import pytest
 import torch
 
 import train
 from support import data
+from support.run_folder import read_csv
 
+ROOT = Path(english.__file__).parents[1]
 RECIPE = english.Recipe(problems=8, held_out=6, steps=6, batch=4, lr=3e-3)
 
 
@@ -58,3 +62,20 @@ def test_the_teacher_learns_and_its_reverse_kl_is_measured(world, tmp_path, monk
     assert weighted == pytest.approx(means["student on the student's"])
     assert tokens == next(row["n"] for row in rows)
     assert english.draw(rows, tmp_path / "kl.csv").stat().st_size > 10_000
+
+
+def test_numbers_of_the_results():
+    """From the committed files: who solves what the other does not, and the fall of the reverse KL."""
+    results = claims.read(ROOT / "results" / "compare_english.csv")
+    full, esr = claims.correct([results["full"][0], results["esr"][0]])
+    assert ((full < esr).sum(), (full > esr).sum()) == (15, 51)
+    values = {(row["curve"], row["at"]): row for row in read_csv(ROOT / "results" / "english_kl.csv")}
+
+    def beyond_first_tenth(curve):
+        whole, first = values[curve, "all"], values[curve, "0"]
+        parts = [float(row["value"]) * int(row["n"]) for row in (whole, first)]
+        return (parts[0] - parts[1]) / (int(whole["n"]) - int(first["n"]))
+
+    before = beyond_first_tenth("student on the student's")
+    falls = [1 - beyond_first_tenth(f"{name} on the student's") / before for name in ("topd-0.1-0", "full-0")]
+    assert falls == pytest.approx([0.10, 0.72], abs=0.005)
