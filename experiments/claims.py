@@ -22,7 +22,6 @@ ENDS = ("student", "teacher")  # scored without training: floor and ceiling
 COSTS = ("steps_done", "response_tokens", "loss_tokens", "seconds", "rollout_s")
 COLUMNS = ("arm", "seed", *COSTS, "accuracy", "last_box", "truncated", "mean_length", "greedy", "n")
 COLUMNS += ("correct", "correct_greedy")  # all other columns are settings, in which the rows agree
-RENAMED = {"topd-0.1-weight": "topd-0.1-lr-0.1"}  # as in files written before the arm was renamed
 
 MIN_SEEDS = 3  # with fewer, no claim is decided
 MARGIN = 0.05  # of accuracy
@@ -52,7 +51,7 @@ def read(path: Path) -> Results:
     for number, row in enumerate(read_csv(path), 2):
         if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
             raise BadInput(f"{path} line {number} is not a complete row of a comparison: remove that line")
-        of_arm = results.setdefault(RENAMED.get(row["arm"], row["arm"]), {})
+        of_arm = results.setdefault(row["arm"], {})
         if row["seed"] in of_arm:
             raise BadInput(f"{path} has arm {row['arm']} with seed {row['seed']} twice: remove one of them")
         check_settings(path, results, {name: row[name] for name in row if name not in COLUMNS})
@@ -80,7 +79,7 @@ def read_curves(path: Path) -> Curves:
     if curves_path(path).exists():
         for row in read_csv(curves_path(path)):
             if None not in row.values():
-                of_arm = curves.setdefault(RENAMED.get(row["arm"], row["arm"]), {})
+                of_arm = curves.setdefault(row["arm"], {})
                 of_arm[int(row["seed"]), float(row["part"])] = row
     return curves
 
