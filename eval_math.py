@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -139,12 +140,18 @@ def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -
     models.check_sampler(model, rollouts.logp[row][mask], token_logp(logp, rollouts.tokens[row][mask]))
 
 
+class HeldOut(NamedTuple):
+    """Problems, and how one model reads and answers them; another tokenizer needs its own."""
+
+    problems: list[data.Problem]
+    prompts: list[list[int]]
+    tokenizer: object
+    eos_ids: set[int]
+
+
 def evaluate(
     model,
-    tokenizer,
-    prompts: list[list[int]],
-    problems: list[data.Problem],
-    eos_ids: set[int],
+    held_out: HeldOut,
     path: Path,
     max_new_tokens: int,
     batch_size: int,
@@ -159,6 +166,7 @@ def evaluate(
     The sampling noise of an answer depends on seed, problem and sample alone, so a resumed evaluation gives
     the same scores. Longest prompts come first: a batch that does not fit into memory fails at once.
     """
+    problems, prompts, tokenizer, eos_ids = held_out
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
     records = run_folder.whole_batches(path, len(keys))
@@ -255,10 +263,7 @@ def evaluate_model(
             run_folder.write_config(folder, asdict(knobs), device, inputs)
         records[benchmark] = evaluate(
             model,
-            tokenizer,
-            prompts,
-            its_problems,
-            eos_ids,
+            HeldOut(its_problems, prompts, tokenizer, eos_ids),
             folder / f"{label}-{benchmark}.jsonl",
             knobs.max_new_tokens,
             batch_size,

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eval_math import INSTRUCTION, evaluate
+from eval_math import INSTRUCTION, HeldOut, evaluate
 from opd import DIVERGENCES, Divergence, OutputHead, opd_backward, reverse_kl
 from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
@@ -294,8 +293,7 @@ def load_pair(
 ) -> Pair:
     """Load both models. Raises BadInput if one cannot be loaded, or if their tokenizers differ."""
     tokenizer = models.load_tokenizer(student_name)
-    teacher_tokenizer = models.load_tokenizer(teacher_name)
-    vocab_size = models.shared_vocabulary(student_name, teacher_name, tokenizer, teacher_tokenizer, differ)
+    vocab_size = models.shared_vocabulary(student_name, teacher_name, differ)
     dtype = getattr(torch, dtype_name)
     # In fp32, which the masters need; with LoRA these weights are not trained.
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
@@ -325,23 +323,11 @@ def save_student(pair: Pair, folder: Path) -> None:
     models.save_model(pair.student, pair.tokenizer, folder, state_dict)
 
 
-class HeldOut(NamedTuple):
-    """What a model is evaluated with. The teacher has its own if its tokenizer differs from the student's."""
-
-    tokenizer: object
-    prompts: list[list[int]]
-    problems: list[data.Problem]
-    eos_ids: set[int]
-
-
 def held_out_scores(model, held_out: HeldOut, path: Path, knobs: Knobs, sampler: Callable) -> dict:
     """Scores of full-length answers to the held-out problems; the answers are written to `path`."""
     records = evaluate(
         model,
-        held_out.tokenizer,
-        held_out.prompts,
-        held_out.problems,
-        held_out.eos_ids,
+        held_out,
         path=path,
         max_new_tokens=knobs.max_new_tokens,
         batch_size=batch_that_fits(model, held_out.prompts, knobs.max_new_tokens, knobs.eval_batch),
@@ -388,7 +374,8 @@ def main() -> int | None:
         return None
 
     # 2. The models, and what depends on their tokenizers.
-    differ = models.tokenizers_differ(knobs.student, knobs.teacher, knobs.divergence)
+    allowed = knobs.divergence == "sampled"  # the exact divergences sum over one vocabulary
+    differ = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
     pair = engine.load_pair(
         knobs.student,
         knobs.teacher,
@@ -403,7 +390,7 @@ def main() -> int | None:
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
-    held_out = HeldOut(pair.tokenizer, test_prompts, test, pair.eos_ids)
+    held_out = HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
     teacher_held_out = held_out
     sampler = engine.rollout  # in training; evaluation always uses this one
     scorer = engine.score
@@ -414,8 +401,7 @@ def main() -> int | None:
     if differ:
         from extras.other_tokenizer import prepare
 
-        scorer, parts = prepare(pair, hidden_states, prompts, problems, test, knobs)
-        teacher_held_out = HeldOut(*parts)
+        scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)
     if knobs.horizon == "auto":
         from extras import profile_horizon
 

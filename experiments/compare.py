@@ -30,7 +30,7 @@ import figures
 from arms import ARMS, GROUPS, History
 
 import train
-from eval_math import evaluate
+from eval_math import HeldOut, evaluate
 from rollout import rollout
 from support import data, models, run_folder
 from support.batch_size import batch_that_fits
@@ -103,19 +103,16 @@ class Setup(NamedTuple):
 
     pair: train.Pair
     prompts: list[list[int]]
-    test: list[data.Problem]
-    test_prompts: list[list[int]]
+    held_out: HeldOut
 
     def answers(self, model, temperature: float, knobs: Knobs) -> list[dict]:
         """A graded answer of `model` to each held-out problem, in their order."""
-        pair, prompts, length = self.pair, self.test_prompts, knobs.max_new_tokens
-        batch = batch_that_fits(model, prompts, length, knobs.eval_batch)
+        length = knobs.max_new_tokens
+        batch = batch_that_fits(model, self.held_out.prompts, length, knobs.eval_batch)
         how = {"seed": knobs.seed, "temperature": temperature}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "answers.jsonl")
-            records = evaluate(
-                model, pair.tokenizer, prompts, self.test, pair.eos_ids, path, length, batch, **how
-            )
+            records = evaluate(model, self.held_out, path, length, batch, **how)
         return sorted(records, key=lambda record: record["index"])
 
 
@@ -133,7 +130,7 @@ def load(knobs: Knobs) -> Setup:
         data.render(pair.tokenizer, some, knobs.instruction, knobs.system_prompt) for some in (problems, test)
     )
     models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
-    return Setup(pair, prompts, test, test_prompts)
+    return Setup(pair, prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids))
 
 
 class ArmRun(run_folder.Run):

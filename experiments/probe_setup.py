@@ -164,7 +164,7 @@ def load(knobs: Knobs, grader: Grader | None) -> Setup:
 def after_training(pair: train.Pair, knobs: TrainedKnobs, device: torch.device) -> train.Pair:
     """The pair with the student of --trained, or with the toy's student, which is trained here."""
     name = knobs.trained or knobs.student
-    models.shared_vocabulary(name, knobs.teacher, models.load_tokenizer(name), pair.tokenizer)
+    models.tokenizers_differ(name, knobs.teacher, allowed=False)
     student = models.load_model(name, torch.float32, device).requires_grad_(not knobs.trained)
     dtype = getattr(torch, knobs.dtype)
     after = train.make_pair(student, pair.teacher, pair.tokenizer, pair.vocab_size, pair.eos_ids, dtype)

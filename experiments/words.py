@@ -149,7 +149,7 @@ def measure(world: World, arm: str, lr: str, student: Row, rollouts: int) -> dic
     for name, writer in zip(WRITERS, (start, setup.pair.teacher, setup.pair.student)):
         found = dict.fromkeys(TENTHS, "")
         if measured:
-            tokens = sweep.reverse_kl(world, setup.test_prompts, writer=writer, rollouts=rollouts)
+            tokens = sweep.reverse_kl(world, setup.held_out.prompts, writer=writer, rollouts=rollouts)
             found = by_tenth(tokens, settings.max_new_tokens)
         row |= {f"kl_{name}_{i}": value for i, value in found.items()}
     return row

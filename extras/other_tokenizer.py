@@ -36,6 +36,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from eval_math import HeldOut
 from opd import log_probs, token_logp
 from rollout import Rollout, micro_batches, model_inputs
 from support import data, models
@@ -362,7 +363,7 @@ def coverage(align: Aligner, encode: Callable[[str], list[int]], texts: list[str
 
 
 def prepare(pair, hidden_states: Callable, prompts: list[list[int]], problems: list, test: list, knobs):
-    """The `Scorer`, and the tokenizer, prompts, problems and ends with which the teacher is evaluated.
+    """The `Scorer`, and the held-out problems as the teacher reads them.
 
     Raises BadInput if the teacher has no chat template, or if a tokenizer does not keep the bytes of a text.
     """
@@ -377,4 +378,4 @@ def prepare(pair, hidden_states: Callable, prompts: list[list[int]], problems: l
     print(f"{what} {len(texts)} problems can be scored, in chunks of {length:.2f} tokens", flush=True)
     ends = models.eos_ids(tokenizer, pair.teacher)
     scorer = Scorer(align, dict(zip(map(tuple, prompts), own)), sorted(ends), hidden_states)
-    return scorer, (tokenizer, own_test, test, ends)
+    return scorer, HeldOut(test, own_test, tokenizer, ends)

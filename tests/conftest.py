@@ -1,6 +1,9 @@
 """Tiny random models for every test, and the toy world, built once and cached, for the tests that train."""
 
+import multiprocessing
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import train
-from support import toy
+from support import cli, report, toy
 
 torch.set_num_threads(1)  # the models are tiny
 DEVICE = torch.device("cpu")  # of the tests of the five files, see --device
@@ -42,6 +45,47 @@ def pair_of(student, teacher, dtype: torch.dtype = torch.float32, ends=(END,)) -
     for weight in teacher.parameters():  # not buffers: from_pretrained keeps the rotary frequencies in fp32
         weight.data = weight.data.to(dtype)
     return train.make_pair(student, teacher, None, vocab_size, set(ends), dtype)
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train", "extras.shard"])
+
+
+def in_process(main: Callable[[], int | None], flags: list, output: Path) -> multiprocessing.Process:
+    """A started process that runs `main`, forked from a server that has imported everything.
+
+    Its exit code is the program's; what it prints goes to the file `output`.
+    """
+    process = CONTEXT.Process(target=run_program, args=(main, list(map(str, flags)), output))
+    process.start()
+    return process
+
+
+def run_program(main: Callable[[], int | None], flags: list[str], output: Path) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    torch.set_num_threads(1)
+    report.draw_curve = lambda folder: None
+    sys.argv = ["program", *flags]
+    cli.run_main(main)
+
+
+DRAW_CURVE = report.draw_curve
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Drawing takes as long as the training of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_curve", lambda folder: None)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch) -> None:
+    """For tests whose runs draw their curves."""
+    monkeypatch.setattr(report, "draw_curve", DRAW_CURVE)
 
 
 @pytest.fixture(scope="session")

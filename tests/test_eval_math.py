@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_process
 
 import eval_math
 from eval_math import boxed, extract, has_box, is_correct
@@ -68,18 +68,16 @@ def test_a_stopped_run_resumes_to_the_same_scores(world, tmp_path, monkeypatch, 
     main(monkeypatch, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "stopped"
     answers = out / "A-teacher-test.jsonl"
-    rng, command = random.Random(0), [sys.executable, str(ROOT / "eval_math.py")]
-    given = [*map(str, flags), "--out", str(out)]
+    rng = random.Random(0)
+    given = [*flags, "--out", out]
     for _ in range(request.config.getoption("--kills")):
-        process = subprocess.Popen([*command, *given], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not answers.exists():  # a slow machine takes long to get there
+        process = in_process(eval_math.main, given, tmp_path / "output")
+        while process.is_alive() and not answers.exists():  # a slow machine takes long to get there
             time.sleep(0.05)
-        try:
-            process.wait(timeout=3 * rng.random())
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.wait()
-        given = ["--resume", str(out)]
+        process.join(timeout=rng.random())
+        process.kill()
+        process.join()
+        given = ["--resume", out]
     answers.write_bytes(answers.read_bytes()[:-30])
     main(monkeypatch, *given)
     stopped, whole = data.read_jsonl(answers), data.read_jsonl(tmp_path / "whole" / answers.name)

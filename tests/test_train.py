@@ -286,11 +286,11 @@ def main(monkeypatch, *flags):
     return train.main()
 
 
-@pytest.mark.parametrize("flags", ["full", "popd", "topd", "esr --horizon 20"])
-def test_the_toy_student_learns_with_every_schedule(world, tmp_path, monkeypatch, capsys, flags):
+@pytest.mark.usefixtures("curves")
+@pytest.mark.parametrize("flags, steps", [("full", 14), ("popd", 18), ("topd", 36), ("esr --horizon 20", 30)])
+def test_the_toy_student_learns_with_every_schedule(world, tmp_path, monkeypatch, capsys, flags, steps):
     out = tmp_path / "run"
-    steps = 24 if flags in ("full", "popd") else 40  # the long rollouts learn in fewer
-    flags = f"--schedule {flags} --steps {steps} --preset toy --eval-every 0 --eval-limit 60 --out".split()
+    flags = f"--schedule {flags} --steps {steps} --batch-size 16 --preset toy --eval-limit 60 --out".split()
     main(monkeypatch, *flags, out)
     summary = json.loads((out / "summary.json").read_text())
     assert 0.15 <= summary["before"]["accuracy"] <= 0.45

@@ -139,7 +139,7 @@ def run_tiny(name: str, **changes) -> tuple[dict, list[float]]:
     """The costs of a run with tiny models, and the parts of the run at which it was scored."""
     settings = {"max_new_tokens": 30, "steps": 4, "batch_size": 6, "esr_tokens": 5, "curve_points": 4}
     knobs = compare.Knobs(**(settings | {"lr": 1e-9} | changes))
-    setup = compare.Setup(pair_of(tiny(), tiny(seed=1)), PROMPTS, [], [])
+    setup = compare.Setup(pair_of(tiny(), tiny(seed=1)), PROMPTS, None)
     parts = []
     with tqdm(disable=True) as bar:
         run = compare.train_arm(setup, name, knobs, bar, lambda part, costs: parts.append(part))
@@ -456,7 +456,8 @@ def main(monkeypatch, *flags):
 def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_path, monkeypatch, capsys):
     path = tmp_path / "c.csv"
     flags = ["--arms", "topd-0.1", "--arms", "esr", "--steps", 6, "--eval-limit", 6, "--csv", path]
-    flags += ["--seeds", 1, "--curve-points", 2, "--keep", tmp_path / "kept"]
+    flags += ["--batch-size", 4, "--max-new-tokens", 40, "--seeds", 1, "--curve-points", 2]
+    flags += ["--keep", tmp_path / "kept"]
     main(monkeypatch, *flags)
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["esr-0", "topd-0.1-0"]
     before, after = (load_file(f / "model.safetensors") for f in (world / "student", tmp_path / "kept/esr-0"))
@@ -464,7 +465,7 @@ def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_pa
     whole = path.read_text()
     rows = read_csv(path)
     assert [r["arm"] for r in rows] == ["student", "teacher", "topd-0.1", "esr"]
-    assert [r["loss_tokens"] for r in rows] == ["0", "0", str(6 * 32 * 13), str(6 * 32 * 20)]
+    assert [r["loss_tokens"] for r in rows] == ["0", "0", str(6 * 4 * 4), str(6 * 4 * 20)]
     assert len(claims.read_curves(path)["esr"]) == 1
 
     main(monkeypatch, *flags)

@@ -426,6 +426,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("script, flags, names", BAD)
+@pytest.mark.usefixtures("curves")
 def test_bad_input_is_one_line_and_changes_nothing(here, world, monkeypatch, capsys, script, flags, names):
     for library in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)

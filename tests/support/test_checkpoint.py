@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import pair_of, tiny
+from conftest import in_process, pair_of, tiny
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import eval_math
 import train
 from extras import lora
-from support import data, models, report, run_folder
+from support import data, models, run_folder
 from support.checkpoint import SIGNALS, CheckpointedRun, check_saving
 from support.cli import BadInput, Stopped
 
@@ -36,12 +36,6 @@ SHORT += " --eval-limit 6 --eval-every 6 --save-every 3 --show-every 2"
 def main(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
     return train.main()
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    """Drawing takes as long as the training of such a run."""
-    monkeypatch.setattr(report, "draw_curve", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +217,15 @@ def test_kills_at_random_moments_change_nothing(whole, tmp_path, monkeypatch, re
 
 
 def test_sigterm_saves_and_exits_with_143(world, tmp_path):
-    process = start(tmp_path / "run", f"{SHORT} --steps 100000 --eval-limit 0")
-    while process.poll() is None and not (tmp_path / "run" / "metrics.csv").exists():
+    flags = f"{SHORT} --steps 100000 --eval-limit 0 --out {tmp_path}/run"
+    process = in_process(train.main, flags.split(), tmp_path / "output")
+    while process.is_alive() and not (tmp_path / "run" / "metrics.csv").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert "Traceback" not in err and "--resume" in err.splitlines()[-1]
+    process.terminate()
+    process.join(timeout=60)
+    text = (tmp_path / "output").read_text()
+    assert process.exitcode == 143, text
+    assert "Traceback" not in text and "--resume" in text.splitlines()[-1]
     assert list((tmp_path / "run").glob("checkpoint-*")) and (tmp_path / "run" / "student").is_dir()
 
 

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 import eval_math
 import train
-from support import report
 from support.cli import BadInput
 
 
@@ -55,7 +54,6 @@ def stopped(world, tmp_path_factory):
     shutil.copytree(world, at, dirs_exist_ok=True)
     flags = f"--student {at}/student --teacher {at}/teacher --data {at} --preset toy --steps 1 --eval-limit 4"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_curve", lambda folder: None)
         main(patch, train, f"{flags} --eval-every 0 --max-new-tokens 8 --out {at}/run")
         flags = f"--model {at}/student --model {at}/teacher --data {at}/test.jsonl --limit 4"
         main(patch, eval_math, f"{flags} --max-new-tokens 8 --out {at}/evaluation")
@@ -79,7 +77,6 @@ def test_changed_inputs_are_refused_by_name(stopped, monkeypatch, continued, nam
 @pytest.mark.parametrize("script, folder", [RUN, EVALUATION])
 def test_unchanged_inputs_are_accepted(stopped, monkeypatch, script, folder):
     """The bytes decide, not the time of the last change."""
-    monkeypatch.setattr(report, "draw_curve", lambda folder: None)
     for path in stopped.glob("*/*.safetensors"):
         path.touch()
     main(monkeypatch, script, f"--resume {stopped / folder}")

@@ -105,7 +105,7 @@ def test_advice(rows, teacher, change, cut, words):
     assert report.advice(rows[:2], summary)[0].endswith("too few steps to tell.")
 
 
-def test_curve_of_a_run_without_an_evaluation_and_of_no_run(tmp_path):
+def test_curve_of_a_run_without_an_evaluation_and_of_no_run(curves, tmp_path):
     """A stopped run has rows and no summary."""
     columns = {"accuracy": "", "reverse_kl": 0.5, "horizon": 4, "response_length": 3.5, "truncated": 1.0}
     run_folder.append_csv(tmp_path / "metrics.csv", [{"step": step} | columns for step in range(3)])
