@@ -77,15 +77,15 @@ def after_hashes(text: str) -> list[str]:
 def after_phrase(text: str) -> list[str]:
     """What follows "the answer is", "answer:" or "answer =", up to the end of the sentence."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
-    starts = islice(re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I), 100)
+    phrases = islice(re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I), 100)
     end = re.compile(r"\.\s|\.?\*{0,9}[ \t]{0,20}$|\n|,\s(?=[a-z]{2})", re.M)
-    pieces = [text[start.end() : start.end() + 240] for start in starts]
+    pieces = [text[phrase.end() : phrase.end() + 240] for phrase in phrases]
     found = [without_prose(piece[: end.search(piece).start()].lstrip(" *").rstrip(" *.")) for piece in pieces]
     return [answer for answer in found if answer and len(answer) <= 200]
 
 
 def last_number(text: str) -> list[str]:
-    """The last of "42", "-$1,042.50", "3/4"."""
+    """The last number, such as 42, -$1,042.50 or 3/4, in a list of at most one."""
     return re.findall(r"(?<![\d.])[-−]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)[-1:]
 
 
@@ -99,10 +99,8 @@ def extract(response: str, last_box: bool = False) -> str | None:
     response = without_reasoning(response)
     for rule in (boxed, after_hashes, after_phrase, last_number):
         found = rule(response)
-        if found and rule is boxed and last_box:
-            return found[-1]
         if found:
-            return found[0]
+            return found[-1 if rule is boxed and last_box else 0]
     return None
 
 
@@ -141,7 +139,7 @@ def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -
 
 
 class HeldOut(NamedTuple):
-    """Problems, and how one model reads and answers them; another tokenizer needs its own."""
+    """Problems, with the prompts, the tokenizer and the eos ids of one model."""
 
     problems: list[data.Problem]
     prompts: list[list[int]]
@@ -163,14 +161,15 @@ def evaluate(
 ) -> list[dict]:
     """One record per answer, written to the JSONL file `path` batch by batch; batches found there are kept.
 
-    The sampling noise of an answer depends on seed, problem and sample alone, so a resumed evaluation gives
-    the same scores. Longest prompts come first: a batch that does not fit into memory fails at once.
+    The sampling noise of an answer depends on the seed, the index of its problem and its sample alone, so a
+    resumed evaluation gives the same scores. Longest prompts come first: a batch that does not fit into
+    memory fails at once.
     """
     problems, prompts, tokenizer, eos_ids = held_out
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
     records = run_folder.whole_batches(path, len(keys))
-    size = records[0]["batch_size"] if records else batch_size  # other batches would round differently
+    size = records[0]["batch_size"] if records else batch_size  # another one would round differently
     bar = tqdm(total=len(keys), initial=len(records), desc=path.stem, unit="answer", leave=False)
     with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, has_box) as grader, bar:
         for start in range(len(records), len(keys), size):
@@ -229,7 +228,7 @@ class Knobs:
 
 
 def problems_by_name(knobs: Knobs) -> dict[str, list[data.Problem]]:
-    """The problems of each benchmark and file. Raises BadInput."""
+    """The problems of each benchmark and file. Raises BadInput if two have one name or one cannot be read."""
     sources = [(name, *BENCHMARKS[name][:2]) for name in knobs.benchmark]
     sources += [(Path(name).stem, name, "test") for name in knobs.data]
     names = [name for name, _, _ in sources]

@@ -21,7 +21,7 @@ Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student_logp, teache
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature), the distribution that tokens are sampled from: (C, V) -> (C, V)."""
-    if temperature != 1:  # a copy of the logits is among the largest tensors of a step
+    if temperature != 1:  # dividing copies the logits, which are among the largest tensors of a step
         logits = logits / temperature
     return F.log_softmax(logits, dim=-1)
 
@@ -43,7 +43,7 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
-    """KL(teacher || student) = sum_v q (log q - log p), for comparison. - q + p is there as in reverse_kl."""
+    """KL(teacher || student) = sum_v q (log q - log p). The terms - q + p: see `reverse_kl`."""
     p, q = student_logp.exp(), teacher_logp.exp()
     return (q * (teacher_logp - student_logp) - q + p).sum(-1)
 
@@ -121,8 +121,8 @@ class LinearFP32(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
-        # Rounding to bf16 changes a gradient by a factor within 1 +- 2**-8, but a logit of 20 by up to 0.06,
-        # and so the token's probability by 6 %.
+        # Rounding a gradient to bf16 has a relative error of at most 2**-8. Rounding a logit of 20 changes it
+        # by up to 0.06, and so the token's probability by 6 %.
         grad_logits = grad_logits.to(weight.dtype)
         grad_hidden = grad_logits @ weight if ctx.needs_input_grad[0] else None
         grad_weight = grad_logits.T @ hidden if ctx.needs_input_grad[1] else None

@@ -20,7 +20,7 @@ class Rollout:
     prompts: list[list[int]]
     tokens: Tensor  # (B, R) int64, 0 after the end
     response_mask: Tensor  # (B, R) bool, True on sampled tokens, the eos token included
-    logp: Tensor | None  # (B, R) fp32, of each token when it was sampled; None: not by the trained model
+    logp: Tensor | None  # (B, R) fp32, of each token when it was sampled; None if another model wrote it
     finished: Tensor  # (B,) bool, True if the row ended with an eos token, False if the horizon cut it
 
 
@@ -81,7 +81,7 @@ def rollout(
     prompts: list[list[int]],
     horizon: int,
     eos_ids: set[int],
-    noise: Tensor | None = None,  # (B, H) from `sampling_noise`; default: torch's global generator
+    noise: Tensor,  # (B, H) from `sampling_noise`
     temperature: float = 1.0,
     vocab_size: int | None = None,
     top_p: float = 1.0,  # for evaluation only: the loss in training is that of the whole distribution
@@ -97,32 +97,32 @@ def rollout(
     device = model.get_input_embeddings().weight.device
     ids, mask = pad_left(prompts, device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)  # each row counts from its own first token
-    noise = torch.rand(len(prompts), horizon) if noise is None else noise
     noise = noise.to(device)
     tokens = ids.new_zeros(len(prompts), horizon)
     response_mask = torch.zeros_like(tokens, dtype=torch.bool)
     logp = torch.zeros_like(tokens, dtype=torch.float)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    unfinished = torch.arange(len(prompts), device=device)  # (b,) the rows that are still in the batch
+    active = torch.arange(len(prompts), device=device)  # (b,) the rows without an eos token so far
     eos = torch.tensor(sorted(eos_ids), device=device)
     cache = DynamicCache(config=model.config)
     for t in range(horizon):
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)  # transformers >= 5.24
+        # The argument `cache` was called `past_key_values` before transformers 5.24.
+        output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
         if cache.get_seq_length() != mask.shape[1]:
             raise ValueError(f"{type(model).__name__} does not keep a KV cache: use another model")
         logits = output.logits[:, -1, :vocab_size]  # (b, V)
-        token, token_logp = sample(logits, temperature, noise[unfinished, t], top_p)  # (b,) each
-        tokens[unfinished, t] = token
-        logp[unfinished, t] = token_logp
-        response_mask[unfinished, t] = True
+        token, token_logp = sample(logits, temperature, noise[active, t], top_p)  # (b,) each
+        tokens[active, t] = token
+        logp[active, t] = token_logp
+        response_mask[active, t] = True
         ended = torch.isin(token, eos)
-        finished[unfinished] = ended
+        finished[active] = ended
         keep = (~ended).nonzero().squeeze(-1)
         if len(keep) == 0:
             break
-        if len(keep) < len(unfinished):
-            unfinished = unfinished[keep]
+        if len(keep) < len(active):
+            active = active[keep]
             token = token[keep]
             mask = mask[keep]
             positions = positions[keep]
@@ -135,7 +135,7 @@ def rollout(
 
 
 def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
-    """Row numbers in groups of at most `max_tokens` tokens, padding included; a longer row is alone.
+    """Row numbers in groups of at most `max_tokens` tokens, padding included; a longer row is a group.
 
     Longest first, so that if a micro-batch does not fit into memory, the first one fails. Rows of similar
     length share a group, so there is little padding.

@@ -83,8 +83,8 @@ def make_schedule(
 def first_horizon(horizon: float, budget: int) -> int:
     """H0 in tokens, at least 1, from a fraction up to 1 or a number of tokens above 1. Raises BadInput."""
     if not 0 < horizon <= budget or (horizon > 1 and horizon != int(horizon)):
-        what = f"horizon {horizon:g} is neither a fraction (above 0, up to 1) nor a whole number of tokens"
-        raise BadInput(f"{what} within the budget: lower it, or raise --max-new-tokens {budget}")
+        what = f"horizon {horizon:g} is neither a fraction above 0 and up to 1 nor a number of tokens up to"
+        raise BadInput(f"{what} --max-new-tokens {budget}: give one of the two")
     return int(horizon) if horizon > 1 else max(1, round(horizon * budget))
 
 

@@ -3,7 +3,8 @@
     python train.py --schedule topd --horizon 0.1      no GPU: a toy world, 1 to 3 minutes the first time
     python train.py --preset qwen                      one GPU: a 0.5B student, a 1.5B teacher, GSM8K
 
-Left out: top-k and top-p in training (the loss must differentiate the distribution that was sampled), replay.
+Left out: top-k and top-p in training (the loss must differentiate the distribution that was sampled), and
+training on earlier rollouts. support/ imports none of the five files; functions that it needs are passed in.
 Shapes: B rows, R longest response; M rows, L longest input of a micro-batch; N tokens with a loss; D width.
 """
 
@@ -29,7 +30,7 @@ from support.cli import knob, parse, run_main
 from support.scores import score_answers
 
 
-# knob(default, help, limits). A number's flag also takes the text `word`; `group` starts a section of --help.
+# knob(default, help, limits). A numeric flag also accepts `word`; `group` starts a section of --help.
 # The defaults are the preset qwen; PRESET of support/toy.py or words.py replaces some, flags replace both.
 @dataclass(frozen=True)
 class Knobs:
@@ -37,8 +38,8 @@ class Knobs:
     horizon: float | str | None = knob(
         None, "up to 1 a fraction of --max-new-tokens, above 1 tokens; auto: measured first", word="auto"
     )
-    popd_growth: int | None = knob(None, "tokens that POPD adds; default: full length at 2/3 of the run")
-    popd_interval: int | None = knob(None, "steps between two additions; default: 1/30 of the run")
+    popd_growth: int | None = knob(None, "tokens added at each increase; default: T at 2/3 of the run")
+    popd_interval: int | None = knob(None, "steps between two increases; default: 1/30 of the run")
     max_new_tokens: int = knob(1024, "T, the longest response: in evaluation, and with horizon 1", least=1)
 
     preset: str = knob(
@@ -47,7 +48,7 @@ class Knobs:
         choices=("toy", "words", "qwen"),
         group="models and data",
     )
-    world: str = knob("opening", "the toy preset's world", choices=toy.WORLDS)
+    world: str = knob("opening", "world of the preset toy", choices=toy.WORLDS)
     student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "another tokenizer needs --divergence sampled")
     teacher_device: str = knob("", "cpu, or a second GPU such as cuda:1; default: --device")
@@ -65,9 +66,9 @@ class Knobs:
     batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
-    sampler: str = knob("plain", "of rollouts in training", choices=("plain", "continuous"))
+    sampler: str = knob("plain", "how training rollouts are sampled", choices=("plain", "continuous"))
     lr: float = knob(5e-6, "peak learning rate", least=0)
-    warmup: float = knob(0.1, "fraction of the steps; the learning rate rises in them", least=0, most=1)
+    warmup: float = knob(0.1, "fraction of the steps in which the learning rate rises", least=0, most=1)
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
     beta2: float = knob(0.95, "of AdamW; low, because runs are short", least=0, most=0.9999)
     clip: float = knob(1.0, "largest gradient norm", least=1e-6)
@@ -146,7 +147,7 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
 
 
 def hidden_states(model, ids: Tensor) -> Tensor:
-    """The last hidden states, which the output head makes logits of: (M, L) -> (M, L, D), where `ids` is."""
+    """The final hidden states, input of the output head: (M, L) -> (M, L, D), on the device of `ids`."""
     hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     return hidden.to(ids.device)
 
@@ -174,8 +175,8 @@ def score(
 ) -> tuple[float, dict[str, Tensor]]:
     """Score rollouts with both models, and backpropagate into the masters, unless under `torch.no_grad()`.
 
-    Returns the loss, which is the sum of the divergence over all tokens with a loss / `normalizer`, so by
-    default its mean, and `token_statistics` with each token's row and position, (N,) each.
+    Returns the loss, which is the sum of the divergence over all tokens with a loss divided by `normalizer`
+    (by default the mean), and `token_statistics` with the row and the position of each token, (N,) each.
     """
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
     # Of the whole step: a mean per micro-batch would weight tokens unequally.
@@ -184,11 +185,11 @@ def score(
     statistics = []
     for rows in micro_batches(rollouts, micro_batch):
         ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (M, L) each
-        row, position = loss_mask[rows].nonzero().T  # (N,) each, row within the micro-batch
+        row, position = loss_mask[rows].nonzero().T  # (N,) each, of this micro-batch
         with torch.no_grad():
             teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D), the teacher's D
         student_hidden = hidden_states(pair.student, ids)[predicts]  # (N, D)
-        part_loss, part = opd_backward(
+        batch_loss, batch_statistics = opd_backward(
             student_head=pair.student_head,
             student_hidden=student_hidden,
             teacher_head=pair.teacher_head,
@@ -199,9 +200,9 @@ def score(
             temperature=temperature,
             teacher_temperature=teacher_temperature,
         )
-        loss += part_loss.item()
-        row_of_step = row.new_tensor(rows)[row]  # (N,) rows of all rollouts, not of the micro-batch
-        statistics.append(part | {"row": row_of_step, "position": position})
+        loss += batch_loss.item()
+        row = row.new_tensor(rows)[row]  # in `rollouts`
+        statistics.append(batch_statistics | {"row": row, "position": position})
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
 
 
@@ -224,7 +225,7 @@ def train(
     """The training loop. `run` numbers, times and logs the steps (support/run_folder.py), and saves them.
 
     `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way. Rollouts
-    that the student did not sample have `logp=None`: step 0 compares it with the scorer's `student_logp`.
+    that the student did not sample have `logp=None`; step 0 compares `logp` with the scorer's `student_logp`.
     """
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
@@ -351,7 +352,7 @@ def schedule_of(knobs: Knobs) -> Callable[[int], int]:
 
 
 def main() -> int | None:
-    """Check all that can be checked before the first step, then train. Returns 0, after a dry run None."""
+    """Check all that can be checked before the first step, then train. What it returns: see `run_main`."""
     # 1. Settings and problems.
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
@@ -359,11 +360,11 @@ def main() -> int | None:
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
-    # What works on the models. With torchrun the same five divide the work among the processes.
-    one = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
-    engine = ranks.start(knobs) if ranks else one
+    # What works on the models; with torchrun extras/ranks.py divides the same work among the processes.
+    own = {"load_pair": load_pair, "rollout": rollout, "score": score, "adamw": adamw, "run": CheckpointedRun}
+    engine = ranks.start(knobs) if ranks else SimpleNamespace(**own)
     horizon_at = schedule_of(knobs)
-    run_folder.build_world(knobs, rollout)
+    run_folder.build_world(knobs, rollout)  # of the presets toy and words, once
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
@@ -417,14 +418,15 @@ def main() -> int | None:
     optimizer = engine.adamw(pair, knobs)
     run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
     longest = max(map(horizon_at, range(knobs.steps)))
-    shape = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
-    with run.open(fresh=not knobs.resume, shape=shape):  # the shape is for the message "out of memory"
+    workload = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
+    with run.open(fresh=not knobs.resume, workload=workload):  # named if the memory is not enough
         if knobs.tracker:
             from extras import tracker
 
             run.track = tracker.start(knobs.tracker, folder, asdict(knobs))
-        hashes = run_folder.training_inputs(knobs, problems, test)
-        run_folder.write_config(folder, asdict(knobs), device, hashes)  # refused if a resumed run's differ
+        inputs = run_folder.training_inputs(knobs, problems, test)
+        run_folder.write_config(folder, asdict(knobs), device, inputs)  # refused if a resumed run's differ
+        # A resumed run reads the scores before training from its folder; `train` restores its weights.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler=sampler, scorer=scorer)
         run.save_student()

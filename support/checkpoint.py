@@ -82,8 +82,8 @@ class CheckpointedRun(run_folder.Run):
         self.bar: tqdm | None = None
 
     @contextmanager
-    def open(self, fresh: bool, shape: str) -> Iterator[None]:
-        """Hold the folder. Faults of memory, disk and processes end in one line; `shape` is what did not fit.
+    def open(self, fresh: bool, workload: str) -> Iterator[None]:
+        """Hold the folder. Faults of memory, disk and processes end in one line, which names the `workload`.
 
         Raises BadInput if the student cannot be saved; Stopped.
         """
@@ -92,7 +92,7 @@ class CheckpointedRun(run_folder.Run):
             try:
                 yield
             except Exception as error:
-                self.stop_on_fault(error, shape)
+                self.stop_on_fault(error, workload)
                 raise
 
     def steps(self, total: int) -> Iterator[int]:
@@ -152,7 +152,7 @@ class CheckpointedRun(run_folder.Run):
     def save_student(self) -> None:
         self.save_pair(self.pair, self.folder / "student")
 
-    def stop_on_fault(self, error: Exception, shape: str) -> None:
+    def stop_on_fault(self, error: Exception, workload: str) -> None:
         """Raise Stopped with one line if memory, disk or another process is the cause; else return.
 
         A BadInput on the way, of a sampler that fails for example, has its own line: the state is saved.
@@ -168,7 +168,7 @@ class CheckpointedRun(run_folder.Run):
             raise Stopped(1, f"cannot write the run ({error}): fix that, then {self.remedy()}") from error
         if run_folder.is_out_of_memory(error):
             self.save_last()
-            what = f"out of memory at step {self.step}, {shape}: lower --micro-batch or --eval-batch"
+            what = f"out of memory at step {self.step}, {workload}: lower --micro-batch or --eval-batch"
             remedy = f"{self.remedy()}; or start again with a lower --horizon or --batch-size"
             raise Stopped(1, f"{what} and {remedy}") from error
 

@@ -1,14 +1,16 @@
 """Tiny random models for every test, and the toy world, built once and cached, for the tests that train."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import train
 from support import cli, report, toy
@@ -92,6 +94,22 @@ def curves(monkeypatch) -> None:
 def world() -> Path:
     """The folder of the toy world `opening`: student/, teacher/, train.jsonl, test.jsonl."""
     return toy.build("opening")
+
+
+def renumbered(world, folder):
+    """The toy's teacher with other ids for the same tokens: another tokenizer, the same texts."""
+    shutil.copytree(world / "teacher", folder)
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = state["model"]["vocab"]
+    first, last = max(token["id"] for token in state["added_tokens"]) + 1, max(vocabulary.values())
+    for token, i in vocabulary.items():
+        vocabulary[token] = first + last - i if i >= first else i
+    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weight = model.get_input_embeddings().weight.data
+    weight[first : last + 1] = weight[first : last + 1].flip(0)
+    model.save_pretrained(folder)
+    return folder
 
 
 def pytest_addoption(parser) -> None:

@@ -1,6 +1,5 @@
 """A teacher with another tokenizer: alignment by bytes, the gradient by enumeration, its bias, and a run."""
 
-import json
 import math
 import shutil
 import sys
@@ -8,9 +7,9 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import pair_of, tiny
+from conftest import pair_of, renumbered, tiny
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import opd
@@ -336,22 +335,6 @@ def test_bias_where_both_models_have_the_same_distribution(small_probe, merges, 
     found = [expected_gradient(student, LARGE, texts, only_common) for only_common in (False, True)]
     assert found[0] == pytest.approx(bias, abs=5e-4 if bias else 1e-12)
     assert found[1] == pytest.approx(of_common, abs=5e-4)
-
-
-def renumbered(world, folder):
-    """The toy's teacher with other ids for the same tokens: another tokenizer, the same texts."""
-    shutil.copytree(world / "teacher", folder)
-    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = state["model"]["vocab"]
-    first, last = max(token["id"] for token in state["added_tokens"]) + 1, max(vocabulary.values())
-    for token, i in vocabulary.items():
-        vocabulary[token] = first + last - i if i >= first else i
-    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    weight = model.get_input_embeddings().weight.data
-    weight[first : last + 1] = weight[first : last + 1].flip(0)
-    model.save_pretrained(folder)
-    return folder
 
 
 def run(out, flags, monkeypatch):

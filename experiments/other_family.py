@@ -1,0 +1,147 @@
+"""What training with a teacher of another family does to a student: answers, and text scored by the teacher.
+
+    python train.py --student A --teacher T --data FILE --divergence sampled --schedule esr --out RUN
+    python experiments/other_family.py --student A --teacher T --data FILE --trained RUN/student
+
+Every student answers the same held-out problems at temperature 1. The rows of the CSV are its accuracy, the
+shares of its answers that are cut and that repeat themselves, the share of full stops that a newline follows,
+and (log q - log p) / bytes on the same texts, some answers of the untrained student. All have 95 % intervals
+over problems. A run that was stopped has a student as well.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from probe import mean_of_tokens
+
+import train
+from eval_math import decode_answers, extract, has_box
+from extras.other_tokenizer import prepare
+from extras.profile_horizon import in_batches
+from rollout import Rollout
+from support import data, models, run_folder
+from support.cli import knob, parse, run_main
+from support.scores import is_repeating
+from support.workers import Grader
+
+BATCH = 64  # rollouts sampled together
+
+
+@dataclass(frozen=True)
+class Knobs:
+    student: str = knob(train.Knobs.student, "hub name or folder, before training", group="models and data")
+    teacher: str = knob(train.Knobs.teacher, "with another tokenizer")
+    trained: tuple[str, ...] = knob((), "RUN/student of a training run; may be repeated")
+    data: str = knob(train.Knobs.data, "as in train.py; its held-out problems are used")
+    eval_data: str = knob("", "held-out problems, as in train.py")
+    instruction: str = knob(train.Knobs.instruction, "text after each problem")
+    problems: int = knob(128, "held-out problems", least=2, group="measurement")
+    texts: int = knob(32, "answers of the untrained student that all models score", least=2)
+    max_new_tokens: int = knob(256, "longest answer", least=1)
+    csv: str = knob(str(ROOT / "results" / "other_family.csv"), "the table")
+
+
+class Text(NamedTuple):
+    """Fixed answers, and what the untrained student and the teacher say of them."""
+
+    rollouts: Rollout
+    logp: Tensor  # (B,) of the untrained student, nats
+    ratio: Tensor  # (B,) log q - log p, nats
+    bytes: Tensor  # (B,)
+
+
+def answers_of(pair: train.Pair, prompts: list[list[int]], horizon: int) -> list[Rollout]:
+    """A sampled answer of the student to each prompt; every student gets the same noise."""
+    return list(in_batches(pair.student, pair, prompts, horizon, 1.0, "other family", BATCH))
+
+
+def rows_of_answers(
+    name: str, tokenizer, parts: list[Rollout], problems: list[data.Problem]
+) -> Iterator[dict]:
+    """Accuracy, cut, repeating and newline of a student's answers."""
+    answers = [answer for part in parts for answer in decode_answers(part, tokenizer)]
+    texts = [answer["response"] for answer in answers]
+    with Grader(extract, has_box) as grader:
+        verdicts = grader.grade(texts, [problem.answer for problem in problems])
+    every = torch.arange(len(answers))
+    shares = {
+        "accuracy": [verdict["correct"] for verdict in verdicts],
+        "cut": [not answer["finished"] for answer in answers],
+        "repeating": [is_repeating(text) for text in texts],
+    }
+    for readout, holds in shares.items():
+        yield mean_of_tokens(name, readout, torch.tensor(holds), every, len(answers))
+    stops = [(i, after[:1] == "\n") for i, text in enumerate(texts) for after in text.split(".")[1:]]
+    if stops:
+        answer, newline = zip(*stops)
+        yield mean_of_tokens(name, "newline", torch.tensor(newline), torch.tensor(answer), len(answers))
+
+
+@torch.no_grad()
+def fixed_text(pair: train.Pair, scorer, part: Rollout) -> Text:
+    """The teacher's score of the untrained student's answers."""
+    _, tokens = scorer(pair, part)
+    ratio = torch.zeros(len(part.prompts)).index_add(0, tokens["row"], -tokens["reverse_kl"])
+    sizes = [len(answer["response"].encode()) for answer in decode_answers(part, pair.tokenizer)]
+    return Text(part, own_logp(pair, part), ratio, torch.tensor(sizes))
+
+
+@torch.no_grad()
+def own_logp(pair: train.Pair, part: Rollout) -> Tensor:
+    """log p of each of these answers by the pair's student, (B,) nats."""
+    alone = replace(pair, teacher=pair.student, teacher_head=pair.student_head)
+    _, tokens = train.score(alone, part)
+    return torch.zeros(len(part.prompts)).index_add(0, tokens["row"], tokens["student_logp"])
+
+
+def row_of_text(name: str, pair: train.Pair, text: Text) -> dict:
+    """(log q - log p) / bytes of the fixed answers; log q is the same for every student."""
+    change = own_logp(pair, text.rollouts) - text.logp
+    of_byte = ((text.ratio - change) / text.bytes).repeat_interleave(text.bytes)
+    answer = torch.arange(len(text.bytes)).repeat_interleave(text.bytes)
+    return mean_of_tokens(name, "log_ratio_per_byte", of_byte, answer, len(text.bytes))
+
+
+def measure(knobs: Knobs) -> list[dict]:
+    """The rows of the student before training and of each trained one."""
+    _, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.problems, seed=0)
+    device = models.find_device("")
+    rows = []
+    text = None
+    for name in (knobs.student, *knobs.trained):
+        pair = train.load_pair(name, knobs.teacher, "float32", device, differ=True)
+        prompts = data.render(pair.tokenizer, test, knobs.instruction)
+        parts = answers_of(pair, prompts, knobs.max_new_tokens)
+        curve = Path(name).parent.name if name in knobs.trained else "before"
+        rows += rows_of_answers(curve, pair.tokenizer, parts, test)
+        if text is None:
+            settings = train.Knobs(
+                teacher=knobs.teacher, instruction=knobs.instruction, max_new_tokens=knobs.max_new_tokens
+            )
+            scorer, _ = prepare(pair, train.hidden_states, prompts, test, test, settings)
+            (scored,) = answers_of(pair, prompts[: knobs.texts], knobs.max_new_tokens)
+            text = fixed_text(pair, scorer, scored)
+        rows.append(row_of_text(curve, pair, text))
+    return rows
+
+
+def main() -> None:
+    knobs = Knobs(**parse(Knobs, __doc__))
+    run_folder.check_file(Path(knobs.csv), "--csv")
+    rows = measure(knobs)
+    run_folder.write_csv(Path(knobs.csv), list(rows[0]), rows)
+    for row in rows:
+        print("{curve:10} {at:20} {value:8.4f} [{low:.4f} to {high:.4f}] {n:6}".format_map(row))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,38 @@
+"""What training with a teacher of another family does, with the toy and a teacher of renumbered tokens."""
+
+import sys
+
+import other_family
+import pytest
+from conftest import renumbered
+
+from support.run_folder import read_csv
+
+
+def test_a_student_that_equals_the_teacher(world, tmp_path, monkeypatch):
+    """Its log-ratio is 0 on any text: log p of the teacher's weights, log q of the same under other ids."""
+    other = renumbered(world, tmp_path / "other")
+    path = tmp_path / "rows.csv"
+    flags = ["--student", world / "student", "--teacher", other, "--trained", world / "teacher"]
+    flags += [
+        "--data",
+        world,
+        "--problems",
+        20,
+        "--texts",
+        4,
+        "--max-new-tokens",
+        128,
+        "--instruction=",
+        "--csv",
+        path,
+    ]
+    monkeypatch.setattr(sys, "argv", ["other_family.py", *map(str, flags)])
+    other_family.main()
+    rows = {(row["curve"], row["at"]): row for row in read_csv(path)}
+    trained = world.name
+    ratio = {name: float(rows[name, "log_ratio_per_byte"]["value"]) for name in ("before", trained)}
+    assert ratio["before"] < -0.01 and ratio[trained] == pytest.approx(0, abs=1e-3)
+    assert float(rows[trained, "accuracy"]["low"]) > float(rows["before", "accuracy"]["high"])
+    for readout in ("cut", "repeating"):
+        assert 0 <= float(rows["before", readout]["low"]) <= float(rows["before", readout]["high"]) <= 1
