@@ -169,7 +169,8 @@ def evaluate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
     records = run_folder.whole_batches(path, len(keys))
-    size = records[0]["batch_size"] if records else batch_size  # another one would round differently
+    # A resumed evaluation keeps its batch size, as another rounds differently, unless less is asked for.
+    size = min(batch_size, records[0]["batch_size"]) if records else batch_size
     bar = tqdm(total=len(keys), initial=len(records), desc=path.stem, unit="answer", leave=False)
     with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, has_box) as grader, bar:
         for start in range(len(records), len(keys), size):

@@ -62,7 +62,9 @@ def make_schedule(
         raise BadInput("--horizon auto chooses where to stop, and full does not stop: use esr or topd")
     if not schedule.grows and (growth, interval) != (None, None):
         raise BadInput(f"--popd-growth and --popd-interval do not apply to {name}: drop them, or use popd")
-    start = first_horizon(schedule.horizon if horizon in (None, "auto") else horizon, budget)
+    if horizon == "auto":
+        horizon = min(schedule.horizon, budget)
+    start = first_horizon(schedule.horizon if horizon is None else horizon, budget)
     if name == "full" and start < budget:
         raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")
     if schedule.grows:

@@ -62,7 +62,7 @@ class Knobs:
     system_prompt: str = knob("", "system message; the chat template's own if empty")
 
     divergence: str = knob("reverse_kl", "the loss", choices=DIVERGENCES, group="optimisation")
-    steps: int = knob(200, "optimizer steps", least=1, most=10**7)
+    steps: int = knob(200, "optimizer steps", least=1, most=999_999)
     batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
@@ -420,12 +420,12 @@ def main() -> int | None:
     longest = max(map(horizon_at, range(knobs.steps)))
     workload = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
     with run.open(fresh=not knobs.resume, workload=workload):  # named if the memory is not enough
+        inputs = run_folder.training_inputs(knobs, problems, test)
+        run_folder.write_config(folder, asdict(knobs), device, inputs)  # refused if a resumed run's differ
         if knobs.tracker:
             from extras import tracker
 
             run.track = tracker.start(knobs.tracker, folder, asdict(knobs))
-        inputs = run_folder.training_inputs(knobs, problems, test)
-        run_folder.write_config(folder, asdict(knobs), device, inputs)  # refused if a resumed run's differ
         # A resumed run reads the scores before training from its folder; `train` restores its weights.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler=sampler, scorer=scorer)

@@ -8,7 +8,6 @@ wrong       neither
 not built   the family's config could not be made small by the settings below
 """
 
-import os
 import signal
 import sys
 from collections import Counter
@@ -137,9 +136,7 @@ def main() -> None:
     counts = Counter(row["verdict"] for row in rows)
     print(f"transformers {transformers.__version__}:", ", ".join(f"{n} {v}" for v, n in counts.items()))
     if knobs.out:
-        part = Path(knobs.out).with_suffix(".part")
-        run_folder.write_csv(part, list(rows[0]), rows)
-        os.replace(part, knobs.out)
+        run_folder.write_csv(Path(knobs.out), list(rows[0]), rows)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str,
 
 def measure(plan: Plan, folder: Path, out: Path) -> None:
     """Write all rows; that of a side that fails says why."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for script, side, flags, about in measurements(plan, folder):
         started = time.perf_counter()
@@ -129,7 +130,8 @@ def measure(plan: Plan, folder: Path, out: Path) -> None:
         except BadInput as error:
             found = {"error": str(error)} | sides.hardware(torch.device(plan.device))
         rows.append(about | {"side": side} | found)
-        write(rows, out.with_suffix(".part"))
+        columns = list(dict.fromkeys(name for row in rows for name in row))  # sides have different ones
+        run_folder.write_csv(out.with_suffix(".part"), columns, rows)
         print(summary(rows[-1]), f"({time.perf_counter() - started:.0f} s)", flush=True)
     run_folder.atomic_rename(out.with_suffix(".part"), out)
     print(f"{rows[0]['hardware']}: {out}")
@@ -150,13 +152,6 @@ def summary(row: dict[str, Any]) -> str:
         text += f", reserved {row['reserved_gb']:.2f}, of the device {row['device_gb']:.2f}"
         text += f", estimated {row['estimate_gb']:.2f} ({gap:+.0%}, {verdict})"
     return text
-
-
-def write(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write the table; sides have different columns."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_csv(out, columns, rows)
 
 
 def main() -> None:

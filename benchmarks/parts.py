@@ -201,20 +201,18 @@ def read_bandwidth(device: torch.device) -> float:
     return max(rates)
 
 
-def time_grading(problems: list[data.Problem], n: int, seed: int) -> dict[str, Any]:
-    rng = random.Random(seed)
-    golds = [rng.choice(problems).answer for _ in range(n)]
+def run_evaluation(knobs: Knobs, out: Path) -> None:
+    """The time of grading answers of which half are right."""
+    problems = data.read_problems(knobs.data, "test")
+    rng = random.Random(knobs.seed)
+    golds = [rng.choice(problems).answer for _ in range(knobs.answers)]
     answers = [gold if i % 2 else rng.choice(problems).answer for i, gold in enumerate(golds)]
     with Grader(extract, has_box) as grader:
         started = time.perf_counter()
         verdicts = grader.grade([rf"So it is \boxed{{{answer}}}." for answer in answers], golds)
         seconds = time.perf_counter() - started
     right = sum(verdict["correct"] for verdict in verdicts)
-    return {"what": "grading", "n": n, "ours_s": seconds, "right": right}
-
-
-def run_evaluation(knobs: Knobs, out: Path) -> None:
-    row = time_grading(data.read_problems(knobs.data, "test"), knobs.answers, knobs.seed)
+    row = {"what": "grading", "n": knobs.answers, "ours_s": seconds, "right": right}
     row |= {"data": Path(knobs.data).name} | sides.hardware(models.find_device(knobs.device))
     print(row)
     run_folder.append_csv(out, [row])

@@ -236,16 +236,14 @@ def measure_growth(knobs: Knobs, given: dict[str, Any], table: Path) -> None:
 
 def draw_growth(table: Path) -> Path:
     """Seconds of a step by phase, and peak memory, by response tokens; dotted: linear growth."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = run_folder.read_csv(table)
     tokens = [int(row["tokens"]) for row in rows]
     phases = {"sampling": "rollout_s", "scoring and backward": "score_s", "AdamW": "update_s"}
     seconds = [[float(row[column]) for row in rows] for column in phases.values()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.stackplot(tokens, seconds, labels=list(phases), colors=("#0072b2", "#e69f00", "#009e73"), alpha=0.8)
     left.plot([0, tokens[-1]], [0, sum(s[-1] for s in seconds)], ":", color="black", label="linear")
     left.set(title="seconds per step", xlabel="response tokens", xlim=(0, None), ylim=(0, None))
@@ -258,7 +256,6 @@ def draw_growth(table: Path) -> Path:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(table.with_suffix(".png"), dpi=110)
-    plt.close(figure)
     return table.with_suffix(".png")
 
 

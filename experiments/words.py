@@ -207,9 +207,7 @@ def predict(knobs: Knobs) -> str:
             value, n = float(row[name]), int(row["n"])
             found.append(probe.point(f"{arm}, {name}", "", value, scores.wilson(value, n), n))
     found += [*shares(knobs), *decay(knobs)]
-    part = path.with_suffix(".part")
-    run_folder.write_csv(part, [*found[0], *both.settings], [row | both.settings for row in found])
-    run_folder.atomic_rename(part, path)
+    run_folder.write_csv(path, [*found[0], *both.settings], [row | both.settings for row in found])
     line = "{curve:20} {at:>5} {value:8.3f} [{low:.3f} to {high:.3f}]"
     return "\n".join(line.format_map(row).removesuffix("[nan to nan]") for row in found)
 

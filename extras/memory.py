@@ -73,6 +73,9 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
     tokens, micro_batches = together * length, -(-rows // together)
     vocab = min(student.vocab, teacher.vocab)
     head = 0 if knobs.low_memory else vocab * student.width
+    teacher_weights = weights_bytes(knobs, teacher_config, teacher)
+    if is_elsewhere(knobs):  # only its head is copied to the student's device
+        teacher_weights = teacher.vocab * teacher.width * item
     chunk = min(CHUNK, together * horizon) * vocab
     # The gradient of the head, or of the embedding that is tied to it, next to the sum of the gradients. A
     # CPU adds a bf16 tensor to an fp32 one by way of an fp32 copy.
@@ -81,7 +84,7 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
         "student weights": parameters_ * item,
         "fp32 masters": 0 if item == 4 else trained * 4,
         "AdamW": trained * 8,
-        "teacher weights": teacher_bytes(knobs, teacher_config, teacher),
+        "teacher weights": teacher_weights,
         "gradients": trained * 4,
         "cache and sampling": student.cache_bytes(rows * length) + student.sampling_bytes(rows),
         "activations": activation_bytes(student, tokens, knobs.checkpointing),
@@ -111,13 +114,6 @@ def place(device: str) -> tuple[str, int]:
 def is_elsewhere(knobs) -> bool:
     """Whether the teacher is on a device of its own."""
     return place(knobs.teacher_device or knobs.device) != place(knobs.device)
-
-
-def teacher_bytes(knobs, config, shape: Shape) -> int:
-    """Of the teacher's weights on the student's device: of a teacher that is elsewhere, its head alone."""
-    return (
-        shape.vocab * shape.width * shape.item if is_elsewhere(knobs) else weights_bytes(knobs, config, shape)
-    )
 
 
 def weights_bytes(knobs, config, shape: Shape) -> int:
@@ -154,10 +150,8 @@ def dry_run(knobs, problems: list, horizon: int, device: torch.device) -> str:
     lines = [format_estimate(found, free_memory(device))]
     if is_elsewhere(knobs):
         shape = Shape.of(configs[1], getattr(torch, knobs.dtype).itemsize)
-        needed, free = (
-            weights_bytes(knobs, configs[1], shape),
-            free_memory(torch.device(knobs.teacher_device)),
-        )
+        needed = weights_bytes(knobs, configs[1], shape)
+        free = free_memory(torch.device(knobs.teacher_device))
         verdict = "fits" if needed <= free else "does not fit: name another --teacher-device"
         where = f"the teacher's weights on {knobs.teacher_device}, {needed / 1e9:.2f} GB"
         lines.append(f"{where} of {free / 1e9:.1f} GB free: {verdict}")

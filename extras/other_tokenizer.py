@@ -222,6 +222,7 @@ def advantages(row: Alignment, gain: list[float], logp: list[float]) -> tuple[li
 
 def end_or_token_logp(logp: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     """log p of each token, or of all ends together where it is one: (C, V), (C,), (E,) -> (C,)."""
+    ends = ends[ends < logp.shape[-1]]
     return torch.where(torch.isin(tokens, ends), logp[:, ends].logsumexp(-1), token_logp(logp, tokens))
 
 
@@ -353,9 +354,12 @@ def teacher_rollouts(prompts: list[list[int]], aligned: list[Alignment], like: T
     return Rollout(prompts, like.new_tensor(padded), mask, logp=None, finished=None)
 
 
-def coverage(align: Aligner, encode: Callable[[str], list[int]], texts: list[str]) -> tuple[float, float]:
+def coverage(
+    align: Aligner, encode: Callable[[str], list[int] | None], texts: list[str]
+) -> tuple[float, float]:
     """The share of the student's tokens of these texts that is scored, and the mean length of a chunk."""
-    ids = [encode(text) for text in texts]
+    encoded = (encode(text) for text in texts)
+    ids = [tokens for tokens in encoded if tokens is not None]  # without texts whose bytes are not kept
     rows = [align(tokens, False, [], 1 << 30) for tokens in ids]
     scored = sum(row.bounds[-1][0] for row in rows)
     chunks = sum(len(row.bounds) - 1 for row in rows)

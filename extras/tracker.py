@@ -11,6 +11,7 @@ from typing import Any
 
 from support.cli import BadInput
 from support.models import first_line
+from support.run_folder import run_id_of
 
 
 def numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -52,9 +53,9 @@ def tensorboard(folder: Path, settings: dict[str, Any]) -> Callable[[int, dict[s
 def wandb(folder: Path, settings: dict[str, Any]) -> Callable[[int, dict[str, Any]], None]:
     import wandb as library
 
-    name = folder.resolve().name
+    about = {"project": "opd", "name": folder.resolve().name, "id": run_id_of(folder), "dir": folder}
     try:
-        run = library.init(project="opd", name=name, id=name, dir=folder, config=settings, resume="allow")
+        run = library.init(**about, config=settings, resume="allow")
     except library.Error as error:
         what = f"wandb cannot be used ({first_line(error)})"
         raise BadInput(f"{what}: wandb login, or set WANDB_MODE=offline") from error

@@ -21,7 +21,6 @@ import train
 from eval_math import decode_answers, extract, has_box
 from opd import reverse_kl
 from rollout import Rollout, rollout, sampling_noise
-from schedules import make_schedule
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
 from support.report import token_texts
@@ -193,9 +192,7 @@ def main() -> None:
         problems = data.read_problems(knobs.data, "test", need_answers=False)
     else:
         _, problems = data.train_and_test(run.data, run.eval_data, run.eval_limit, run.seed, layout)
-    horizon_at = make_schedule(
-        run.schedule, run.max_new_tokens, run.steps, run.horizon, run.popd_growth, run.popd_interval
-    )
+    horizon_at = train.schedule_of(run)
     pairs = load_pairs(run, folder, device)
     facts = {"run": folder.resolve().name, "horizon": horizon_at(0), "top": TOP, "units": UNITS}
     for name in ("student", "teacher", "schedule", "steps", "max_new_tokens", "temperature"):

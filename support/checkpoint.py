@@ -238,9 +238,7 @@ class CheckpointedRun(run_folder.Run):
             facts = json.loads(file.metadata()["state"])
             names = sorted(file.keys())
             expected = facts.pop("digest", None)
-            # A run that an earlier version started has no id, and its checkpoints have no hash.
-            intact = expected == digest(facts, ((name, file.get_tensor(name)) for name in names))
-            if not intact and (expected or self.run_id):
+            if expected != digest(facts, ((name, file.get_tensor(name)) for name in names)):
                 raise ValueError("its hash differs")
             if facts.get("run_id") != self.run_id:
                 raise BadInput(f"{path} is of another run: move it out of the folder")

@@ -361,7 +361,11 @@ def train_and_test(
     if limit == 0:
         return problems, []
     if held_out or not Path(source).is_file():
-        return problems, subset(read_problems(held_out or source, "test", layout), limit, seed)
+        test = subset(read_problems(held_out or source, "test", layout), limit, seed)
+        rest = without(test, problems, source)
+        if len(rest) < len(problems):
+            print(f"{len(problems) - len(rest)} training problems are held out as well: left out", flush=True)
+        return rest, test
     if len(problems) <= limit:
         raise BadInput(
             f"{source} has {len(problems)} problems, none left after {limit} held out: lower --eval-limit"
@@ -372,8 +376,13 @@ def train_and_test(
         fault = next(problem.fault for problem in problems if problem.answer is None)
         raise BadInput(f"{what} ({fault}): give --eval-data, or --eval-limit 0")
     test = [problems[i] for i in sorted(random.Random(seed).sample(answered, limit))]
-    held_out_questions = {p.question for p in test}  # by text: a file may contain a problem twice
-    rest = [p for p in problems if p.question not in held_out_questions]
+    return without(test, problems, source), test
+
+
+def without(test: list[Problem], problems: list[Problem], source: str) -> list[Problem]:
+    """The problems whose text is not that of a held-out one. Raises BadInput if none is left."""
+    questions = {problem.question for problem in test}
+    rest = [problem for problem in problems if problem.question not in questions]
     if not rest:
         raise BadInput(f"{source} repeats the held-out problems, none is left to train on: give --eval-data")
-    return rest, test
+    return rest

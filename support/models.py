@@ -64,7 +64,6 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, bits: str = 
     """
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if bits:
-        check_bits(bits)
         options |= {"quantization_config": quantization(bits, dtype), "device_map": {"": device}}
     model, info = load(AutoModelForCausalLM, name, **options)
     missing = sorted(info["missing_keys"])

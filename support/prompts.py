@@ -19,6 +19,8 @@ from tokenizers import AddedToken, Tokenizer
 from support.cli import BadInput
 
 MARK = "\ue000"  # stands for the user's text in a template; a private-use character that no text contains
+# Replaces a function of templates that gives today's date: prompts must not change from day to day.
+DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 SPACES = " \t\r\n\u2581"  # the last one is SentencePiece's sign for a space
 
 
@@ -39,9 +41,6 @@ def render(
     chat = tokenizer.chat_template is not None
     if not chat and not few_shot:
         raise BadInput(f"the tokenizer of {name} has no chat template: give an instruction-tuned model")
-    for flag, text in (("--instruction", instruction), ("--system-prompt", system_prompt)):
-        if re.search("[\ud800-\udfff]", text):
-            raise BadInput(f"{flag} {text[:60]!r} is not valid Unicode: write it in UTF-8")
 
     def text_around(content: str) -> str:
         if not chat:
@@ -65,6 +64,8 @@ def apply_template(tokenizer, content: str, system_prompt: str, thinking: bool) 
     how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": thinking}
     name = f"the chat template of {tokenizer.name_or_path}"
     remedy = "drop --system-prompt, or put its text into --instruction"
+    if "strftime_now" in tokenizer.chat_template:
+        how["chat_template"] = DATE + tokenizer.chat_template
     try:
         text = tokenizer.apply_chat_template([*system, {"role": "user", "content": content}], **how)
     except TemplateError as error:

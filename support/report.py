@@ -160,7 +160,7 @@ def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
     if not before:
         return found
     low, high = summary["change"]["interval"]
-    if low == high:
+    if low == high == 0:
         found.append(f"No verdict changed on {before['n']} problems: raise --eval-limit, or train longer.")
     elif low > 0:
         found.append("Accuracy rose: the interval of the change is above 0.")
@@ -200,14 +200,12 @@ def draw_curve(folder: Path) -> Path:
 
     Raises BadInput if there is nothing to draw.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows, summary = read_run(folder)
     steps = [row["step"] for row in rows]
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    figure = Figure(figsize=(14, 3.2), layout="constrained")
+    axes = figure.subplots(1, 4)
     axes[0].plot(steps, [row["reverse_kl"] for row in rows], color="#0072b2")
     axes[0].set(title="reverse KL, nats per token", ylim=(0, None))
     seen = [(row["step"] + 1, float(row["accuracy"])) for row in rows if row["accuracy"]]
@@ -235,7 +233,6 @@ def draw_curve(folder: Path) -> Path:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curve.part", dpi=110, format="png")
-    plt.close(figure)
     atomic_rename(folder / "curve.part", folder / "curve.png")
     return folder / "curve.png"
 

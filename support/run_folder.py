@@ -278,7 +278,7 @@ def write_config(folder: Path, knobs: dict, device: torch.device, inputs: dict[s
 
 
 def run_id_of(folder: Path) -> str | None:
-    """The random id of the run in `folder`; None if there is none, or if an earlier version wrote it."""
+    """The random id of the run in `folder`; None if there is none."""
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")).get("run_id") if path.exists() else None
 
@@ -309,12 +309,12 @@ def hash_of_json(content: Any) -> str:
 
 
 def hash_of_weights(name: str) -> str | None:
-    """A hash of config and weights in the folder `name`, or the commit of the hub model `name`."""
+    """A hash of configs and weights in the folder `name`, or the commit of the hub model `name`."""
     folder = Path(name)
     if not folder.is_dir():
         return models.load(AutoConfig, name)._commit_hash
     found = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for path in [*sorted(folder.glob("*config.json")), *sorted(folder.glob("*.safetensors"))]:
         found.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
@@ -326,9 +326,6 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     """Raises BadInput, naming them, if inputs are not those with which the run in `folder` was started."""
     path = folder / "config.json"
     before = json.loads(path.read_text(encoding="utf-8")).get("inputs") if path.exists() else inputs
-    if before is None:
-        print(f"{path} was written by an earlier version: data and models cannot be checked", flush=True)
-        return
     known = before if isinstance(before, dict) else {}
     changed = [what for what in inputs if known.get(what) != inputs[what]]
     if changed:
@@ -374,8 +371,7 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         columns = header + new
         if new:
             old = [{name: row.get(name, "") for name in columns} for row in read_csv(path)]
-            write_csv(path.with_suffix(".part"), columns, old)
-            atomic_rename(path.with_suffix(".part"), path)
+            write_csv(path, columns, old)
     else:
         write_csv(path, columns, [])
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -383,10 +379,13 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write the whole file; floats keep 6 digits."""
+    part = path.with_name(f"{path.name}.new")
+    with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(map(rounded, rows))
+    atomic_rename(part, path)
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
@@ -400,8 +399,7 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
             whole = [row for row in read_csv(path) if None not in row.values() and row["step"].isdecimal()]
             rows = [row for row in whole if int(row["step"]) < step]
             if rows:
-                write_csv(path.with_suffix(".part"), list(rows[0]), rows)
-                atomic_rename(path.with_suffix(".part"), path)
+                write_csv(path, list(rows[0]), rows)
             else:
                 path.unlink()
     path = folder / "rollouts.jsonl"
@@ -416,7 +414,8 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
         if int(path.stem.rpartition("_")[2]) > step:
             path.unlink()
     if step < total:
-        (folder / "eval_after.jsonl").unlink(missing_ok=True)
+        for name in ("eval_after.jsonl", "summary.json"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def whole_batches(path: Path, total: int) -> list[dict[str, Any]]:
@@ -427,6 +426,7 @@ def whole_batches(path: Path, total: int) -> list[dict[str, Any]]:
     """
     content = path.read_bytes() if path.exists() else b""
     if not content.rpartition(b"\n")[0].strip():
+        path.unlink(missing_ok=True)
         return []
     whole = path.with_suffix(".part")
     whole.write_bytes(content[: content.rindex(b"\n") + 1])

@@ -54,13 +54,13 @@ def score_answers(records: list[dict]) -> dict | None:
         "tokens_per_second": sum(lengths) / max(sum(r["seconds"] for r in records), 1e-9),
         "unreadable_gold": sorted({r["gold"] for r in records if r["verdict"] == "gold unreadable"}),
         "lost": sum(r["verdict"] in LOST for r in records),
-        "samples": (k := len(groups[0])),
+        "samples": (k := min(map(len, groups))),
     }
     if k > 1:
         tries = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
-        right = [sum(r["correct"] for r in group) for group in groups]
+        wrong = [(len(group), sum(not r["correct"] for r in group)) for group in groups]
         result["pass_at"] = {
-            t: statistics.fmean(1 - math.comb(k - c, t) / math.comb(k, t) for c in right) for t in tries
+            t: statistics.fmean(1 - math.comb(w, t) / math.comb(size, t) for size, w in wrong) for t in tries
         }
         result["majority"] = statistics.fmean(map(majority_is_right, groups))
     return result

@@ -19,25 +19,25 @@ torch.set_num_threads(1)  # the models are tiny
 DEVICE = torch.device("cpu")  # of the tests of the five files, see --device
 V = 50  # vocabulary size of the tiny models
 END = 3  # their eos token
+SIZES = {  # settings of a tiny model of any architecture
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+    "bos_token_id": 1,
+    "eos_token_id": END,
+    "pad_token_id": 0,
+}
 
 
 def tiny(seed: int = 0, **changes) -> Qwen2ForCausalLM:
     """A random model of two layers in evaluation mode; `changes` are settings of its config."""
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": V,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "eos_token_id": END,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "initializer_range": 0.5,
-    }
-    return Qwen2ForCausalLM(Qwen2Config(**(settings | changes))).eval().to(DEVICE)
+    return Qwen2ForCausalLM(Qwen2Config(**(SIZES | {"bos_token_id": None} | changes))).eval().to(DEVICE)
 
 
 def pair_of(student, teacher, dtype: torch.dtype = torch.float32, ends=(END,)) -> train.Pair:
@@ -110,6 +110,13 @@ def renumbered(world, folder):
     weight[first : last + 1] = weight[first : last + 1].flip(0)
     model.save_pretrained(folder)
     return folder
+
+
+class Bytes:
+    """A tokenizer whose ids are the bytes of UTF-8."""
+
+    def decode(self, tokens):
+        return bytes(tokens if isinstance(tokens, list) else tokens.tolist()).decode(errors="replace")
 
 
 def pytest_addoption(parser) -> None:

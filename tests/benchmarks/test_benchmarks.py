@@ -85,19 +85,6 @@ def test_growth(run, pair, tmp_path):
     assert not (tmp_path / "out.part").exists()
 
 
-def test_wrong_flags_change_no_file(run, pair, tmp_path):
-    write_csv(tmp_path / "out.csv", ["tokens"], [{"tokens": 1}])
-    of_growth = (("--growth=8", "--prompts=0"), ("--growth=2",), ("--growth=8", "--sides=naive"))
-    for flags in (*of_growth, ("--endless",), ("--no-such-flag",)):
-        with pytest.raises(BadInput):
-            run(steps, *pair, *flags)
-    for flags in (("--part=loss", "--sides=plain"), ("--part=rollouts",), ("--part=nothing",)):
-        with pytest.raises(BadInput):
-            run(parts, *flags)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
-    assert read_csv(tmp_path / "out.csv") == [{"tokens": "1"}]
-
-
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @every(parts.SIDES["loss"])
 def test_loss(run, side, dtype):

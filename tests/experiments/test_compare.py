@@ -498,23 +498,6 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         main(monkeypatch, "--csv", tmp_path / "c.csv")
 
 
-@pytest.mark.parametrize(
-    "flags, why",
-    [
-        ("--schedule topd", "--schedule does not apply here"),
-        ("--arms best", "invalid choice: 'best'"),
-        ("--report --csv /nowhere/c.csv", "there is no /nowhere/c.csv"),
-        ("--steps 1 --arms popd --csv /nowhere/c.csv", "never grows"),
-        ("--csv /dev/null/c.csv", "name another --csv"),
-        ("--csv c.csv --keep /dev/null/kept", "name another --keep"),
-    ],
-)
-def test_bad_input(tmp_path, monkeypatch, flags, why):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((BadInput, Stopped), match=why):
-        main(monkeypatch, *flags.split())
-
-
 def test_which_world_and_which_file():
     assert [
         compare.choose(given)[1].name

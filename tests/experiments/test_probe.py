@@ -316,40 +316,6 @@ def test_any_first_part_of_a_file_can_be_drawn(name, wrong_student_right_teacher
         assert ("missing" in figures.draw_probe(out)) == (end < len(rows))
 
 
-BAD = [  # argv, what the line names
-    ("guess", "decay, cascade, swap, submode, profile"),
-    ("draw", "a CSV file"),
-    ("draw {here}/none.csv", "none.csv"),
-    ("draw {root}/results/toy.csv", "not hold results of a probe"),
-    ("decay --steps 3", "--steps"),  # no knob of that probe
-    ("decay --student {world}/student", "give all three"),
-    ("decay --world closing --student a --teacher b --data c", "give all three"),
-    ("swap --student a --teacher b --data c", "--trained RUN/student"),
-    ("cascade --trained {world}/teacher", "--horizon"),
-    ("cascade --trained {world}/teacher --horizon 20 --steps 3", "drop them"),
-    ("cascade --horizon 500", "horizon 500"),
-    ("swap --schedule full", "and --horizon give the lengths"),
-    ("submode --schedule popd --popd-growth 3", "--popd-growth"),
-    ("swap --trained {here}/none --horizon 20 --out {here}/x.csv", "does not exist"),
-    ("decay --prefixes some", "'some'"),
-    ("decay --prefixes nan", "'nan'"),
-    ("decay --prefixes 128", "below --max-new-tokens 128"),
-    ("decay --prefixes 0", "above 0"),
-    ("decay --temperature 0", "--temperature 0"),
-    ("decay --out {here}/x.txt", "not a .csv file"),
-    ("decay --out {root}/results/toy.csv", "other settings"),
-    ("decay --max-new-tokens 1000 --out {here}/x.csv", "exceed the context"),
-]
-
-
-@pytest.mark.parametrize("argv, names", BAD)
-def test_bad_input_is_one_line(argv, names, world, tmp_path, monkeypatch, capsys):
-    argv = [part.format(here=tmp_path, world=world, root=ROOT) for part in argv.split()]
-    code, _, error = call(monkeypatch, capsys, *argv)
-    assert code == 2 and error.count("\n") == 1 and names in error, error
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_knobs_of_real_models_are_not_the_toys(world):
     """A trained student is loaded, not trained; nothing of the toy's stands in the settings."""
     names = {"student": str(world / "student"), "teacher": str(world / "teacher"), "data": str(world)}

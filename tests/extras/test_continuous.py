@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import END, V, pair_of, tiny
+from conftest import END, SIZES, pair_of, tiny
 from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig
 
 import train
@@ -19,19 +19,6 @@ from rollout import sampling_noise
 from support import run_folder
 from support.cli import BadInput
 
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.5,
-    "bos_token_id": 1,
-    "eos_token_id": END,
-    "pad_token_id": 0,
-}
 FAMILIES = {
     "Qwen2": {},
     "Llama": {},

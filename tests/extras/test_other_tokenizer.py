@@ -395,3 +395,15 @@ def test_refused_in_one_line(kind, divergence, line, world, tmp_path, monkeypatc
     with pytest.raises(BadInput, match=line) as error:
         train.main()
     assert "\n" not in str(error.value) and not out.exists()
+
+
+def test_texts_whose_bytes_are_not_kept_are_not_counted(small_probe):
+    align = Aligner(Vocabulary(SMALL), Vocabulary(LARGE))
+    encoded = {"ab": align.student.encode("ab"), "\u2581": None}
+    assert other_tokenizer.coverage(align, encoded.get, ["ab", "\u2581"])[0] == 1
+
+
+def test_an_end_beyond_the_head_is_no_end():
+    logp = torch.log_softmax(torch.tensor([[1.0, 2.0, 3.0]]), dim=-1)
+    found = other_tokenizer.end_or_token_logp(logp, torch.tensor([1]), torch.tensor([1, 7]))
+    assert found == logp[:, 1]

@@ -81,10 +81,3 @@ def test_a_horizon_of_one_token_is_not_the_whole_budget(monkeypatch):
     monkeypatch.setattr(profile_horizon, "measure", lambda *args, **options: tokens)
     horizon = profile_horizon.choose(train.score, pair, PROMPTS, knobs)
     assert make_schedule("esr", budget=9, steps=10, horizon=horizon)(0) == 1
-
-
-def test_full_has_no_horizon_to_choose(monkeypatch):
-    command = "train.py --preset toy --schedule full --horizon auto"
-    monkeypatch.setattr(sys, "argv", command.split())
-    with pytest.raises(BadInput, match="full does not stop"):
-        train.main()

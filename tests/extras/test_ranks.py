@@ -4,7 +4,6 @@ The processes are forked from a server that has imported everything, and meet as
 """
 
 import atexit
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import END, pair_of, tiny
+from conftest import CONTEXT, END, pair_of, run_program, tiny
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
@@ -26,29 +25,21 @@ import opd
 import train
 from extras import ranks, shard
 from rollout import rollout, sampling_noise
-from support import cli, data, report, run_folder
+from support import cli, data, run_folder
 
 ROOT = Path(train.__file__).parent
 FLAGS = "--preset toy --steps 6 --batch-size 7 --max-new-tokens 20 --horizon 13 --decay constant --warmup 0"
 FLAGS += " --eval-limit 0 --save-every 2 --show-every 2"
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["extras.shard", "train"])
 
 
 def process(rank, size, port, flags, output, fault, main):
     """One process of torchrun, with its output in a file."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}"}
     os.environ |= {"LOCAL_WORLD_SIZE": f"{size}", "MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
-    torch.set_num_threads(1)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    report.draw_curve = lambda folder: None
     if fault:
         fault(rank)
-    sys.argv = ["train.py", *flags.split()]
     try:
-        cli.run_main(main or train.main)
+        run_program(main or train.main, flags.split(), output)
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
 
@@ -331,10 +322,3 @@ def test_scores_and_gradients_are_those_of_one_process(tmp_path, dtype, toleranc
     main = partial(compare_with_one, dtype, divided, tolerance)
     codes, written = run(3, "", tmp_path, main=main)
     assert codes == [0, 0, 0] and written[0].endswith("compared\n"), written
-
-
-def test_shards_need_several_processes(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "toy", "--shard"])
-    with pytest.raises(SystemExit, match="2"):
-        cli.run_main(train.main)
-    assert "error: --shard needs several processes: start with torchrun" in capsys.readouterr().err

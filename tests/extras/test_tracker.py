@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +55,19 @@ def test_wandb_offline(world, tmp_path, monkeypatch):
     while b"reverse_kl" not in files[0].read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert b"reverse_kl" in files[0].read_bytes()
+
+
+def test_runs_in_folders_of_one_name_are_two(tmp_path, monkeypatch):
+    """wandb continues a run whose id it knows; the id is that of the run, not of its folder."""
+    begun = []
+    library = SimpleNamespace(init=lambda **about: begun.append(about), Error=ValueError)
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    for place in "ab":
+        folder = tmp_path / place / "run"
+        folder.mkdir(parents=True)
+        run_folder.write_json(folder / "config.json", {"run_id": f"id of {place}"})
+        tracker.start("wandb", folder, {})
+    assert [(about["name"], about["id"]) for about in begun] == [("run", "id of a"), ("run", "id of b")]
 
 
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pair_of, tiny
+from conftest import Bytes, pair_of, tiny
 
 import train
 from extras import view
@@ -18,13 +18,6 @@ from support import data, run_folder
 from support.cli import BadInput
 
 HOSTILE = "a</script><script>document.title='x'</script><!-- &amp; <b>\n\t\x1b[31m\u202e\u2028é😀 "
-
-
-class Bytes:
-    """A tokenizer whose ids are the bytes of UTF-8."""
-
-    def decode(self, tokens):
-        return bytes(tokens if isinstance(tokens, list) else tokens.tolist()).decode(errors="replace")
 
 
 class Data(HTMLParser):

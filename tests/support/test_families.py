@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import END, V, pair_of
+from conftest import END, SIZES, V, pair_of
 
 import train
 from extras import lora
@@ -13,19 +13,6 @@ from support import models
 from support.cli import BadInput
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [8, 4], [9, 10, 11, 12]]
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.5,
-    "bos_token_id": 1,
-    "eos_token_id": END,
-    "pad_token_id": 0,
-}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 4}
 SUPPORTED = {  # family: settings apart from the sizes

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import V, tiny
+from conftest import SIZES, V, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import train
@@ -26,10 +26,7 @@ HEADS = [  # architecture, settings, scale and softcap of its logits
 
 def random_model(name, **changes):
     """A tiny model of another architecture."""
-    config = tiny().config.to_dict()
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    kept = (*sizes, "num_key_value_heads", "eos_token_id", "pad_token_id", "initializer_range")
-    config = getattr(transformers, f"{name}Config")(**{key: config[key] for key in kept} | changes)
+    config = getattr(transformers, f"{name}Config")(**(SIZES | changes))
     torch.manual_seed(0)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
@@ -108,17 +105,6 @@ def test_checkpointing_leaves_dropout_off():
 def test_checkpointing_of_a_model_without_such_layers_is_refused():
     with pytest.raises(BadInput, match="^Linear cannot recompute activations: add --no-checkpointing$"):
         models.enable_checkpointing(torch.nn.Linear(2, 2))
-
-
-def test_vocabularies_of_different_size(tmp_path, world, capsys):
-    """Qwen2.5 0.5B has 151,936 rows, 7B 152,064, and one tokenizer: the shared ids are scored."""
-    model = AutoModelForCausalLM.from_pretrained(world / "teacher")
-    model.resize_token_embeddings(model.config.vocab_size + 6)
-    model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path)
-    vocab_size = models.shared_vocabulary(str(world / "student"), str(tmp_path))
-    assert vocab_size == model.config.vocab_size - 6
-    assert capsys.readouterr().out.count("using the first") == 1
 
 
 def test_every_eos_id_of_every_model(world):

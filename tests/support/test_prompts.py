@@ -1,14 +1,12 @@
 """Prompts of tokenizers of every kind: their ids give the text back; no control tokens in problems."""
 
-import shutil
-
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
 from eval_math import FEW_SHOT
-from support import data, models
+from support import data
 from support.cli import BadInput
 from support.data import Problem
 
@@ -154,6 +152,13 @@ def test_base_models_get_examples():
         data.render(tokenizer, [Problem("2 + 2?", "4")], "")
 
 
+def test_a_prompt_is_the_same_every_day():
+    """A resumed run must continue on its own prompts, and templates such as SmolLM3's give the date."""
+    tokenizer = wrapped(byte_level(), "{{ strftime_now('%d %B %Y') }}" + CHATML)
+    (ids,) = data.render(tokenizer, [Problem("2 + 2?", "4")], "")
+    assert "26 Jul 2024" in tokenizer.decode(ids)
+
+
 def test_thinking_is_off_by_default():
     tokenizer = wrapped(byte_level())
     problems = [Problem("2 + 2?", "4")]
@@ -174,7 +179,6 @@ REFUSED = [  # tokenizer, template, system prompt, what the line says
     (byte_level, OMITS_SYSTEM, "Be brief.", "omits the system prompt"),
     (byte_level, CONSTANT, "", "writes a message 0 times"),
     (byte_level, "{{ messages | nothing }}", "", "another template"),
-    (byte_level, CHATML, "\udcff", "--system-prompt '\\udcff' is not valid Unicode"),
 ]
 
 
@@ -191,11 +195,3 @@ def test_a_tokenizer_that_appends_eos_is_refused():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=ends)
     with pytest.raises(BadInput, match="loses or adds text"):
         data.render(tokenizer, [Problem("2 + 2?", "4")], "", few_shot=FEW_SHOT)
-
-
-def test_a_folder_without_tokenizer_json_is_refused(world, tmp_path):
-    """It loads as a tokenizer of three tokens, and every prompt would be [2, 1, 2]."""
-    shutil.copytree(world / "student", tmp_path / "student")
-    (tmp_path / "student" / "tokenizer.json").unlink()
-    with pytest.raises(BadInput, match="give a complete model folder"):
-        data.render(models.load_tokenizer(str(tmp_path / "student")), [Problem("x=3", "1")], "")

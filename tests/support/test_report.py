@@ -4,16 +4,10 @@ import re
 
 import pytest
 import torch
+from conftest import Bytes
 
 from support import report, run_folder
 from support.cli import BadInput
-
-
-class Bytes:
-    """A tokenizer whose ids are the bytes of UTF-8."""
-
-    def decode(self, tokens):
-        return bytes(tokens if isinstance(tokens, list) else tokens.tolist()).decode(errors="replace")
 
 
 def test_gap_text_shows_a_character_of_two_tokens_once():
@@ -90,6 +84,7 @@ WORSE = BETTER | {"accuracy": 0.2}
         (ROSE, BETTER, [-0.5, -0.1], 0, ["lower --lr, or raise", "Accuracy fell"]),
         (FELL, BETTER, [-0.1, 0.3], 0, ["it fell", "with 20 problems, only changes of about 20%"]),
         (FELL, BETTER, [0.0, 0.0], 0, ["it fell", "No verdict changed on 20 problems"]),
+        (FELL, BETTER, [1.0, 1.0], 0, ["it fell", "Accuracy rose"]),  # every verdict changed
         (GREW, BETTER, [0.1, 0.5], 0, ["of other tokens, as the horizon changed", "Accuracy rose"]),
         (FELL, WORSE, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "teacher is not better"]),
         (FELL, BETTER, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "50% of the answers were cut"]),

@@ -54,11 +54,6 @@ def test_given_flags_take_precedence_over_the_preset(here, monkeypatch):
     assert knobs.teacher == toy.preset("closing")["teacher"] and knobs.steps == toy.PRESET["steps"]
 
 
-def test_without_held_out_problems_nothing_is_evaluated_on_the_way(here, monkeypatch):
-    assert settings(monkeypatch, preset="toy")[0].eval_every == 10
-    assert settings(monkeypatch, preset="toy", eval_limit=0)[0].eval_every == 0
-
-
 def test_a_low_memory_run_has_its_own_learning_rate(here, monkeypatch):
     assert settings(monkeypatch, preset="qwen")[0].lr == train.Knobs.lr
     assert settings(monkeypatch, preset="qwen", low_memory=True)[0].lr == run_folder.LOW_MEMORY["lr"]
@@ -207,7 +202,7 @@ def test_whole_batches(tmp_path):
         assert len(run_folder.whole_batches(path, 7)) == kept
         path.write_text(written + '{"index": 9, "cor')
         assert len(run_folder.whole_batches(path, 7)) == kept
-        assert not written or path.read_text() == "".join(lines[:kept])
+        assert (path.read_text() if path.exists() else "") == "".join(lines[:kept])  # nothing to add to
     path.write_text("".join([*lines[:2], "{broken\n", *lines[2:]]))
     with pytest.raises(BadInput, match="line 3"):
         run_folder.whole_batches(path, 7)
@@ -221,6 +216,7 @@ def test_rows_after_a_checkpoint_are_dropped(tmp_path):
         file.write("2")
     for name in ("step_2", "step_4", "after", "before"):
         (tmp_path / f"eval_{name}.jsonl").write_text("")
+    (tmp_path / "summary.json").write_text("{}")  # of a run that has grown
     run_folder.drop_rows_after(tmp_path, 3, total=6)
     assert [row["step"] for row in run_folder.read_csv(tmp_path / "metrics.csv")] == ["0", "1", "2"]
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "eval_step_2.jsonl", "eval_before.jsonl"}

@@ -47,6 +47,13 @@ def test_standard_error_is_clustered_by_problem():
     assert s["se"] == pytest.approx(statistics.stdev([1, 0]) / 2**0.5) == pytest.approx(0.5)
 
 
+def test_problems_with_different_numbers_of_answers():
+    """Those of a stopped evaluation, graded again: K is the smallest number, pass@1 is the accuracy."""
+    for sizes in ((4, 2), (2, 4)):
+        s = score_answers([record(i) for i, size in enumerate(sizes) for _ in range(size)])
+        assert s["samples"] == 2 and s["pass_at"] == {1: 1.0, 2: 1.0} and s["accuracy"] == 1
+
+
 def test_pass_at_k_is_unbiased():
     """Against the mean over every subset of k of the K answers, by enumeration."""
     right = {0: [True, False, False, True, False], 1: [False] * 5, 2: [True] * 5}
