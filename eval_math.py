@@ -42,14 +42,22 @@ Answer: Over 6 this is $\frac{3}{6} + \frac{2}{6}$. The final answer is \boxed{\
 
 """
 NEXT_QUESTION = "\nQuestion:"
-BENCHMARKS = {  # name: (hub data set, its split, instruction)
-    "gsm8k": ("openai/gsm8k:main", "test", INSTRUCTION),
-    "math500": ("HuggingFaceH4/MATH-500", "test", INSTRUCTION),
-    "aime24": ("HuggingFaceH4/aime_2024", "train", INTEGER),
-    "aime25": ("math-ai/aime25", "test", INTEGER),
-    "amc23": ("math-ai/amc23", "test", INTEGER),
-    "minerva": ("math-ai/minervamath", "test", INSTRUCTION),
-    "olympiadbench": ("math-ai/olympiadbench", "test", INSTRUCTION),
+
+
+class Benchmark(NamedTuple):
+    source: str  # a hub data set, a file or a folder
+    split: str
+    instruction: str
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark("openai/gsm8k:main", "test", INSTRUCTION),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", INSTRUCTION),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", INTEGER),
+    "aime25": Benchmark("math-ai/aime25", "test", INTEGER),
+    "amc23": Benchmark("math-ai/amc23", "test", INTEGER),
+    "minerva": Benchmark("math-ai/minervamath", "test", INSTRUCTION),
+    "olympiadbench": Benchmark("math-ai/olympiadbench", "test", INSTRUCTION),
 }
 
 
@@ -228,22 +236,24 @@ class Knobs:
     regrade: str = knob("", "JSONL file of answers to grade again, without a model")
 
 
-def problems_by_name(knobs: Knobs) -> dict[str, list[data.Problem]]:
-    """The problems of each benchmark and file. Raises BadInput if two have one name or one cannot be read."""
-    sources = [(name, *BENCHMARKS[name][:2]) for name in knobs.benchmark]
-    sources += [(Path(name).stem, name, "test") for name in knobs.data]
-    names = [name for name, _, _ in sources]
-    if len(set(names)) < len(names):
-        raise BadInput(f"{', '.join(names)}: two have the same name; rename a file, or give each once")
-    problems = {}
-    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
-    for name, source, split in sources:
-        problems[name] = data.subset(data.read_problems(source, split, layout), knobs.limit, knobs.seed)
-    return problems
+def chosen_benchmarks(knobs: Knobs) -> dict[str, Benchmark]:
+    """The benchmarks and files to evaluate on, by name. Raises BadInput if two have the same name."""
+    chosen = {name: BENCHMARKS[name] for name in knobs.benchmark}
+    chosen |= {Path(name).stem: Benchmark(name, "test", INSTRUCTION) for name in knobs.data}
+    given = knobs.benchmark + knobs.data
+    if len(chosen) < len(given):
+        raise BadInput(f"{', '.join(given)}: two have the same name; rename a file, or give each once")
+    return chosen
 
 
 def evaluate_model(
-    name: str, label: str, problems: dict, knobs: Knobs, folder: Path, inputs: dict[str, str]
+    name: str,
+    label: str,
+    benchmarks: dict[str, Benchmark],
+    problems: dict[str, list[data.Problem]],
+    knobs: Knobs,
+    folder: Path,
+    inputs: dict[str, str],  # hashes of problems and models, for config.json
 ) -> dict[str, list[dict]]:
     """The records of one model by benchmark, also written to files whose names begin with `label`."""
     device = models.find_device(knobs.device)
@@ -251,27 +261,25 @@ def evaluate_model(
     model = models.load_model(name, getattr(torch, knobs.dtype), device)
     eos_ids = models.eos_ids(tokenizer, model)
     records = {}
-    for benchmark, its_problems in problems.items():
-        default = BENCHMARKS[benchmark][2] if benchmark in BENCHMARKS else INSTRUCTION
-        instruction = default if knobs.instruction is None else knobs.instruction
+    for title, benchmark in benchmarks.items():
+        instruction = benchmark.instruction if knobs.instruction is None else knobs.instruction
         prompts = data.render(
-            tokenizer, its_problems, instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT
+            tokenizer, problems[title], instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT
         )
         models.check_context([model], prompts, knobs.max_new_tokens)
         batch_size = batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         if not (folder / "config.json").exists():  # once the first model has loaded and its prompts fit
             run_folder.write_config(folder, asdict(knobs), device, inputs)
-        records[benchmark] = evaluate(
+        records[title] = evaluate(
             model,
-            HeldOut(its_problems, prompts, tokenizer, eos_ids),
-            folder / f"{label}-{benchmark}.jsonl",
+            HeldOut(problems[title], prompts, tokenizer, eos_ids),
+            folder / f"{label}-{title}.jsonl",
             knobs.max_new_tokens,
             batch_size,
             samples=knobs.samples,
             seed=knobs.seed,
             temperature=knobs.temperature,
             top_p=knobs.top_p,
-            sampler=rollout,
         )
     return records
 
@@ -293,7 +301,12 @@ def main() -> int | None:
         print(scores.regrade(given["regrade"], extract, has_box))
         return None
     knobs, folder = settings(given)
-    problems = problems_by_name(knobs)
+    benchmarks = chosen_benchmarks(knobs)
+    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
+    problems = {}
+    for name, benchmark in benchmarks.items():
+        found = data.read_problems(benchmark.source, benchmark.split, layout)
+        problems[name] = data.subset(found, knobs.limit, knobs.seed)
     # A, B, ..., Z, A1, B1, ...
     labels = [f"{chr(65 + i % 26)}{i // 26 or ''}-{Path(name).name}" for i, name in enumerate(knobs.model)]
     with run_folder.exclusive(folder, fresh=not knobs.resume):
@@ -302,7 +315,7 @@ def main() -> int | None:
         run_folder.check_inputs(folder, inputs)
         records = {}
         for label, name in zip(labels, knobs.model):
-            records[label] = evaluate_model(name, label, problems, knobs, folder, inputs)
+            records[label] = evaluate_model(name, label, benchmarks, problems, knobs, folder, inputs)
         summary = scores.summarize(records) | {"knobs": asdict(knobs)}
         run_folder.write_json(folder / "scores.json", summary)
         print(scores.format_scores(summary))

@@ -5,6 +5,7 @@ import random
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_a_sampler_of_another_distribution_is_refused(world, tmp_path, monkeypat
 
     model = ["--model", world / "student", "--data", world / "test.jsonl", "--limit", 4, *FLAGS, *flags]
     main(monkeypatch, *model, "--out", tmp_path / "right")
-    monkeypatch.setattr(eval_math, "rollout", forgetful)
+    monkeypatch.setattr(eval_math, "evaluate", partial(eval_math.evaluate, sampler=forgetful))
     with pytest.raises(cli.BadInput, match="Qwen2ForCausalLM samples from another distribution"):
         main(monkeypatch, *model, "--out", tmp_path / "wrong")
 
