@@ -253,7 +253,7 @@ def call(monkeypatch, capsys, *argv):
     return stop.value.code or 0, *capsys.readouterr()
 
 
-SMALL = ["--problems", 4, "--samples", 2]
+SMALL = ["--problems", 4, "--samples", 2, "--max-new-tokens", 40]
 
 
 @pytest.mark.parametrize("name", probe.PROBES)
