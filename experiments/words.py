@@ -3,6 +3,7 @@
     python experiments/words.py --predict   the validation world alone, before any training
     python experiments/words.py             learning rates, then 5 seeds of every arm; twice for two cores
     python experiments/words.py --report    table, verdicts and figure of the existing rows
+    python experiments/words.py --decay     whether the teacher decays on the student's text, in every world
 
 The world is that of support/words.py (or one of the toy's, for a trial); the arms are in arms.py. sweep.py
 says how learning rates are chosen and what a row of the CSV is. Work is done in the order of need: student
@@ -91,6 +92,7 @@ class Knobs:
     rollouts: int = knob(128, "for the reverse KL by position, of each writer", least=2)
     csv: str = knob(str(ROOT / "results" / "words.csv"), "results; the figure is written next to it")
     predict: bool = knob(False, "only measure the validation world, into ..._before.csv")
+    decay: bool = knob(False, "only measure the decay of the teacher in all other worlds, into ..._decay.csv")
     report: bool = knob(False, "train nothing: table, verdicts and figure of the rows in the CSV")
 
     def chosen(self) -> tuple[str, ...]:
@@ -206,7 +208,7 @@ def predict(knobs: Knobs) -> str:
         for name in SCORES.values():
             value, n = float(row[name]), int(row["n"])
             found.append(probe.point(f"{arm}, {name}", "", value, scores.wilson(value, n), n))
-    found += [*shares(knobs), *decay(knobs)]
+    found += [*shares(knobs), *decay(knobs, SWEEP_SEED)]
     run_folder.write_csv(path, [*found[0], *both.settings], [row | both.settings for row in found])
     line = "{curve:20} {at:>5} {value:8.3f} [{low:.3f} to {high:.3f}]"
     return "\n".join(line.format_map(row).removesuffix("[nan to nan]") for row in found)
@@ -224,9 +226,9 @@ def shares(knobs: Knobs) -> Iterator[dict]:
     yield probe.point("horizon", 0.45, horizon, unknown, n)
 
 
-def decay(knobs: Knobs) -> list[dict]:
+def decay(knobs: Knobs, seed: int) -> list[dict]:
     """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
-    preset, folder = knobs.preset(), build(knobs.world, SWEEP_SEED)
+    preset, folder = knobs.preset(), build(knobs.world, seed)
     given = {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": str(folder)}
     given |= {name: preset[name] for name in ("instruction", "max_new_tokens", "dtype", "micro_batch")}
     given |= {"prefixes": " ".join(str(k) for k in PREFIXES if k < preset["max_new_tokens"])}
@@ -234,6 +236,20 @@ def decay(knobs: Knobs) -> list[dict]:
     settings = probe_setup.complete(probe_setup.PrefixKnobs, given)
     with Grader(extract, has_box) as grader:
         return list(probe.decay(probe_setup.load(settings, grader), settings))
+
+
+def decay_in_worlds(knobs: Knobs) -> str:
+    """The same in every world but the validation world, and the mean over worlds with a t interval."""
+    path = Path(knobs.csv).with_stem(f"{Path(knobs.csv).stem}_decay")
+    run_folder.check_file(path, "--csv")
+    rows = [{"seed": seed} | row for seed in range(1, knobs.seeds + 1) for row in decay(knobs, seed)]
+    settings = knobs.sweep().settings
+    run_folder.write_csv(path, [*rows[0], *settings], [row | settings for row in rows])
+    lines = []
+    for curve, at in dict.fromkeys((row["curve"], row["at"]) for row in rows):
+        values = [row["value"] for row in rows if (row["curve"], row["at"]) == (curve, at)]
+        lines.append(f"{curve:20} {at:>5} {shown(mean_of(values), '.1%')}, {len(values)} worlds")
+    return "\n".join(lines)
 
 
 # What the rows show.
@@ -356,6 +372,9 @@ def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
     if knobs.predict:
         print(predict(knobs))
+        return
+    if knobs.decay:
+        print(decay_in_worlds(knobs))
         return
     if not knobs.report:
         run_all(knobs)
