@@ -22,10 +22,12 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,7 +46,7 @@ from eval_math import extract, has_box
 from extras import profile_horizon
 from rollout import rollout
 from support import run_folder, scores, toy, words
-from support.cli import knob, parse, run_main
+from support.cli import BadInput, knob, parse, run_main
 from support.workers import Grader
 
 FIRST = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")
@@ -226,8 +228,11 @@ def shares(knobs: Knobs) -> Iterator[dict]:
     yield probe.point("horizon", 0.45, horizon, unknown, n)
 
 
-def decay(knobs: Knobs, seed: int) -> list[dict]:
-    """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
+def decay(knobs: Knobs, seed: int, student: PreTrainedModel | None = None) -> list[dict]:
+    """The teacher's accuracy when it continues k tokens by the student, and k of its own.
+
+    The student is the untrained one unless another is given.
+    """
     preset, folder = knobs.preset(), build(knobs.world, seed)
     given = {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": str(folder)}
     given |= {name: preset[name] for name in ("instruction", "max_new_tokens", "dtype", "micro_batch")}
@@ -235,20 +240,36 @@ def decay(knobs: Knobs, seed: int) -> list[dict]:
     given |= {"device": "cpu", "sample_batch": BATCH}
     settings = probe_setup.complete(probe_setup.PrefixKnobs, given)
     with Grader(extract, has_box) as grader:
-        return list(probe.decay(probe_setup.load(settings, grader), settings))
+        setup = probe_setup.load(settings, grader)
+        pair = replace(setup.before, student=student or setup.before.student)
+        return list(probe.decay(setup._replace(before=pair), settings))
 
 
 def decay_in_worlds(knobs: Knobs) -> str:
-    """The same in every world but the validation world, and the mean over worlds with a t interval."""
+    """The same in every other world, before and after full training; means with a t interval over worlds.
+
+    Raises BadInput if the learning rate of full has not been chosen yet.
+    """
     path = Path(knobs.csv).with_stem(f"{Path(knobs.csv).stem}_decay")
     run_folder.check_file(path, "--csv")
-    rows = [{"seed": seed} | row for seed in range(1, knobs.seeds + 1) for row in decay(knobs, seed)]
+    rates = knobs.sweep().chosen_rates(knobs.sweep().finished(), ("full",))
+    if not rates:
+        raise BadInput(f"{knobs.csv} has no learning rate of full: run words.py without --decay first")
+    lr = rates["full"]
+    rows = []
+    for seed in range(1, knobs.seeds + 1):
+        rows += [{"seed": seed, "student": "before"} | row for row in decay(knobs, seed)]
+        world = load(unit(knobs, seed, "full", lr), knobs)
+        sweep.train_arm(world, ARMS, "full", lr, auto=1)
+        trained = world.setup.pair.student
+        rows += [{"seed": seed, "student": "after full"} | row for row in decay(knobs, seed, trained)]
     settings = knobs.sweep().settings
     run_folder.write_csv(path, [*rows[0], *settings], [row | settings for row in rows])
     lines = []
-    for curve, at in dict.fromkeys((row["curve"], row["at"]) for row in rows):
-        values = [row["value"] for row in rows if (row["curve"], row["at"]) == (curve, at)]
-        lines.append(f"{curve:20} {at:>5} {shown(mean_of(values), '.1%')}, {len(values)} worlds")
+    for key in dict.fromkeys((row["student"], row["curve"], row["at"]) for row in rows):
+        values = [row["value"] for row in rows if (row["student"], row["curve"], row["at"]) == key]
+        name = "{:10} {:20} {:>5}".format(*key)
+        lines.append(f"{name} {shown(mean_of(values), '.1%')}, {len(values)} worlds")
     return "\n".join(lines)
 
 
