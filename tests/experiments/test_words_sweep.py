@@ -18,6 +18,7 @@ from support import toy
 from support.cli import BadInput
 from support.run_folder import append_csv, read_csv
 
+ROOT = Path(words.__file__).parents[1]
 TIMES = ("seconds", "rollout_s")
 
 
@@ -81,6 +82,29 @@ def test_the_validation_world_before_training(micro, monkeypatch):
     assert [row["arm"] for row in read_csv(Path(micro.csv))] == ["student", "teacher"]
     with pytest.raises(BadInput, match="other settings .steps '4', here '5'.*another --csv"):
         words.predict(replace(micro, steps=5))
+
+
+def test_the_decay_before_and_after_training(micro, monkeypatch):
+    monkeypatch.setattr(words, "PREFIXES", (0, 5))
+    monkeypatch.setattr(sweep.Sweep, "finished", lambda self: {})
+    with pytest.raises(BadInput, match="no learning rate of full: run words.py without --decay first"):
+        words.decay_in_worlds(micro)
+    monkeypatch.setattr(sweep.Sweep, "chosen_rates", lambda *given: {"full": words.RATES[0]})
+    words.decay_in_worlds(micro)
+    rows = read_csv(Path(micro.csv).with_stem("words_decay"))
+    assert [row["student"] for row in rows] == ["before"] * 6 + ["after full"] * 6
+    before, after = ([row["value"] for row in part if row["at"] == "0"] for part in (rows[:6], rows[6:]))
+    assert before == after  # without a prefix the student does not matter
+
+
+def test_committed_decay_recomputed_by_hand():
+    rows = read_csv(ROOT / "results" / "words_decay.csv")
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for student, at in (("before", "50"), ("after full", "50"), ("before", "10")):
+        found = [r for r in rows if (r["student"], r["curve"], r["at"]) == (student, "difference", at)]
+        values = [100 * float(row["value"]) for row in found]
+        mean, half = statistics.fmean(values), 2.776 * statistics.stdev(values) / 5**0.5
+        assert f"{mean:.0f} [{mean - half:.0f} to {mean + half:.0f}]" in text
 
 
 SAMPLED = {"student": (0.3, 0.3, 0.3), "teacher": (0.7, 0.72, 0.68), "full": (0.6, 0.62, 0.58)}
