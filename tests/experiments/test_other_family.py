@@ -1,12 +1,24 @@
 """What training with a teacher of another family does, with the toy and a teacher of renumbered tokens."""
 
 import sys
+from pathlib import Path
 
 import other_family
 import pytest
 from conftest import renumbered
 
 from support.run_folder import read_csv
+
+ROOT = Path(other_family.__file__).parents[1]
+
+
+def test_numbers_of_the_results():
+    rows = {(row["curve"], row["at"]): row for row in read_csv(ROOT / "results" / "other_family.csv")}
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for readout in ("accuracy", "cut", "newline"):
+        for curve in ("before", "esr50"):
+            value, low, high = (100 * float(rows[curve, readout][name]) for name in ("value", "low", "high"))
+            assert f" {value:.1f} % [{low:.1f} to {high:.1f}] |" in text
 
 
 def test_a_student_that_equals_the_teacher(world, tmp_path, monkeypatch):
