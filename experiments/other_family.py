@@ -29,7 +29,7 @@ from extras.other_tokenizer import prepare
 from extras.profile_horizon import in_batches
 from rollout import Rollout
 from support import data, models, run_folder
-from support.cli import knob, parse, run_main
+from support.cli import BadInput, knob, parse, run_main
 from support.scores import is_repeating
 from support.workers import Grader
 
@@ -44,8 +44,8 @@ class Knobs:
     data: str = knob(train.Knobs.data, "as in train.py; its held-out problems are used")
     eval_data: str = knob("", "held-out problems, as in train.py")
     instruction: str = knob(train.Knobs.instruction, "text after each problem")
-    problems: int = knob(128, "held-out problems", least=2, group="measurement")
-    texts: int = knob(32, "answers of the untrained student that all models score", least=2)
+    problems: int = knob(train.Knobs.eval_limit, "held-out problems", least=2, group="measurement")
+    texts: int = knob(32, "answers of the untrained student that all models score", least=2, most=BATCH)
     max_new_tokens: int = knob(256, "longest answer", least=1)
     csv: str = knob(str(ROOT / "results" / "other_family.csv"), "the table")
 
@@ -54,7 +54,8 @@ class Text(NamedTuple):
     """Fixed answers, and what the untrained student and the teacher say of them."""
 
     rollouts: Rollout
-    logp: Tensor  # (B,) of the untrained student, nats
+    scored: Tensor  # (B, R) 1 where the teacher scores the token, else 0
+    logp: Tensor  # (B,) of the untrained student on these tokens, nats
     ratio: Tensor  # (B,) log q - log p, nats
     bytes: Tensor  # (B,)
 
@@ -90,29 +91,41 @@ def rows_of_answers(
 def fixed_text(pair: train.Pair, scorer, part: Rollout) -> Text:
     """The teacher's score of the untrained student's answers."""
     _, tokens = scorer(pair, part)
-    ratio = torch.zeros(len(part.prompts)).index_add(0, tokens["row"], -tokens["reverse_kl"])
+    scored = by_place(part, tokens, "scored")
+    ratio = -by_place(part, tokens, "reverse_kl").sum(1)
     sizes = [len(answer["response"].encode()) for answer in decode_answers(part, pair.tokenizer)]
-    return Text(part, own_logp(pair, part), ratio, torch.tensor(sizes))
+    return Text(part, scored, own_logp(pair, part, scored), ratio, torch.tensor(sizes))
+
+
+def by_place(part: Rollout, tokens: dict[str, Tensor], name: str) -> Tensor:
+    """A statistic by row and position, (B, R); 0 where there is no token."""
+    found = torch.zeros(part.tokens.shape)
+    found[tokens["row"], tokens["position"]] = tokens[name]
+    return found
 
 
 @torch.no_grad()
-def own_logp(pair: train.Pair, part: Rollout) -> Tensor:
-    """log p of each of these answers by the pair's student, (B,) nats."""
+def own_logp(pair: train.Pair, part: Rollout, scored: Tensor) -> Tensor:
+    """log p of the scored tokens of each of these answers by the pair's student, (B,) nats."""
     alone = replace(pair, teacher=pair.student, teacher_head=pair.student_head)
     _, tokens = train.score(alone, part)
-    return torch.zeros(len(part.prompts)).index_add(0, tokens["row"], tokens["student_logp"])
+    return (by_place(part, tokens, "student_logp") * scored).sum(1)
 
 
 def row_of_text(name: str, pair: train.Pair, text: Text) -> dict:
     """(log q - log p) / bytes of the fixed answers; log q is the same for every student."""
-    change = own_logp(pair, text.rollouts) - text.logp
+    change = own_logp(pair, text.rollouts, text.scored) - text.logp
     of_byte = ((text.ratio - change) / text.bytes).repeat_interleave(text.bytes)
     answer = torch.arange(len(text.bytes)).repeat_interleave(text.bytes)
     return mean_of_tokens(name, "log_ratio_per_byte", of_byte, answer, len(text.bytes))
 
 
 def measure(knobs: Knobs) -> list[dict]:
-    """The rows of the student before training and of each trained one."""
+    """The rows of the student before training and of each trained one. Raises BadInput."""
+    for name in (knobs.student, *knobs.trained):  # before minutes of sampling
+        if not models.tokenizers_differ(name, knobs.teacher, allowed=True):
+            what = f"{name} and {knobs.teacher} have the same tokenizer"
+            raise BadInput(f"{what}: name a teacher of another family, or use compare.py")
     _, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.problems, seed=0)
     device = models.find_device("")
     rows = []
@@ -138,6 +151,7 @@ def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
     run_folder.check_file(Path(knobs.csv), "--csv")
     rows = measure(knobs)
+    Path(knobs.csv).parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_csv(Path(knobs.csv), list(rows[0]), rows)
     for row in rows:
         print("{curve:10} {at:20} {value:8.4f} [{low:.4f} to {high:.4f}] {n:6}".format_map(row))

@@ -58,7 +58,7 @@ def wandb(folder: Path, settings: dict[str, Any]) -> Callable[[int, dict[str, An
         run = library.init(**about, config=settings, resume="allow")
     except library.Error as error:
         what = f"wandb cannot be used ({first_line(error)})"
-        raise BadInput(f"{what}: wandb login, or set WANDB_MODE=offline") from error
+        raise BadInput(f"{what}: wandb login, or WANDB_MODE=offline, then --resume {folder}") from error
 
     def log(step: int, row: dict[str, Any]) -> None:
         run.log(numbers(row), step=step)

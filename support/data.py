@@ -380,9 +380,10 @@ def train_and_test(
 
 
 def without(test: list[Problem], problems: list[Problem], source: str) -> list[Problem]:
-    """The problems whose text is not that of a held-out one. Raises BadInput if none is left."""
-    questions = {problem.question for problem in test}
-    rest = [problem for problem in problems if problem.question not in questions]
+    """The problems whose words are not those of a held-out one. Raises BadInput if none is left."""
+    questions = {" ".join(problem.question.split()) for problem in test}
+    rest = [problem for problem in problems if " ".join(problem.question.split()) not in questions]
     if not rest:
-        raise BadInput(f"{source} repeats the held-out problems, none is left to train on: give --eval-data")
+        what = f"{source} repeats the held-out problems, none is left to train on"
+        raise BadInput(f"{what}: give other problems by --eval-data")
     return rest

@@ -64,8 +64,9 @@ def apply_template(tokenizer, content: str, system_prompt: str, thinking: bool) 
     how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": thinking}
     name = f"the chat template of {tokenizer.name_or_path}"
     remedy = "drop --system-prompt, or put its text into --instruction"
-    if "strftime_now" in tokenizer.chat_template:
-        how["chat_template"] = DATE + tokenizer.chat_template
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        how["chat_template"] = DATE + template
     try:
         text = tokenizer.apply_chat_template([*system, {"role": "user", "content": content}], **how)
     except TemplateError as error:

@@ -380,6 +380,7 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write the whole file; floats keep 6 digits."""
+    path = path.resolve()  # a link stays one
     part = path.with_name(f"{path.name}.new")
     with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import other_family
 import pytest
+import torch
 from conftest import renumbered
 
+from rollout import Rollout
+from support.data import Problem
 from support.run_folder import read_csv
 
 ROOT = Path(other_family.__file__).parents[1]
@@ -46,5 +49,24 @@ def test_a_student_that_equals_the_teacher(world, tmp_path, monkeypatch):
     ratio = {name: float(rows[name, "log_ratio_per_byte"]["value"]) for name in ("before", trained)}
     assert ratio["before"] < -0.01 and ratio[trained] == pytest.approx(0, abs=1e-3)
     assert float(rows[trained, "accuracy"]["low"]) > float(rows["before", "accuracy"]["high"])
-    for readout in ("cut", "repeating"):
-        assert 0 <= float(rows["before", readout]["low"]) <= float(rows["before", readout]["high"]) <= 1
+
+
+class Sayings:
+    """A tokenizer of two texts."""
+
+    chat_template = ""
+    texts = ("1 + 1.\nSo 2. The answer is 2", "on and on and on. " * 20)
+
+    def decode(self, tokens, skip_special_tokens):
+        return self.texts[tokens[0]]
+
+
+def test_readouts_of_two_answers():
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    finished = torch.tensor([True, False])
+    part = Rollout([[1], [1]], torch.tensor([[0], [1]]), mask, logp=None, finished=finished)
+    problems = [Problem("1 + 1?", "2"), Problem("1 + 2?", "3")]
+    rows = {row["at"]: row for row in other_family.rows_of_answers("x", Sayings(), [part], problems)}
+    assert {at: row["value"] for at, row in rows.items()} == pytest.approx(
+        {"accuracy": 0.5, "cut": 0.5, "repeating": 0.5, "newline": 1 / 22}
+    )

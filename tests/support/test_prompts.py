@@ -154,9 +154,12 @@ def test_base_models_get_examples():
 
 def test_a_prompt_is_the_same_every_day():
     """A resumed run must continue on its own prompts, and templates such as SmolLM3's give the date."""
-    tokenizer = wrapped(byte_level(), "{{ strftime_now('%d %B %Y') }}" + CHATML)
-    (ids,) = data.render(tokenizer, [Problem("2 + 2?", "4")], "")
-    assert "26 Jul 2024" in tokenizer.decode(ids)
+    template = "{{ strftime_now('%d %B %Y') }}" + CHATML
+    tokenizer = wrapped(byte_level())
+    for given in (template, {"default": template}):
+        tokenizer.chat_template = given
+        (ids,) = data.render(tokenizer, [Problem("2 + 2?", "4")], "")
+        assert "26 Jul 2024" in tokenizer.decode(ids)
 
 
 def test_thinking_is_off_by_default():
