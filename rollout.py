@@ -136,7 +136,7 @@ def rollout(
 
 
 def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
-    """Row numbers in groups of at most `max_tokens` tokens, padding included; a longer row is a group.
+    """Row numbers in groups of at most `max_tokens` tokens, padding included; a longer row stands alone.
 
     Longest first, so that if a micro-batch does not fit into memory, the first one fails. Rows of similar
     length share a group, so there is little padding.
