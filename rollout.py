@@ -81,7 +81,7 @@ def rollout(
     prompts: list[list[int]],
     horizon: int,
     eos_ids: set[int],
-    noise: Tensor | None = None,  # (B, H) from `sampling_noise`; default: torch's global generator
+    noise: Tensor,  # (B, H) uniform numbers from `sampling_noise`
     temperature: float = 1.0,
     vocab_size: int | None = None,
     top_p: float = 1.0,  # for evaluation only: the loss in training is that of the whole distribution
@@ -97,7 +97,6 @@ def rollout(
     device = model.get_input_embeddings().weight.device
     ids, mask = pad_left(prompts, device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)  # each row counts from its own first token
-    noise = torch.rand(len(prompts), horizon) if noise is None else noise
     noise = noise.to(device)
     tokens = ids.new_zeros(len(prompts), horizon)
     response_mask = torch.zeros_like(tokens, dtype=torch.bool)

@@ -30,7 +30,7 @@ def continuous_rollout(
     prompts: list[list[int]],
     horizon: int,
     eos_ids: set[int],
-    noise: Tensor | None = None,  # (B, H) from `sampling_noise`; default: torch's global generator
+    noise: Tensor,  # (B, H) from `sampling_noise`
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Rollout:
@@ -47,7 +47,6 @@ def continuous_rollout(
         raise refusal(model, "its paged attention ignores attn_logit_softcapping")
     if model.device.type == "cpu":
         say_slow()
-    noise = torch.rand(len(prompts), horizon) if noise is None else noise
     seed = random.Random(noise.cpu().numpy().tobytes()).getrandbits(32)
     sampling = sampling_config(model, horizon, eos_ids, temperature, vocab_size)
     with torch.random.fork_rng():  # the engine seeds the global generators

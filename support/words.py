@@ -293,7 +293,8 @@ def right_answers(model, tokenizer, problems: list[Problem], horizon: int, sampl
     for start in range(0, len(problems), 400):
         part = problems[start : start + 400]
         prompts = [prompt_of(tokenizer, problem) for problem in part]
-        rollouts = sampler(model, prompts, horizon, {tokenizer.eos_token_id})
+        noise = torch.rand(len(part), horizon)
+        rollouts = sampler(model, prompts, horizon, {tokenizer.eos_token_id}, noise)
         for problem, prompt, tokens, mask in zip(part, prompts, rollouts.tokens, rollouts.response_mask):
             ids = tokens[mask].tolist()
             right = boxed(tokenizer.decode(ids)) == word(problem.result())

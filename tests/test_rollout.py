@@ -109,12 +109,6 @@ def test_rows_of_one_prompt_differ_and_a_seed_repeats():
     assert torch.equal(one.tokens, two.tokens) and torch.equal(one.logp, two.logp)
 
 
-def test_without_noise_rows_are_still_random():
-    torch.manual_seed(0)
-    ro = rollout(tiny(), [[5, 6]] * 8, 10, {END})
-    assert len({tuple(written(ro, i)) for i in range(8)}) > 1
-
-
 def test_a_row_depends_neither_on_the_other_rows_nor_on_the_horizon():
     """A step can be split over processes, and a truncated rollout is the start of the full one."""
     noise = sampling_noise([(0, 7, row) for row in range(4)], 12)

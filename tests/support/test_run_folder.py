@@ -166,7 +166,7 @@ def test_append_csv_rewrites_a_file_that_lacks_a_column(tmp_path):
 def test_every_key_of_the_row_is_a_column_of_metrics_csv(tmp_path):
     """The given columns, the timings, the mean of each statistic; no means of row and position."""
     pair = pair_of(tiny(), tiny(seed=1))
-    rollouts = rollout(pair.student, [[5, 6], [7]], 4, pair.eos_ids, temperature=0)
+    rollouts = rollout(pair.student, [[5, 6], [7]], 4, pair.eos_ids, torch.rand(2, 4))
     with torch.no_grad():
         _, tokens = train.score(pair, rollouts)
     run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.save_student, 1)

@@ -140,7 +140,7 @@ def test_the_teacher_is_trained_on_its_own_right_answers(tmp_path):
     texts = [words.answer(p, AUTHOR, {})[0] for p in problems[:3]]
     texts += [words.answer(p, AUTHOR, {len(p.changes): ("final", -1)})[0] for p in problems[3:]]
 
-    def sampler(model, prompts, horizon, eos_ids):
+    def sampler(model, prompts, horizon, eos_ids, noise):
         ids = [[*tokenizer.encode(f" {text}"), tokenizer.eos_token_id] for text in texts]
         ids[0] = ids[0][:-1]  # cut by the horizon
         width = max(map(len, ids))
