@@ -93,7 +93,7 @@ def test_slips_happen_at_every_step_and_of_every_kind():
 
 
 def test_totals_that_no_word_names_are_refused():
-    assert words.answer(replace(PROBLEM, start=12), AUTHOR, {1: ("sign", 1)}) is None
+    assert words.answer(replace(PROBLEM, start=words.LARGEST), AUTHOR, {1: ("sign", 1)}) is None
     assert words.answer(replace(PROBLEM, start=words.LIMIT, changes=()), AUTHOR, {0: ("final", 1)}) is None
 
 
@@ -201,6 +201,16 @@ def test_bad_input_is_found_before_the_world_is_built(tmp_path, monkeypatch, fla
     with pytest.raises(BadInput) as error:
         train.main()
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_problems_read_before_the_world_is_built_may_have_other_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(words, "CACHE", tmp_path / "cache")
+    (tmp_path / "own.jsonl").write_text('{"q": "1 + 1?"}\n')
+    flags = "--data=own.jsonl --question-column=q --eval-limit=0 --student=./missing"
+    monkeypatch.setattr(sys, "argv", f"train.py --preset=words {flags}".split())
+    with pytest.raises(BadInput, match="./missing does not exist"):
+        train.main()
 
 
 def test_the_preset_is_chosen_by_name_alone():
