@@ -56,11 +56,22 @@ def load(place: Place, folder: Path, preset: dict, **changes: Any) -> World:
     return World(place, compare.load(settings), settings)
 
 
-def train_arm(world: World, arms: dict[str, Arm], name: str, lr: str, auto: str | int) -> compare.ArmRun:
-    """Train the student as the arm says; `auto` is the horizon of `esr` in tokens."""
-    changes = {"lr": float(lr), "esr_tokens": int(auto), "curve_points": 1}
+def train_arm(
+    world: World,
+    arms: dict[str, Arm],
+    name: str,
+    lr: str,
+    auto: str | int,
+    score_point: Callable | None = None,
+    points: int = 1,
+) -> compare.ArmRun:
+    """Train the student as the arm says; `auto` is the horizon of `esr` in tokens.
+
+    With `points` above 1, `score_point` is called between the parts of the run.
+    """
+    settings = replace(world.settings, lr=float(lr), esr_tokens=int(auto), curve_points=points)
     with tqdm(disable=True) as bar:
-        return compare.train_arm(world.setup, name, replace(world.settings, **changes), bar, None, arms)
+        return compare.train_arm(world.setup, name, settings, bar, score_point, arms)
 
 
 def reverse_kl(world: World, prompts: list[list[int]], **how: Any) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ and teacher of every seed, then the arms of FIRST, then those of THEN one by one
 Columns: `correct` and `correct_greedy` have a digit per held-out problem. `kl_WRITER_i` is the exact reverse
 KL in nats per token, in the i-th tenth of T, on full rollouts to held-out problems by the student before
 training, by the teacher (the same for all arms), and by the trained student itself (own); the runs that
-choose a learning rate leave it out. `NAME_i` of a run is the mean over its i-th quarter of the steps.
+choose a learning rate leave it out. `NAME_i` of a run is the mean over its i-th quarter of the steps, and
+`accuracy_i` the sampled accuracy after that quarter.
 `auto` is the horizon of `--horizon auto`, which is esr's N.
 """
 
@@ -51,7 +52,7 @@ from support.workers import Grader
 
 FIRST = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")
 THEN = ("first", "self-teacher", "no-end", "seqkd-0.1", "gkd", "lora", "lora-esr")
-RATES = ("0.0005", "0.0015", "0.0045")
+RATES = ("0.00017", "0.0005", "0.0015", "0.0045", "0.0135")
 WRITERS = {  # whose rollouts the reverse KL is measured on
     "student": "on the same rollouts of the student before",
     "teacher": "on the same rollouts of the teacher",
@@ -60,7 +61,8 @@ WRITERS = {  # whose rollouts the reverse KL is measured on
 DRAWN = ("student", "full", "topd-0.1", "esr")  # their reverse KL by position
 ALONG = ("grad_norm", "reverse_kl", "response_length", "truncated")
 QUARTERS = [f"{name}_{i}" for name in ALONG for i in range(4)]
-OF_RUN = ("grad_norm_mean", "grad_norm_max", *QUARTERS)
+LOOKED_AT = [f"accuracy_{i}" for i in range(3)]
+OF_RUN = ("grad_norm_mean", "grad_norm_max", *QUARTERS, *LOOKED_AT)
 TENTHS = range(10)
 PREFIXES = (0, 10, 25, 50, 75, 100)
 BATCH = 250  # answers sampled together
@@ -73,6 +75,9 @@ CLAIMS = {  # about an arm: the arm it is compared with, and the least differenc
 TABLE = {  # column of the CSV: heading, how it is shown
     "response_tokens": ("tokens", ",.0f"),
     "seconds": ("seconds", ".1f"),
+    "accuracy_0": ("at 1/4", ".1%"),  # of the run, sampled
+    "accuracy_1": ("at 2/4", ".1%"),
+    "accuracy_2": ("at 3/4", ".1%"),
     "mean_length": ("length", ".0f"),
     "truncated": ("cut", ".1%"),
     "repeating": ("loops", ".1%"),
@@ -145,8 +150,15 @@ def measure(world: World, arm: str, lr: str, student: Row, rollouts: int) -> dic
     costs, of_run = dict.fromkeys(claims.COSTS, 0), dict.fromkeys(OF_RUN, "")
     auto = sweep.horizon_auto(world) if arm == "student" else ""
     if arm in ARMS:
-        run = sweep.train_arm(world, ARMS, arm, lr, student["auto"])
-        costs, of_run = run.costs(), along(run.rows)
+        looks: dict[str, float | str] = dict.fromkeys(LOOKED_AT, "")
+
+        def look(part: float, costs: dict) -> None:
+            records = setup.answers(setup.pair.student, settings.eval_temperature, settings)
+            looks[f"accuracy_{round(4 * part) - 1}"] = scores.score_answers(records)["accuracy"]
+
+        points = 1 if settings.seed == SWEEP_SEED else 4
+        run = sweep.train_arm(world, ARMS, arm, lr, student["auto"], look, points)
+        costs, of_run = run.costs(), along(run.rows) | looks
     model = setup.pair.teacher if arm == "teacher" else setup.pair.student
     row = costs | compare.scores_of(setup, model, settings, "repeating") | of_run | {"auto": auto}
     measured = arm == "student" or (arm in ARMS and settings.seed != SWEEP_SEED)

@@ -50,8 +50,9 @@ STEPS = (
 RECAPS = ("", "no more days .", "{day} was last .", "that is all .")
 CLOSES = ("so", "answer :", "{name} has", "the result is")
 SLIPS = ("misread", "sign", "sum", "skip", "carry", "final")
-LARGEST = 12  # total of a problem
-LIMIT = 16  # the largest total in a text, right or wrong
+LARGEST = 18  # total of a problem
+LARGEST_CHANGE = 6  # of the total, in a day
+LIMIT = 24  # the largest total in a text, right or wrong
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
@@ -81,7 +82,7 @@ class Recipe:
 
     seed: int = 0
     authors: int = 8
-    slip_rate: float = 0.13  # of a step
+    slip_rate: float = 0.15  # of a step
     days: tuple[int, int] = (3, 6)
     width: int = 64
     batch: int = 16
@@ -145,7 +146,8 @@ def draw_problem(recipe: Recipe, rng: random.Random) -> Problem:
     start = total = rng.randint(1, LARGEST)
     changes = []
     for _ in range(rng.randint(*recipe.days)):
-        changes.append(rng.choice([c for c in range(-4, 5) if c and 1 <= total + c <= LARGEST]))
+        possible = [c for c in range(-LARGEST_CHANGE, LARGEST_CHANGE + 1) if c and 1 <= total + c <= LARGEST]
+        changes.append(rng.choice(possible))
         total += changes[-1]
     return Problem(rng.choice(NAMES), rng.choice(THINGS), start, rng.randrange(7), tuple(changes))
 
@@ -210,7 +212,8 @@ def make_tokenizer() -> Qwen2Tokenizer:
     """A tokenizer of Qwen's kind, trained on the world's words so that each is one token."""
     templates = " ".join((*OPENINGS, *STARTS, *DAYS, *STEPS, *RECAPS, *CLOSES))
     plain = " ".join(text for text, *_ in string.Formatter().parse(templates))
-    words = [*plain.split(), *NAMES, *THINGS, *WEEK, *map(word, range(LIMIT + 1)), *map(signed, range(-5, 6))]
+    words = [*plain.split(), *NAMES, *THINGS, *WEEK, *map(word, range(LIMIT + 1))]
+    words += map(signed, range(-LARGEST_CHANGE - 1, LARGEST_CHANGE + 2))  # misread: one more or less
     words += ["first", "how", "many", "?", "\\boxed{", "}", "system", "user", "assistant"]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
