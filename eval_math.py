@@ -31,7 +31,7 @@ from support.workers import Grader, one_grader
 
 # The text after each problem.
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-INTEGER = "\nPlease reason step by step. The answer is an integer; put it within \\boxed{}."
+INTEGER_INSTRUCTION = "\nPlease reason step by step. The answer is an integer; put it within \\boxed{}."
 # For a base model, which has no chat template: the text before each problem, and the text with which such a
 # model continues after its answer.
 FEW_SHOT = r"""Question: A box holds 12 pencils. Mia buys 3 boxes and gives away 7. How many has she left?
@@ -53,9 +53,9 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "gsm8k": Benchmark("openai/gsm8k:main", "test", INSTRUCTION),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "test", INSTRUCTION),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", INTEGER),
-    "aime25": Benchmark("math-ai/aime25", "test", INTEGER),
-    "amc23": Benchmark("math-ai/amc23", "test", INTEGER),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", INTEGER_INSTRUCTION),
+    "aime25": Benchmark("math-ai/aime25", "test", INTEGER_INSTRUCTION),
+    "amc23": Benchmark("math-ai/amc23", "test", INTEGER_INSTRUCTION),
     "minerva": Benchmark("math-ai/minervamath", "test", INSTRUCTION),
     "olympiadbench": Benchmark("math-ai/olympiadbench", "test", INSTRUCTION),
 }
@@ -304,13 +304,13 @@ def main() -> int | None:
     benchmarks = chosen_benchmarks(knobs)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems = {}
-    for name, benchmark in benchmarks.items():
+    for title, benchmark in benchmarks.items():
         found = data.read_problems(benchmark.source, benchmark.split, layout)
-        problems[name] = data.subset(found, knobs.limit, knobs.seed)
-    # A, B, ..., Z, A1, B1, ...
+        problems[title] = data.subset(found, knobs.limit, knobs.seed)
+    # Two models may have the same name, so each gets a letter: A, B, ..., Z, A1, B1, ...
     labels = [f"{chr(65 + i % 26)}{i // 26 or ''}-{Path(name).name}" for i, name in enumerate(knobs.model)]
     with run_folder.exclusive(folder, fresh=not knobs.resume):
-        contents = {f"problems of {name}": found for name, found in problems.items()}
+        contents = {f"problems of {title}": found for title, found in problems.items()}
         inputs = run_folder.input_hashes(contents, knobs.model)
         run_folder.check_inputs(folder, inputs)
         records = {}

@@ -188,11 +188,9 @@ def opd_backward(
     gradient flows through the sampling. Under `torch.no_grad()` nothing is backpropagated. Raises ValueError
     if the lengths differ.
     """
-    if not len(student_hidden) == len(teacher_hidden) == len(tokens):
-        lengths = f"{len(student_hidden)}, {len(teacher_hidden)} and {len(tokens)}"
-        raise ValueError(
-            f"student states, teacher states and tokens have lengths {lengths}: give one per token"
-        )
+    lengths = len(student_hidden), len(teacher_hidden), len(tokens)
+    if len(set(lengths)) > 1:
+        raise ValueError(f"the lengths of student states, teacher states and tokens differ: {lengths}")
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     # The graph of a chunk holds (C, V) logits, so each chunk is backpropagated before the next one is
     # computed, and only as far as `leaf`: the hidden states, detached, whose gradient accumulates. One more
@@ -205,6 +203,7 @@ def opd_backward(
         student_logp = log_probs(student_head(student_chunk), temperature)  # (C, V)
         with torch.no_grad():
             teacher_logp = log_probs(teacher_head(teacher_chunk), teacher_temperature)  # (C, V)
+        # The normalizer is 0 if no token of the step has a loss.
         chunk_loss = divergence(student_logp, teacher_logp, token_chunk).sum() / max(normalizer, 1)
         if chunk_loss.requires_grad:
             chunk_loss.backward()  # into leaf.grad and the head's weight; frees the chunk's graph

@@ -38,13 +38,13 @@ class Knobs:
     horizon: float | str | None = knob(
         None, "up to 1 a fraction of --max-new-tokens, above 1 tokens; auto: measured first", word="auto"
     )
-    popd_growth: int | None = knob(None, "tokens added at each increase; default: T at 2/3 of the run")
+    popd_growth: int | None = knob(None, "tokens per increase; default: reaches T at 2/3 of the run")
     popd_interval: int | None = knob(None, "steps between two increases; default: 1/30 of the run")
     max_new_tokens: int = knob(1024, "T, the longest response: in evaluation, and with horizon 1", least=1)
 
     preset: str = knob(
         "",
-        "default: toy without GPU, model and data flags; else qwen",
+        "default: toy if there is no GPU and no model or data flag, else qwen",
         choices=("toy", "words", "qwen"),
         group="models and data",
     )
@@ -152,17 +152,6 @@ def hidden_states(model, ids: Tensor) -> Tensor:
     return hidden.to(ids.device)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: str) -> float:
-    """Linear warm-up to `peak` in the first `warmup` of the steps, then constant or a cosine towards zero."""
-    warmup_steps = round(warmup * steps)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if decay == "constant":
-        return peak
-    progress = (step - warmup_steps) / (steps - warmup_steps)  # from 0 to below 1
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def score(
     pair: Pair,
     rollouts: Rollout,
@@ -175,8 +164,8 @@ def score(
 ) -> tuple[float, dict[str, Tensor]]:
     """Score rollouts with both models, and backpropagate into the masters, unless under `torch.no_grad()`.
 
-    Returns the loss, which is the sum of the divergence over all tokens with a loss divided by `normalizer`
-    (by default the mean), and `token_statistics` with the row and the position of each token, (N,) each.
+    Returns the loss, the sum of the divergence / `normalizer`, and `token_statistics` with the row and the
+    position of each token, (N,) each.
     """
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
     # Of the whole step: a mean per micro-batch would weight tokens unequally.
@@ -185,7 +174,7 @@ def score(
     statistics = []
     for rows in micro_batches(rollouts, micro_batch):
         ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (M, L) each
-        row, position = loss_mask[rows].nonzero().T  # (N,) each, of this micro-batch
+        row_of_batch, position = loss_mask[rows].nonzero().T  # (N,) each
         with torch.no_grad():
             teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D), the teacher's D
         student_hidden = hidden_states(pair.student, ids)[predicts]  # (N, D)
@@ -201,9 +190,20 @@ def score(
             teacher_temperature=teacher_temperature,
         )
         loss += batch_loss.item()
-        row = row.new_tensor(rows)[row]  # in `rollouts`
+        row = row_of_batch.new_tensor(rows)[row_of_batch]  # its number in `rollouts`
         statistics.append(batch_statistics | {"row": row, "position": position})
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: str) -> float:
+    """Linear warm-up to `peak` in the first `warmup` of the steps, then constant or a cosine towards zero."""
+    warmup_steps = round(warmup * steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if decay == "constant":
+        return peak
+    progress = (step - warmup_steps) / (steps - warmup_steps)  # from 0 to below 1
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def adamw(pair: Pair, knobs: Knobs) -> torch.optim.AdamW:
@@ -288,7 +288,7 @@ def load_pair(
     device: torch.device,
     checkpointing: bool = False,
     low_memory: bool = False,
-    differ: bool = False,  # whether the teacher may have its own tokenizer
+    differ: bool = False,  # whether the teacher has its own tokenizer
     teacher_device: str = "",  # default: `device`
     teacher_bits: str = "",
 ) -> Pair:
@@ -312,6 +312,32 @@ def load_pair(
     eos_ids = models.eos_ids(tokenizer, *with_eos)
     student.generation_config.eos_token_id = sorted(eos_ids)
     return make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
+
+
+def load_with_prompts(
+    load: Callable[..., Pair],  # `load_pair`, or with torchrun that of extras/ranks.py
+    knobs: Knobs,
+    device: torch.device,
+    differ: bool,
+    problems: list[data.Problem],
+    test: list[data.Problem],
+) -> tuple[Pair, list[list[int]], HeldOut]:
+    """The models, the prompts to train on, and the held-out problems with theirs. Raises BadInput."""
+    pair = load(
+        knobs.student,
+        knobs.teacher,
+        knobs.dtype,
+        device,
+        checkpointing=knobs.checkpointing,
+        low_memory=knobs.low_memory,
+        differ=differ,
+        teacher_device=knobs.teacher_device,
+        teacher_bits=knobs.teacher_bits,
+    )
+    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
+    models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
+    return pair, prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
 
 
 def save_student(pair: Pair, folder: Path) -> None:
@@ -352,7 +378,7 @@ def schedule_of(knobs: Knobs) -> Callable[[int], int]:
 
 
 def main() -> int | None:
-    """Check all that can be checked before the first step, then train. What it returns: see `run_main`."""
+    """Check all that can be checked before the first step, then train. Returns 0, or None after --dry-run."""
     # 1. Settings and problems.
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
@@ -360,9 +386,9 @@ def main() -> int | None:
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
-    # What works on the models; with torchrun extras/ranks.py divides the same work among the processes.
-    own = {"load_pair": load_pair, "rollout": rollout, "score": score, "adamw": adamw, "run": CheckpointedRun}
-    engine = ranks.start(knobs) if ranks else SimpleNamespace(**own)
+    # What touches the models. With torchrun, functions of the same names share the work among processes.
+    own = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
+    engine = ranks.start(knobs) if ranks else own
     horizon_at = schedule_of(knobs)
     run_folder.build_world(knobs, rollout)  # of the presets toy and words, once
     device = models.find_device(knobs.device)
@@ -375,25 +401,11 @@ def main() -> int | None:
         return None
 
     # 2. The models, and what depends on their tokenizers.
-    allowed = knobs.divergence == "sampled"  # the exact divergences sum over one vocabulary
-    differ = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
-    pair = engine.load_pair(
-        knobs.student,
-        knobs.teacher,
-        knobs.dtype,
-        device,
-        checkpointing=knobs.checkpointing,
-        low_memory=knobs.low_memory,
-        differ=differ,
-        teacher_device=knobs.teacher_device,
-        teacher_bits=knobs.teacher_bits,
-    )
-    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
-    models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
-    held_out = HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
+    # The exact divergences sum over one vocabulary; `sampled` allows two.
+    differ = models.tokenizers_differ(knobs.student, knobs.teacher, allowed=knobs.divergence == "sampled")
+    pair, prompts, held_out = load_with_prompts(engine.load_pair, knobs, device, differ, problems, test)
     teacher_held_out = held_out
-    sampler = engine.rollout  # in training; evaluation always uses this one
+    sampler = engine.rollout  # of training, which --sampler may replace; evaluation keeps engine.rollout
     scorer = engine.score
     if knobs.sampler == "continuous":
         from extras.continuous import continuous_rollout
@@ -417,9 +429,7 @@ def main() -> int | None:
     # 3. Evaluate, train, evaluate again.
     optimizer = engine.adamw(pair, knobs)
     run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
-    longest = max(map(horizon_at, range(knobs.steps)))
-    workload = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
-    with run.open(fresh=not knobs.resume, workload=workload):  # named if the memory is not enough
+    with run.open(knobs, longest=max(map(horizon_at, range(knobs.steps)))):
         inputs = run_folder.training_inputs(knobs, problems, test)
         run_folder.write_config(folder, asdict(knobs), device, inputs)  # refused if a resumed run's differ
         if knobs.tracker:

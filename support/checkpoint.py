@@ -82,12 +82,13 @@ class CheckpointedRun(run_folder.Run):
         self.bar: tqdm | None = None
 
     @contextmanager
-    def open(self, fresh: bool, workload: str) -> Iterator[None]:
-        """Hold the folder. Faults of memory, disk and processes end in one line, which names the `workload`.
+    def open(self, knobs, longest: int) -> Iterator[None]:
+        """Hold the folder. Faults of memory, disk and processes end in one line.
 
-        Raises BadInput if the student cannot be saved; Stopped.
+        `longest` is the largest horizon. Raises BadInput if the student cannot be saved; Stopped.
         """
-        with run_folder.exclusive(self.folder, fresh):
+        workload = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
+        with run_folder.exclusive(self.folder, fresh=not knobs.resume):
             check_saving(self.pair, self.save_pair, self.folder)
             try:
                 yield

@@ -252,13 +252,13 @@ def tokenizers_differ(student: str, teacher: str, allowed: bool) -> bool:
     return differing > 0
 
 
-def shared_vocabulary(student: str, teacher: str, differ: bool = False) -> int:
-    """The number of ids that both models score; if they may `differ`, the size of the larger vocabulary.
+def shared_vocabulary(student: str, teacher: str, allowed: bool = False) -> int:
+    """The number of ids that both models score; with two tokenizers, the size of the larger vocabulary.
 
-    Raises BadInput if an id means different tokens to them and they may not.
+    Raises BadInput if the tokenizers differ, unless that is allowed.
     """
     sizes = [load(AutoConfig, name).get_text_config(decoder=True).vocab_size for name in (student, teacher)]
-    if tokenizers_differ(student, teacher, allowed=differ):
+    if tokenizers_differ(student, teacher, allowed):
         return max(sizes)
     if sizes[0] != sizes[1]:
         print(f"vocabularies of {sizes[0]} and {sizes[1]} rows, one tokenizer: using the first {min(sizes)}")

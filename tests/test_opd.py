@@ -213,7 +213,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_grad_gets_none_at_all():
 
 def test_lengths_that_differ_are_refused():
     """zip stops at the shortest: tokens would lose their gradient silently."""
-    with pytest.raises(ValueError, match="10, 10 and 4"):
+    with pytest.raises(ValueError, match="10, 10, 4"):
         run(head(), states(), head(seed=1), states(seed=1), torch.arange(4, device=DEVICE))
 
 
