@@ -66,7 +66,7 @@ def test_every_model_has_a_label_of_its_own(world, tmp_path, monkeypatch):
 def test_a_stopped_run_resumes_to_the_same_scores(world, tmp_path, monkeypatch, request):
     """Real kills at random moments, and an incomplete line. Sampled, so the noise must be the same too."""
     flags = ["--model", world / "teacher", "--data", world / "test.jsonl", "--limit", 30, "--samples", 2]
-    flags += ["--temperature", 1, "--top-p", 0.9, "--batch-size", 10, *FLAGS, "--max-new-tokens", 40]
+    flags += ["--temperature", 1, "--top-p", 0.9, "--batch-size", 10, *FLAGS, "--max-new-tokens", 20]
     main(monkeypatch, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "stopped"
     answers = out / "A-teacher-test.jsonl"
@@ -111,7 +111,8 @@ def test_an_answer_does_not_depend_on_its_batch(world, tmp_path, monkeypatch):
     texts = []
     for size in (7, 16):
         flags = ["--model", world / "student", "--data", world / "test.jsonl", "--limit", 8, "--samples", 2]
-        flags += ["--temperature", 1, "--batch-size", size, *FLAGS, "--out", tmp_path / str(size)]
+        flags += ["--temperature", 1, "--batch-size", size, *FLAGS, "--max-new-tokens", 20]
+        flags += ["--out", tmp_path / str(size)]
         main(monkeypatch, *flags)
         records = data.read_jsonl(tmp_path / str(size) / "A-student-test.jsonl")
         texts.append([record["response"] for record in records])
@@ -129,6 +130,7 @@ def test_a_sampler_of_another_distribution_is_refused(world, tmp_path, monkeypat
         return replace(rollouts, logp=rollouts.logp - 0.1 * rollouts.response_mask)
 
     model = ["--model", world / "student", "--data", world / "test.jsonl", "--limit", 4, *FLAGS, *flags]
+    model += ["--max-new-tokens", 20]
     main(monkeypatch, *model, "--out", tmp_path / "right")
     monkeypatch.setattr(eval_math, "evaluate", partial(eval_math.evaluate, sampler=forgetful))
     with pytest.raises(cli.BadInput, match="Qwen2ForCausalLM samples from another distribution"):
@@ -233,13 +235,13 @@ def test_first_box_and_last_box():
     assert boxed(r"\boxed{1} \fbox{2} {\boxed {3}}") == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("response", HOSTILE)
-def test_hostile_text_is_not_right_in_bounded_time(response, monkeypatch):
+def test_hostile_text_is_not_right_in_bounded_time(monkeypatch):
     with Grader(extract, has_box, workers=1, seconds=2) as grader:
         monkeypatch.setattr(eval_math, "one_grader", lambda *rules: grader)
-        started = time.time()
-        assert not is_correct(response, "42")
-        assert time.time() - started < 10
+        for response in HOSTILE:
+            started = time.time()
+            assert not is_correct(response, "42"), response[:50]
+            assert time.time() - started < 10, response[:50]
 
 
 ENDLESS = [

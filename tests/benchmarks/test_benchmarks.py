@@ -1,6 +1,8 @@
 """Each benchmark runs from its flags to its rows, with the toy's models or tiny shapes."""
 
 import importlib.util
+import json
+import os
 import sys
 
 import gpu
@@ -111,9 +113,19 @@ def test_evaluation(run, world):
     assert 10 <= int(grading["right"]) <= 20 and float(grading["ours_s"]) > 0
 
 
-def test_sides_run_in_processes_of_their_own(tmp_path):
-    given = {"tokens": 8, "vocab": 50, "student_width": 8, "teacher_width": 12, "sides": ("ours",)}
-    assert sides.measure_apart(parts.__file__, "ours", given)["loss"] > 0
+def test_sides_run_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
+    """With the flags that were given; the last line is the result."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys; print('loading'); print(json.dumps([os.getpid(), sys.argv[1:]]))"
+    )
+    given = {"tokens": 8, "student_width": 8, "endless": True, "compiled": False, "sides": ("ours",)}
+    process, flags = sides.measure_apart(str(script), "ours", given)
+    assert process != os.getpid()
+    assert flags == ["--side=ours", "--tokens=8", "--student-width=8", "--endless", "--no-compiled"]
+    monkeypatch.setattr(sys, "argv", [parts.__file__, *LOSS, "--side=ours"])
+    parts.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] > 0
 
 
 def test_a_side_that_fails_is_one_line(tmp_path):

@@ -30,7 +30,7 @@ def micro(tmp_path, monkeypatch) -> words.Knobs:
     monkeypatch.setattr(words, "RATES", ("0.001",))
     monkeypatch.setattr(profile_horizon, "measure", partial(profile_horizon.measure, rollouts=8))
     monkeypatch.setattr(toy, "Recipe", partial(toy.Recipe, pretrain_steps=1, posttrain_steps=1))
-    preset = toy.PRESET | {"batch_size": 4, "max_new_tokens": 40}
+    preset = toy.PRESET | {"batch_size": 4, "max_new_tokens": 20}
     monkeypatch.setattr(toy, "PRESET", preset)
     arms = ("esr", "lora-esr")
     return words.Knobs(
@@ -47,7 +47,7 @@ def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
     runs = [("0", "esr"), ("1", "esr"), ("0", "lora-esr"), ("1", "lora-esr")]
     assert [(row["seed"], row["arm"]) for row in rows] == ends + runs
     student, teacher, esr, lora = rows[2:4] + rows[5::2]
-    assert 1 <= int(student["auto"]) <= 40 and esr["auto"] == teacher["kl_own_0"] == rows[4]["kl_own_0"] == ""
+    assert 1 <= int(student["auto"]) <= 20 and esr["auto"] == teacher["kl_own_0"] == rows[4]["kl_own_0"] == ""
     assert 8 < int(esr["response_tokens"]) <= 4 * 4 * int(student["auto"])  # N by the 45 % rule
     assert len(esr["correct"]) == len(esr["correct_greedy"]) == 4
     kl = [name for name in esr if name.startswith("kl_student")]
@@ -74,7 +74,7 @@ def test_the_validation_world_before_training(micro, monkeypatch):
     shares = [float(row["value"]) for row in rows if row["curve"] == "share of tenth"]
     assert len(shares) == 10 and sum(shares) == pytest.approx(1, abs=1e-4)
     (horizon,) = [row for row in rows if row["curve"] == "horizon"]
-    assert 1 <= float(horizon["value"]) <= 40
+    assert 1 <= float(horizon["value"]) <= 20
     curves = {row["curve"] for row in rows}
     assert {"student's prefix", "own prefix", "difference", "student, greedy", "teacher, accuracy"} <= curves
     assert {row["at"] for row in rows if row["curve"] == "own prefix"} == {"0", "5"}

@@ -12,7 +12,7 @@ from support import cli
 
 ROOT = Path(schedules.__file__).parent
 ENDS = ["| true", "> /dev/full", ">&-"]  # how a shell ends the output early
-ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent"}
 
 
 def shell(command):
