@@ -1,9 +1,8 @@
 """A world in which nobody placed the gap between student and teacher: which arms keep full's gain, and why.
 
-    python experiments/words.py --predict   the validation world alone, before any training
-    python experiments/words.py             learning rates, then 5 seeds of every arm; twice for two cores
-    python experiments/words.py --report    table, verdicts and figure of the existing rows
-    python experiments/words.py --decay     whether the teacher decays on the student's text, in every world
+    python experiments/words.py            learning rates, then 5 seeds of every arm; twice for two cores
+    python experiments/words.py --report   table, verdicts and figure of the existing rows
+    python experiments/words.py --decay    whether the teacher decays on the student's text, in every world
 
 The world is that of support/words.py (or one of the toy's, for a trial); the arms are in arms.py. sweep.py
 says how learning rates are chosen and what a row of the CSV is. Work is done in the order of need: student
@@ -21,7 +20,6 @@ import math
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,9 +42,8 @@ from figures import STYLES, VERMILION, plt, save
 from sweep import CACHE, ENDS, SWEEP_SEED, Cells, Row, Unit, World, mean_of, shown
 
 from eval_math import extract, has_box
-from extras import profile_horizon
 from rollout import rollout
-from support import run_folder, scores, toy, words
+from support import run_folder, toy, words
 from support.cli import BadInput, knob, parse, run_main
 from support.workers import Grader
 
@@ -98,7 +95,6 @@ class Knobs:
     problems: int = knob(500, "held-out, answered once at temperature 1 and once greedily", least=2)
     rollouts: int = knob(128, "for the reverse KL by position, of each writer", least=2)
     csv: str = knob(str(ROOT / "results" / "words.csv"), "results; the figure is written next to it")
-    predict: bool = knob(False, "only measure the validation world, into ..._before.csv")
     decay: bool = knob(False, "only measure the decay of the teacher in all other worlds, into ..._decay.csv")
     report: bool = knob(False, "train nothing: table, verdicts and figure of the rows in the CSV")
 
@@ -206,38 +202,7 @@ def run_all(knobs: Knobs) -> None:
         both.run([unit(knobs, seed, *run) for seed in seeds for run in rates.items()])
 
 
-# Before any training.
-
-
-def predict(knobs: Knobs) -> str:
-    """Scores, where the reverse KL is, and the teacher's decay in the validation world: the rows as text."""
-    path = Path(knobs.csv).with_name(f"{Path(knobs.csv).stem}_before.csv")
-    both = knobs.sweep()
-    probe_setup.check_results(path, both.settings, "--csv")
-    both.run([unit(knobs, SWEEP_SEED, *run) for run in ENDS])
-    rows = both.read()
-    found = []
-    for arm, _ in ENDS:
-        row = rows[knobs.world, SWEEP_SEED, arm, ""]
-        for name in SCORES.values():
-            value, n = float(row[name]), int(row["n"])
-            found.append(probe.point(f"{arm}, {name}", "", value, scores.wilson(value, n), n))
-    found += [*shares(knobs), *decay(knobs, SWEEP_SEED)]
-    run_folder.write_csv(path, [*found[0], *both.settings], [row | both.settings for row in found])
-    line = "{curve:20} {at:>5} {value:8.3f} [{low:.3f} to {high:.3f}]"
-    return "\n".join(line.format_map(row).removesuffix("[nan to nan]") for row in found)
-
-
-def shares(knobs: Knobs) -> Iterator[dict]:
-    """The share of the reverse KL in each tenth of T, and the horizon that holds 45 % of it."""
-    world = load(unit(knobs, SWEEP_SEED, "student", ""), knobs)
-    tokens = sweep.reverse_kl(world, world.setup.prompts)
-    unknown, n = (math.nan, math.nan), int(tokens["row"].max()) + 1
-    kl, tenth = tokens["reverse_kl"].double(), tokens["position"] * 10 // world.settings.max_new_tokens
-    for i in TENTHS:
-        yield probe.point("share of tenth", i, kl[tenth == i].sum() / kl.sum(), unknown, n)
-    horizon = profile_horizon.horizon_of_profile(kl, tokens["position"])
-    yield probe.point("horizon", 0.45, horizon, unknown, n)
+# The teacher on the student's text.
 
 
 def decay(knobs: Knobs, seed: int, student: PreTrainedModel | None = None) -> list[dict]:
@@ -403,9 +368,6 @@ def draw_scores(axis, results: Results, name: str) -> None:
 
 def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
-    if knobs.predict:
-        print(predict(knobs))
-        return
     if knobs.decay:
         print(decay_in_worlds(knobs))
         return

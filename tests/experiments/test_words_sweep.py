@@ -67,23 +67,6 @@ def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
         words.run_all(replace(micro, steps=5))
 
 
-def test_the_validation_world_before_training(micro, monkeypatch):
-    monkeypatch.setattr(words, "PREFIXES", (0, 5, 99))
-    text = words.predict(micro)
-    rows = read_csv(Path(micro.csv).with_name("words_before.csv"))
-    shares = [float(row["value"]) for row in rows if row["curve"] == "share of tenth"]
-    assert len(shares) == 10 and sum(shares) == pytest.approx(1, abs=1e-4)
-    (horizon,) = [row for row in rows if row["curve"] == "horizon"]
-    assert 1 <= float(horizon["value"]) <= 20
-    curves = {row["curve"] for row in rows}
-    assert {"student's prefix", "own prefix", "difference", "student, greedy", "teacher, accuracy"} <= curves
-    assert {row["at"] for row in rows if row["curve"] == "own prefix"} == {"0", "5"}
-    assert all(row["curve"] in text for row in rows)
-    assert [row["arm"] for row in read_csv(Path(micro.csv))] == ["student", "teacher"]
-    with pytest.raises(BadInput, match="other settings .steps '4', here '5'.*another --csv"):
-        words.predict(replace(micro, steps=5))
-
-
 def test_the_decay_before_and_after_training(micro, monkeypatch):
     monkeypatch.setattr(words, "PREFIXES", (0, 5))
     monkeypatch.setattr(sweep.Sweep, "finished", lambda self: {})
