@@ -120,8 +120,7 @@ def draw(path: Path, results: Results, curves: Curves, arms: tuple[str, ...], se
 # The probes. A row has a curve, its place `at` on the x axis, a value with its interval, and n.
 
 VALUES = ("value", "low", "high", "n")
-SIGNED = ("difference", "at N", "fixed, change", "own, change")
-FORMATS = dict.fromkeys(SIGNED, "+.1%") | {"horizon": ".0f"}  # in readings; others: ".1%"
+SIGNED = ("difference", "at N", "fixed, change", "own, change")  # in readings these have a sign
 RANKS = {  # colour, hatch, label
     "1": (BLUE, "", "first choice"),
     "2-5": (VERMILION, "//", "ranks 2-5"),
@@ -169,12 +168,11 @@ def reading(rows: list[dict]) -> str:
     about = PROBE_FIGURES[rows[0]["probe"]]
     of_point = curve_of(rows, about.point)
     shown = {"at": of_point[-1]["at"] if of_point else ""}
-    if about.point == "horizon" and of_point:
-        shown["at"] = f"{float(shown['at']):.0%}"
     for row in rows:  # of several points of a curve, the one at the same place
         curve = row["curve"]
         if curve not in shown or row["at"] == shown["at"]:
-            value, low, high = (format(row[name], FORMATS.get(curve, ".1%")) for name in VALUES[:3])
+            form = "+.1%" if curve in SIGNED else ".1%"
+            value, low, high = (format(row[name], form) for name in VALUES[:3])
             shown[curve] = f"{value} [{low} to {high}]"
     try:
         return about.reading.format_map(shown)
@@ -252,18 +250,6 @@ def draw_submode(axes, rows: list[dict]) -> None:
     axes[0].legend(title="the teacher's rank of the choice", fontsize=9, ncols=3, loc="upper center")
 
 
-def draw_profile(axes, rows: list[dict]) -> None:
-    """The cumulative fraction of the reverse KL, and where it reaches --share."""
-    draw_line(axes[0], curve_of(rows, "cumulative"), "cumulative", STYLES[1] | {"marker": ""})
-    for row in curve_of(rows, "horizon"):
-        axes[0].axhline(float(row["at"]), color=GREY, linestyle=":")
-        axes[0].axvspan(row["low"], row["high"], color=VERMILION, alpha=0.3, linewidth=0)
-        label = f"{float(row['at']):.0%} of the reverse KL"
-        axes[0].axvline(row["value"], color=VERMILION, linestyle="--", label=label)
-    axes[0].set(xlabel="tokens from the start", xscale="log")
-    axes[0].set(ylabel="fraction of the reverse KL", ylim=(0, 1.02))
-
-
 class ProbeFigure(NamedTuple):
     draw: Callable  # (axes, rows)
     curves: tuple[str, ...]  # those that a finished probe has written
@@ -301,12 +287,6 @@ PROBE_FIGURES = {
         reading="on the tenth of the tokens with the highest reverse KL, the student's most likely token is "
         "the teacher's too in {after, highest tenth} of cases after training and {before, highest tenth} "
         "before; on all tokens in {after, all tokens} and {before, all tokens}",
-    ),
-    "profile": ProbeFigure(
-        draw_profile,
-        ("horizon", "cumulative"),
-        point="horizon",
-        reading="before training, the first {horizon} tokens hold {at} of the reverse KL",
     ),
 }
 

@@ -4,7 +4,6 @@
     python experiments/probe.py cascade   reverse KL by position, before and after training on N tokens
     python experiments/probe.py swap      one model writes the first k tokens, another one the rest
     python experiments/probe.py submode   the teacher's rank of the student's choice where they differ most
-    python experiments/probe.py profile   where 45 % of the reverse KL is: ESR's rule of thumb for N
     python experiments/probe.py draw results/probe_decay.csv       the figure again, without a model
 
 By default on the toy world, where a student is trained first if one is needed. On real models: --student
@@ -28,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 import probe_setup
 from figures import draw_probe
-from probe_setup import PrefixKnobs, ProfileKnobs, Setup, SwapKnobs, TrainedKnobs
+from probe_setup import PrefixKnobs, Setup, SwapKnobs, TrainedKnobs
 
 from eval_math import extract, has_box
-from extras.profile_horizon import horizon_of_profile, in_batches, measure
+from extras.profile_horizon import in_batches
 from rollout import Rollout
 from support import models, run_folder, scores
 from support.cli import BadInput, Stopped, parse, run_main
@@ -134,40 +133,12 @@ def submode(setup: Setup, knobs: TrainedKnobs) -> Iterator[dict]:
                 yield mean_of_tokens(curve, at, of_token[some], problem[some], len(setup.problems))
 
 
-def profile(setup: Setup, knobs: ProfileKnobs) -> Iterator[dict]:
-    """The fraction of the reverse KL that the first tokens hold, before training; ESR takes N at 45 %.
-
-    The plain sum over all tokens of all rollouts, see profile_horizon.py. Intervals are over rollouts.
-    """
-    rows = len(setup.prompts) * knobs.samples
-    how = {"temperature": knobs.temperature, "micro_batch": knobs.micro_batch, "seed": knobs.seed}
-    how |= {"rollouts": rows, "batch": knobs.sample_batch}
-    tokens = measure(score, setup.before, setup.prompts, knobs.max_new_tokens, **how)
-    kl, present = by_position(tokens, rows, int(tokens["position"].max()) + 1)  # (rollouts, T)
-    places = torch.arange(kl.shape[1])
-
-    def horizon(drawn: Tensor) -> int:
-        return horizon_of_profile(kl[drawn].sum(0), places, knobs.share)
-
-    def cumulative(drawn: Tensor) -> Tensor:
-        total = kl[drawn].sum(0).cumsum(0)
-        return total / total[-1]
-
-    everything = torch.arange(rows)
-    n = horizon(everything)
-    low, high = bootstrap(cumulative, rows)
-    for i, value in enumerate(cumulative(everything)):
-        yield point("cumulative", i + 1, value, [low[i], high[i]], present[:, i].sum())
-    yield point("horizon", knobs.share, n, bootstrap(horizon, rows), rows)
-
-
 # name: (probe, its settings). A new probe is a function above, an entry here, one in figures.PROBE_FIGURES.
 PROBES = {
     "decay": (decay, PrefixKnobs),
     "cascade": (cascade, TrainedKnobs),
     "swap": (swap, SwapKnobs),
     "submode": (submode, TrainedKnobs),
-    "profile": (profile, ProfileKnobs),
 }
 
 
@@ -329,7 +300,7 @@ def gain(curve: str, at: int, first: list[dict], second: list[dict]) -> dict:
 def point(curve: str, at: int | str, value, interval, n) -> dict:
     """A row of a probe's CSV: a value and its 95 % interval, in curves by position +- one standard error.
 
-    n: problems, in submode tokens, in profile and in curves by position rollouts.
+    n: problems, in submode tokens, in curves by position rollouts.
     """
     low, high = map(float, interval)
     return {"curve": curve, "at": at, "value": float(value), "low": low, "high": high, "n": int(n)}

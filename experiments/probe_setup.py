@@ -21,7 +21,7 @@ from support.workers import Grader
 class Knobs:
     student: str = knob("", "hub name or folder, before training; default, also of the next two: the toy's")
     teacher: str = knob("", "hub name or folder; same tokenizer as the student's")
-    data: str = knob("", "hub name[:config], folder or file: its test split, for profile its train split")
+    data: str = knob("", "hub name[:config], folder or file: its test split")
     world: str = knob("opening", "the toy's world", choices=toy.WORLDS)
     problems: int = knob(100, "a random subset drawn by the seed", least=2)
     samples: int = knob(4, "answers to each problem", least=1)
@@ -43,14 +43,6 @@ class Knobs:
             text = "" if value is None else str(value).replace(f"{toy.CACHE}/", "toy/")
             found[name] = "/".join(Path(text).parts[-2:]) if Path(text).is_absolute() else text
         return found
-
-
-@dataclass(frozen=True)
-class ProfileKnobs(Knobs):
-    problems: int = knob(250, "a random subset drawn by the seed; times samples: the rollouts", least=2)
-    share: float = knob(
-        0.45, "fraction of the reverse KL that the suggested horizon holds", least=0.01, most=1
-    )
 
 
 @dataclass(frozen=True)
@@ -148,8 +140,7 @@ def load(knobs: Knobs, grader: Grader | None) -> Setup:
     """Models, problems and prompts; trains the toy's student if the probe needs it. Raises BadInput."""
     if knobs.world:
         toy.build(knobs.world)
-    split = "train" if isinstance(knobs, ProfileKnobs) else "test"
-    problems = data.subset(data.read_problems(knobs.data, split), knobs.problems, knobs.seed)
+    problems = data.subset(data.read_problems(knobs.data, "test"), knobs.problems, knobs.seed)
     if len(problems) < 2:
         raise BadInput(f"{knobs.data} has one problem: it needs two or more")
     device = models.find_device(knobs.device)

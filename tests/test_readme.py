@@ -182,7 +182,10 @@ def test_comparisons_are_what_compare_prints():
             assert line.rstrip() in RESULTS, line
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("probe_*.csv")), ids=lambda path: path.stem)
+OF_PROBES = sorted(path for name in probe.PROBES for path in (ROOT / "results").glob(f"probe_{name}*.csv"))
+
+
+@pytest.mark.parametrize("path", OF_PROBES, ids=lambda path: path.stem)
 def test_readings_are_what_the_probes_print(path):
     rows = figures.read_probe(path)
     assert not figures.missing_points(rows)

@@ -86,7 +86,7 @@ def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
     """They were removed at its first row."""
     monkeypatch.setattr(probe_setup, "load", lambda knobs, grader: None)
     monkeypatch.setattr(probe, "draw_probe", lambda path: path.read_text())
-    out = tmp_path / "results" / "profile.csv"
+    out = tmp_path / "results" / "decay.csv"
 
     def finished(setup, knobs):
         yield probe.point("mean", 1, 0.5, (0.4, 0.6), 3)
@@ -96,16 +96,16 @@ def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     argv = [f"--out={out}", "--device=cpu", "--dtype=float32"]
-    monkeypatch.setitem(probe.PROBES, "profile", (finished, probe.ProfileKnobs))
-    before = probe.run_probe("profile", argv)
-    monkeypatch.setitem(probe.PROBES, "profile", (stopped, probe.ProfileKnobs))
+    monkeypatch.setitem(probe.PROBES, "decay", (finished, probe.PrefixKnobs))
+    before = probe.run_probe("decay", argv)
+    monkeypatch.setitem(probe.PROBES, "decay", (stopped, probe.PrefixKnobs))
     with pytest.raises(KeyboardInterrupt):
-        probe.run_probe("profile", argv)
+        probe.run_probe("decay", argv)
     assert out.read_text() == before
-    assert read_csv(out.with_name("profile_part.csv"))[0]["value"] == "0.7"
-    monkeypatch.setitem(probe.PROBES, "profile", (finished, probe.ProfileKnobs))
-    assert probe.run_probe("profile", argv) == before
-    assert [path.name for path in out.parent.iterdir()] == ["profile.csv"]
+    assert read_csv(out.with_name("decay_part.csv"))[0]["value"] == "0.7"
+    monkeypatch.setitem(probe.PROBES, "decay", (finished, probe.PrefixKnobs))
+    assert probe.run_probe("decay", argv) == before
+    assert [path.name for path in out.parent.iterdir()] == ["decay.csv"]
 
 
 def test_swap_where_the_first_token_decides(wrong_student_right_teacher):
@@ -200,7 +200,7 @@ def test_cascade_means_are_those_of_the_tokens(tiny_setup):
 
 
 def test_teacher_equal_to_student_has_no_gap():
-    """Reverse KL 0 at each position, every choice the teacher's first; and no horizon in such a profile."""
+    """Reverse KL 0 at each position, and every choice the teacher's first."""
     pair = pair_of(tiny(), tiny())
     setup = probe.Setup(pair, pair, [data.Problem("q", "7")] * 3, [[5, 6], [7], [8, 9, 4]], None)
     rows = list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, horizon=3)))
@@ -209,16 +209,6 @@ def test_teacher_equal_to_student_has_no_gap():
     assert found["after, all tokens", "1"] == 1 and found["after, highest tenth", "outside"] == 0
     with pytest.raises(BadInput, match="none is beyond"):
         list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, schedule="full")))
-    with pytest.raises(BadInput, match="another teacher"):
-        list(probe.profile(setup, knobs_of(probe.ProfileKnobs)))
-
-
-def test_profile_reaches_its_share_at_the_horizon(tiny_setup):
-    rows = list(probe.profile(tiny_setup, knobs_of(probe.ProfileKnobs, samples=20)))
-    shares = [row["value"] for row in rows if row["curve"] == "cumulative"]
-    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
-    horizon = rows[-1]["value"]
-    assert shares[int(horizon) - 1] >= 0.45 and (horizon == 1 or shares[int(horizon) - 2] < 0.45)
 
 
 def test_where_a_text_starts_to_loop():
@@ -276,7 +266,7 @@ def test_results_of_other_settings_are_not_touched(world, tmp_path, monkeypatch,
     first = out.read_bytes()
     code, _, error = call(monkeypatch, capsys, "decay", *flags, "--seed", 1, "--out", out)
     assert code == 2 and "other settings (seed '0', here '1')" in error and error.count("\n") == 1
-    code, _, error = call(monkeypatch, capsys, "profile", *SMALL, "--out", out)
+    code, _, error = call(monkeypatch, capsys, "cascade", *SMALL, "--out", out)
     assert code == 2 and "probe 'decay'" in error
     assert out.read_bytes() == first
     assert call(monkeypatch, capsys, "decay", *flags, "--out", out)[0] == 0
