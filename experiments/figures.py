@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 COLOURS = ["#000000", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", *3 * ["#999999"]]
 LINES = ["-", "--", "-.", "-", "--", "-.", ":", ":", ":", ":"]
 STYLES = list(cycler(color=COLOURS) + cycler(marker="os^vDPX<*>") + cycler(linestyle=LINES))
-BLUE, VERMILION, GREY = (STYLES[i]["color"] for i in (1, 2, 7))
+VERMILION = STYLES[2]["color"]
 
 
 def save(figure, path: Path) -> Path:
@@ -121,11 +121,6 @@ def draw(path: Path, results: Results, curves: Curves, arms: tuple[str, ...], se
 
 VALUES = ("value", "low", "high", "n")
 SIGNED = ("difference", "at N", "fixed, change", "own, change")  # in readings these have a sign
-RANKS = {  # colour, hatch, label
-    "1": (BLUE, "", "first choice"),
-    "2-5": (VERMILION, "//", "ranks 2-5"),
-    "outside": (GREY, "..", "lower"),
-}
 
 
 def read_probe(path: Path) -> list[dict]:
@@ -151,7 +146,7 @@ def curve_of(rows: list[dict], curve: str) -> list[dict]:
 def missing_points(rows: list[dict]) -> list[str]:
     """What a finished probe would have written and this one has not."""
     probe = rows[0]["probe"]
-    expected = [*RANKS, "nats"] if probe == "submode" else rows[0].get("prefixes", "").split()
+    expected = rows[0].get("prefixes", "").split()
     found = []
     for curve in PROBE_FIGURES[probe].curves:
         present = {row["at"] for row in curve_of(rows, curve)}
@@ -234,22 +229,6 @@ def draw_cascade(axes, rows: list[dict]) -> None:
     axes[0].set_ylabel("reverse KL, nats")
 
 
-def draw_submode(axes, rows: list[dict]) -> None:
-    """The fractions of the ranks, a bar each, for both students and both sets of tokens."""
-    curves = list(dict.fromkeys(row["curve"] for row in rows))
-    for shift, (rank, (colour, hatch, label)) in zip((-0.25, 0, 0.25), RANKS.items()):
-        found = [(i, row) for i, c in enumerate(curves) for row in curve_of(rows, c) if row["at"] == rank]
-        places = [i + shift for i, _ in found]
-        heights = [row["value"] for _, row in found]
-        errors = [[abs(row["value"] - row[end]) for _, row in found] for end in ("low", "high")]
-        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "capsize": 3}
-        axes[0].bar(places, heights, 0.25, yerr=errors, label=label, **look)
-    nats = {row["curve"]: f"\n{row['value']:.2g} nats" for row in rows if row["at"] == "nats"}
-    axes[0].set_xticks(range(len(curves)), [c.replace(", ", "\n") + nats.get(c, "") for c in curves])
-    axes[0].set(ylabel="fraction of the student's choices", ylim=(0, 1.2))
-    axes[0].legend(title="the teacher's rank of the choice", fontsize=9, ncols=3, loc="upper center")
-
-
 class ProbeFigure(NamedTuple):
     draw: Callable  # (axes, rows)
     curves: tuple[str, ...]  # those that a finished probe has written
@@ -279,14 +258,6 @@ PROBE_FIGURES = {
         reading="accuracy is {trained, then base} if the trained student writes the first {at} tokens and "
         "the base student the rest, and {base, then trained} the other way round: difference {at N}; the "
         "trained student alone {trained alone}, the base student alone {base alone}",
-    ),
-    "submode": ProbeFigure(
-        draw_submode,
-        ("before, highest tenth", "before, all tokens", "after, highest tenth", "after, all tokens"),
-        point="after, highest tenth",
-        reading="on the tenth of the tokens with the highest reverse KL, the student's most likely token is "
-        "the teacher's too in {after, highest tenth} of cases after training and {before, highest tenth} "
-        "before; on all tokens in {after, all tokens} and {before, all tokens}",
     ),
 }
 

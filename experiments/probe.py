@@ -3,14 +3,13 @@
     python experiments/probe.py decay     the teacher continues the student's beginnings, and its own
     python experiments/probe.py cascade   reverse KL by position, before and after training on N tokens
     python experiments/probe.py swap      one model writes the first k tokens, another one the rest
-    python experiments/probe.py submode   the teacher's rank of the student's choice where they differ most
     python experiments/probe.py draw results/probe_decay.csv       the figure again, without a model
 
 By default on the toy world, where a student is trained first if one is needed. On real models: --student
 --teacher --data, and --trained RUN/student with --horizon for the student after training. A probe prints its
 reading, and writes results/probe_NAME.csv, a row per point, and a figure next to it. Intervals are of 95 %
 over problems, however many answers each has. `python experiments/probe.py NAME --help` lists the settings.
-Shapes: N tokens, C of them in a chunk, T positions, V vocabulary.
+Shapes: N tokens, T positions.
 """
 
 import sys
@@ -113,33 +112,8 @@ def cascade(setup: Setup, knobs: TrainedKnobs) -> Iterator[dict]:
         yield change(f"{kind}, change", n, found["before"], found["after"], knobs.samples)
 
 
-def submode(setup: Setup, knobs: TrainedKnobs) -> Iterator[dict]:
-    """Sub-mode commitment (ESR): the teacher's rank of the student's choice where the two differ most.
-
-    On the tenth of the tokens with the highest reverse KL, of each student's own rollouts. Controls: the
-    student before training, all tokens, and the reverse KL itself. Intervals hold the choice of tokens fixed.
-    """
-    _, texts = repeated(setup, knobs)
-    for who, pair in (("before", setup.before), ("after", setup.after)):
-        tokens = scored(pair, sampled(setup, pair.student, texts, knobs.max_new_tokens, knobs, who), knobs)
-        kl = tokens["reverse_kl"]
-        rank = tokens["rank"]
-        problem = tokens["row"] // knobs.samples
-        highest = kl.argsort(descending=True)[: -(-len(kl) // 10)]
-        values = {"nats": kl, "outside": rank > 5, "2-5": (rank > 1) & (rank <= 5), "1": rank == 1}
-        for name, some in (("highest tenth", highest), ("all tokens", torch.arange(len(kl)))):
-            for at, of_token in values.items():
-                curve = f"{who}, {name}"
-                yield mean_of_tokens(curve, at, of_token[some], problem[some], len(setup.problems))
-
-
 # name: (probe, its settings). A new probe is a function above, an entry here, one in figures.PROBE_FIGURES.
-PROBES = {
-    "decay": (decay, PrefixKnobs),
-    "cascade": (cascade, TrainedKnobs),
-    "swap": (swap, SwapKnobs),
-    "submode": (submode, TrainedKnobs),
-}
+PROBES = {"decay": (decay, PrefixKnobs), "cascade": (cascade, TrainedKnobs), "swap": (swap, SwapKnobs)}
 
 
 def repeated(setup: Setup, knobs) -> tuple[list[int], list[list[int]]]:
@@ -201,31 +175,18 @@ def loop_start(tokens: list[int], width: int = 12, times: int = 3) -> int:
     return len(tokens)
 
 
-def rank_of_choice(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """The teacher's rank of the student's most likely token, from 1: (C, V), (C, V) -> (C,)."""
-    chosen = teacher_logp.gather(-1, student_logp.argmax(-1, keepdim=True))  # (C, 1)
-    return 1 + (teacher_logp > chosen).sum(-1)
-
-
 @torch.no_grad()
 def scored(pair: Pair, found: list[Rollout], knobs) -> dict[str, Tensor]:
-    """The token statistics of train.score and the rank of the choice, (N,) each; loops are left out."""
+    """The token statistics of train.score, (N,) each; loops are left out."""
     parts = []
     done = 0
     for rollouts in found:
         mask = rollouts.response_mask.clone()
         for row, tokens in enumerate(ids_of([rollouts])):
             mask[row, loop_start(tokens) :] = False
-        ranks: list[Tensor] = []
-
-        def record_ranks(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, ranks=ranks) -> Tensor:
-            ranks.append(rank_of_choice(student_logp, teacher_logp))
-            return torch.zeros_like(tokens)  # the loss is not used
-
-        _, tokens = score(
-            pair, rollouts, mask, record_ranks, knobs.temperature, micro_batch=knobs.micro_batch
-        )
-        parts.append(tokens | {"rank": torch.cat(ranks), "row": tokens["row"] + done})
+        how = {"temperature": knobs.temperature, "micro_batch": knobs.micro_batch}
+        _, tokens = score(pair, rollouts, mask, **how)
+        parts.append(tokens | {"row": tokens["row"] + done})
         done += len(rollouts.prompts)
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
@@ -300,7 +261,7 @@ def gain(curve: str, at: int, first: list[dict], second: list[dict]) -> dict:
 def point(curve: str, at: int | str, value, interval, n) -> dict:
     """A row of a probe's CSV: a value and its 95 % interval, in curves by position +- one standard error.
 
-    n: problems, in submode tokens, in curves by position rollouts.
+    n: problems; in means over tokens these, in curves by position rollouts.
     """
     low, high = map(float, interval)
     return {"curve": curve, "at": at, "value": float(value), "low": low, "high": high, "n": int(n)}
