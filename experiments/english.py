@@ -30,8 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from figures import STYLES, draw_line, plt, save
-from probe import mean_of_tokens
-from probe_setup import RunWithBar
+from probe import RunWithBar, mean_of_tokens, scored
 
 import train
 from eval_math import INSTRUCTION
@@ -156,16 +155,13 @@ def fixed_rollouts(pair: train.Pair, prompts: list[list[int]]) -> dict[str, list
     }
 
 
-@torch.no_grad()
 def kl_rows(curve: str, pair: train.Pair, parts: list[Rollout]) -> Iterator[dict]:
     """The mean reverse KL of all tokens and of each tenth of the budget; intervals over rollouts."""
-    found = [train.score(pair, part)[1] for part in parts]
-    starts = [BATCH * i for i in range(len(parts))]
-    row = torch.cat([tokens["row"] + start for tokens, start in zip(found, starts)])
-    kl, position = (torch.cat([tokens[name] for tokens in found]) for name in ("reverse_kl", "position"))
+    tokens = scored(pair, parts)
+    row, kl = tokens["row"], tokens["reverse_kl"]
     rows = int(row.max()) + 1
     yield mean_of_tokens(curve, "all", kl, row, rows)
-    tenth = position * 10 // MAX_NEW_TOKENS
+    tenth = tokens["position"] * 10 // MAX_NEW_TOKENS
     for i in tenth.unique().tolist():
         yield mean_of_tokens(curve, str(i), kl[tenth == i], row[tenth == i], rows)
 

@@ -14,8 +14,10 @@ Shapes: N tokens, T positions.
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,17 +26,172 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import probe_setup
 from figures import draw_probe
-from probe_setup import PrefixKnobs, Setup, SwapKnobs, TrainedKnobs
 
-from eval_math import extract, has_box
+import train
+from eval_math import INSTRUCTION, extract, has_box
 from extras.profile_horizon import in_batches
 from rollout import Rollout
-from support import models, run_folder, scores
-from support.cli import BadInput, Stopped, parse, run_main
+from schedules import make_schedule
+from support import data, models, run_folder, scores, toy
+from support.batch_size import batch_that_fits
+from support.cli import BadInput, Stopped, knob, parse, run_main
 from support.workers import Grader
-from train import Pair, score
+
+
+@dataclass(frozen=True)
+class Knobs:
+    student: str = knob("", "hub name or folder, before training; default, also of the next two: the toy's")
+    teacher: str = knob("", "hub name or folder; same tokenizer as the student's")
+    data: str = knob("", "hub name[:config], folder or file: its test split")
+    world: str = knob("opening", "the toy's world", choices=toy.WORLDS)
+    problems: int = knob(100, "a random subset drawn by the seed", least=2)
+    samples: int = knob(4, "answers to each problem", least=1)
+    instruction: str = knob(INSTRUCTION, "text after each problem; the toy: none")
+    system_prompt: str = knob("", "system message; the chat template's own if empty")
+    max_new_tokens: int = knob(1024, "T, the full response length; the toy: 128", least=2)
+    temperature: float = knob(1.0, "of the sampling, and of both models' distributions", least=0.01)
+    sample_batch: int = knob(100, "answers sampled together", least=1)
+    micro_batch: int = knob(8192, "tokens scored together", least=1)
+    seed: int = knob(0, "of problems, sampling and the toy's training", least=0, most=2**32)
+    dtype: str = knob("", "default: the faster one here", choices=("bfloat16", "float32"))
+    device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
+    out: str = knob("", "CSV file, its figure is written next to it; default: results/probe_NAME.csv")
+
+    def settings(self, probe: str) -> dict[str, str]:
+        """What all rows of a CSV file have, as text. Of a folder, the last two parts of its path."""
+        found = {"probe": probe} | {name: value for name, value in asdict(self).items() if name != "out"}
+        for name, value in found.items():
+            text = "" if value is None else str(value).replace(f"{toy.CACHE}/", "toy/")
+            found[name] = "/".join(Path(text).parts[-2:]) if Path(text).is_absolute() else text
+        return found
+
+
+@dataclass(frozen=True)
+class PrefixKnobs(Knobs):
+    prefixes: str = knob("0 0.05 0.1 0.2 0.4 0.6", "values of k: below 1 a fraction of T, otherwise tokens")
+
+
+@dataclass(frozen=True)
+class TrainedKnobs(Knobs):
+    samples: int = knob(
+        16, "answers to each problem: a few degenerate ones hold most of the reverse KL", least=1
+    )
+    trained: str = knob("", "the student after training, RUN/student; default: the toy's, trained first")
+    horizon: float | None = knob(None, "N of that training, as train.py's --horizon; the toy: 20")
+
+    def window(self) -> int:
+        """N in tokens: training reached the positions 0 to N - 1. Raises BadInput."""
+        return make_schedule("esr", self.max_new_tokens, steps=1, horizon=self.horizon)(0)
+
+
+@dataclass(frozen=True)
+class SwapKnobs(PrefixKnobs, TrainedKnobs):
+    samples: int = knob(4, "answers to each problem", least=1)
+
+
+class Setup(NamedTuple):
+    before: train.Pair
+    after: train.Pair | None  # the same teacher, the student after training
+    problems: list[data.Problem]
+    prompts: list[list[int]]
+    grader: Grader | None
+
+
+def complete(knobs_class: type, given: dict) -> Knobs:
+    """The given settings over the toy's, or over the defaults if models are given. Raises BadInput."""
+    real = given.keys() & {"student", "teacher", "data"}
+    if real and (len(real) < 3 or "world" in given):
+        raise BadInput("--student, --teacher and --data go together: give all three, or none and --world")
+    known = knobs_class.__dataclass_fields__
+    defaults = {"world": ""} if real else toy.preset(given.get("world", Knobs.world))
+    if issubclass(knobs_class, TrainedKnobs):
+        if (real or "trained" in given) and not {"trained", "horizon"} <= given.keys():
+            what = "a student that is trained already needs --trained RUN/student and --horizon, its N"
+            raise BadInput(f"{what}: give both")
+        defaults |= {"horizon": 20.0}
+    knobs = knobs_class(**({name: value for name, value in defaults.items() if name in known} | given))
+    if isinstance(knobs, TrainedKnobs):
+        knobs.window()  # raises BadInput before minutes of loading
+    if isinstance(knobs, PrefixKnobs):
+        knobs = replace(knobs, prefixes=prefix_lengths(knobs))
+    return replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))
+
+
+def prefix_lengths(knobs: PrefixKnobs) -> str:
+    """--prefixes in tokens, sorted, with N if there is one. Raises BadInput."""
+    try:
+        numbers = [float(k) for k in knobs.prefixes.split()]
+        lengths = {int(k) if k >= 1 else round(k * knobs.max_new_tokens) for k in numbers}
+    except (ValueError, OverflowError) as error:
+        raise BadInput(
+            f"--prefixes {knobs.prefixes!r} ({error}): give numbers such as '0 0.1 100'"
+        ) from error
+    flags = f"--prefixes {knobs.prefixes!r}"
+    if isinstance(knobs, SwapKnobs):
+        lengths.add(knobs.window())
+        flags += " and --horizon"
+    if not lengths or not 0 <= min(lengths) <= max(lengths) < knobs.max_new_tokens or max(lengths) == 0:
+        limit = f"below --max-new-tokens {knobs.max_new_tokens}, one of them above 0"
+        raise BadInput(f"{flags} give the lengths {sorted(lengths)}: give some {limit}")
+    return " ".join(map(str, sorted(lengths)))
+
+
+def check_results(path: Path, settings: dict[str, str]) -> None:
+    """Raises BadInput if `path` has results of other settings, which would be lost."""
+    if path.suffix != ".csv":
+        raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")
+    run_folder.check_file(path, "--out")
+    for row in run_folder.read_csv(path) if path.exists() else []:
+        for name, value in settings.items():
+            if row.get(name) != value:
+                what = f"{path} holds results of other settings ({name} {row.get(name)!r}, here {value!r})"
+                raise BadInput(f"{what}: move it away, or name another --out")
+
+
+def load(knobs: Knobs, grader: Grader | None) -> Setup:
+    """Models, problems and prompts; trains the toy's student if the probe needs it. Raises BadInput."""
+    if knobs.world:
+        toy.build(knobs.world)
+    problems = data.subset(data.read_problems(knobs.data, "test"), knobs.problems, knobs.seed)
+    if len(problems) < 2:
+        raise BadInput(f"{knobs.data} has one problem: it needs two or more")
+    device = models.find_device(knobs.device)
+    pair = train.load_pair(knobs.student, knobs.teacher, knobs.dtype, device)
+    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    models.check_context([pair.student, pair.teacher], prompts, knobs.max_new_tokens)
+    batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, knobs.sample_batch)
+    after = after_training(pair, knobs, device) if isinstance(knobs, TrainedKnobs) else None
+    return Setup(pair, after, problems, prompts, grader)
+
+
+def after_training(pair: train.Pair, knobs: TrainedKnobs, device: torch.device) -> train.Pair:
+    """The pair with the student of --trained, or with the toy's student, which is trained here."""
+    name = knobs.trained or knobs.student
+    models.tokenizers_differ(name, knobs.teacher, allowed=False)
+    student = models.load_model(name, torch.float32, device).requires_grad_(not knobs.trained)
+    dtype = getattr(torch, knobs.dtype)
+    after = train.make_pair(student, pair.teacher, pair.tokenizer, pair.vocab_size, pair.eos_ids, dtype)
+    if not knobs.trained:
+        train_toy(after, knobs)
+    return after
+
+
+class RunWithBar(run_folder.Run):
+    def steps(self, total: int) -> Iterator[int]:
+        yield from tqdm(super().steps(total), "training", total, leave=False)
+
+
+def train_toy(pair: train.Pair, knobs: TrainedKnobs) -> None:
+    """Train the pair's student as train.py does with the toy's preset, this horizon and this seed."""
+    changes = {"seed": knobs.seed, "max_new_tokens": knobs.max_new_tokens, "eval_every": 0}
+    settings = train.Knobs(**(toy.preset(knobs.world) | changes))
+    prompts = data.render(pair.tokenizer, data.read_problems(knobs.data, "train"), settings.instruction)
+    run = RunWithBar(pair.student.device)
+    train.train(pair, train.adamw(pair, settings), prompts, lambda step: knobs.window(), settings, run)
+
+
+# The probes.
 
 
 def decay(setup: Setup, knobs: PrefixKnobs) -> Iterator[dict]:
@@ -106,8 +263,9 @@ def cascade(setup: Setup, knobs: TrainedKnobs) -> Iterator[dict]:
     for kind in ("fixed", "own"):
         found = {}
         for who, pair in pairs.items():
-            rollouts = own["before" if kind == "fixed" else who]
-            found[who] = by_position(scored(pair, rollouts, knobs), len(texts), knobs.max_new_tokens)
+            rollouts = map(without_loops, own["before" if kind == "fixed" else who])
+            tokens = scored(pair, rollouts, temperature=knobs.temperature, micro_batch=knobs.micro_batch)
+            found[who] = by_position(tokens, len(texts), knobs.max_new_tokens)
             yield from position_means(f"{kind}, {who}", *found[who])
         yield change(f"{kind}, change", n, found["before"], found["after"], knobs.samples)
 
@@ -134,7 +292,7 @@ def ids_of(found: list[Rollout]) -> list[list[int]]:
     return [tokens[mask].tolist() for part in found for tokens, mask in zip(part.tokens, part.response_mask)]
 
 
-def ended(tokens: list[int], pair: Pair) -> bool:
+def ended(tokens: list[int], pair: train.Pair) -> bool:
     return bool(tokens) and tokens[-1] in pair.eos_ids
 
 
@@ -175,28 +333,31 @@ def loop_start(tokens: list[int], width: int = 12, times: int = 3) -> int:
     return len(tokens)
 
 
+def without_loops(rollouts: Rollout) -> Rollout:
+    mask = rollouts.response_mask.clone()
+    for row, tokens in enumerate(ids_of([rollouts])):
+        mask[row, loop_start(tokens) :] = False
+    return replace(rollouts, response_mask=mask)
+
+
 @torch.no_grad()
-def scored(pair: Pair, found: list[Rollout], knobs) -> dict[str, Tensor]:
-    """The token statistics of train.score, (N,) each; loops are left out."""
-    parts = []
+def scored(pair: train.Pair, parts: Iterable[Rollout], **how) -> dict[str, Tensor]:
+    """The token statistics of train.score with the settings `how`, (N,) each; rows are those of all parts."""
+    found = []
     done = 0
-    for rollouts in found:
-        mask = rollouts.response_mask.clone()
-        for row, tokens in enumerate(ids_of([rollouts])):
-            mask[row, loop_start(tokens) :] = False
-        how = {"temperature": knobs.temperature, "micro_batch": knobs.micro_batch}
-        _, tokens = score(pair, rollouts, mask, **how)
-        parts.append(tokens | {"row": tokens["row"] + done})
+    for rollouts in parts:
+        _, tokens = train.score(pair, rollouts, **how)
+        found.append(tokens | {"row": tokens["row"] + done})
         done += len(rollouts.prompts)
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    return {name: torch.cat([tokens[name] for tokens in found]).cpu() for name in found[0]}
 
 
 def by_position(tokens: dict[str, Tensor], rows: int, length: int) -> tuple[Tensor, Tensor]:
     """Reverse KL of every token, 0 where there is none, and whether there is one: (rows, length) each."""
     kl = torch.zeros(rows, length, dtype=torch.double)
     present = torch.zeros(rows, length, dtype=torch.bool)
-    place = tokens["row"].cpu(), tokens["position"].cpu()
-    kl[place] = tokens["reverse_kl"].cpu().double()
+    place = tokens["row"], tokens["position"]
+    kl[place] = tokens["reverse_kl"].double()
     present[place] = True
     return kl, present
 
@@ -268,25 +429,18 @@ def point(curve: str, at: int | str, value, interval, n) -> dict:
 
 
 def run_probe(name: str, argv: list[str]) -> str:
-    """Write rows as they are measured, so that those of a stopped probe, OUT_part.csv, can be drawn.
-
-    OUT.csv is replaced when the probe has finished. Returns the reading.
-    """
+    """Write the rows of a probe, and draw them; returns the reading. Raises BadInput, Stopped."""
     probe, knobs_class = PROBES[name]
-    knobs = probe_setup.complete(knobs_class, parse(knobs_class, __doc__, argv))
+    knobs = complete(knobs_class, parse(knobs_class, __doc__, argv))
     path = Path(knobs.out or ROOT / "results" / f"probe_{name}.csv")
     settings = knobs.settings(name)
-    probe_setup.check_results(path, settings)
-    hardware = run_folder.environment(models.find_device(knobs.device))["hardware"]
-    part = path.with_name(f"{path.stem}_part.csv")
+    check_results(path, settings)
+    settings |= {"hardware": run_folder.environment(models.find_device(knobs.device))["hardware"]}
     try:
         with Grader(extract, has_box) as grader:
-            for number, row in enumerate(probe(probe_setup.load(knobs, grader), knobs)):
-                if number == 0:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    part.unlink(missing_ok=True)
-                run_folder.append_csv(part, [row | settings | {"hardware": hardware}])
-        run_folder.atomic_rename(part, path)
+            rows = [row | settings for row in probe(load(knobs, grader), knobs)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run_folder.write_csv(path, list(rows[0]), rows)
         return draw_probe(path)
     except OSError as error:
         raise Stopped(1, f"cannot write {path} ({error}): fix that, or name another --out") from error

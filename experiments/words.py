@@ -21,12 +21,10 @@ import statistics
 import sys
 import textwrap
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-
-from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 import claims
 import compare
 import probe
-import probe_setup
 import sweep
 from arms import ARMS
 from claims import MARGIN, OPEN, Results, verdict
@@ -43,7 +40,7 @@ from sweep import CACHE, ENDS, SWEEP_SEED, Cells, Row, Unit, World, mean_of, sho
 
 from eval_math import extract, has_box
 from rollout import rollout
-from support import run_folder, toy, words
+from support import data, run_folder, toy, words
 from support.cli import BadInput, knob, parse, run_main
 from support.workers import Grader
 
@@ -61,7 +58,7 @@ QUARTERS = [f"{name}_{i}" for name in ALONG for i in range(4)]
 LOOKED_AT = [f"accuracy_{i}" for i in range(3)]
 OF_RUN = ("grad_norm_mean", "grad_norm_max", *QUARTERS, *LOOKED_AT)
 TENTHS = range(10)
-PREFIXES = (0, 10, 25, 50, 75, 100)
+PREFIXES = "0 10 25 50 75"
 BATCH = 250  # answers sampled together
 SCORES = {"sampled": "accuracy", "greedy": "greedy"}  # the columns of the two accuracies
 CLAIMS = {  # about an arm: the arm it is compared with, and the least difference
@@ -205,25 +202,18 @@ def run_all(knobs: Knobs) -> None:
 # The teacher on the student's text.
 
 
-def decay(knobs: Knobs, seed: int, student: PreTrainedModel | None = None) -> list[dict]:
-    """The teacher's accuracy when it continues k tokens by the student, and k of its own.
-
-    The student is the untrained one unless another is given.
-    """
-    preset, folder = knobs.preset(), build(knobs.world, seed)
-    given = {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": str(folder)}
-    given |= {name: preset[name] for name in ("instruction", "max_new_tokens", "dtype", "micro_batch")}
-    given |= {"prefixes": " ".join(str(k) for k in PREFIXES if k < preset["max_new_tokens"])}
-    given |= {"device": "cpu", "sample_batch": BATCH}
-    settings = probe_setup.complete(probe_setup.PrefixKnobs, given)
+def decay(world: World) -> list[dict]:
+    """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
+    _, setup, settings = world
+    knobs = probe.PrefixKnobs(prefixes=PREFIXES, max_new_tokens=settings.max_new_tokens, sample_batch=BATCH)
+    problems = data.subset(data.read_problems(settings.data, "test"), knobs.problems, knobs.seed)
+    prompts = data.render(setup.pair.tokenizer, problems, settings.instruction)
     with Grader(extract, has_box) as grader:
-        setup = probe_setup.load(settings, grader)
-        pair = replace(setup.before, student=student or setup.before.student)
-        return list(probe.decay(setup._replace(before=pair), settings))
+        return list(probe.decay(probe.Setup(setup.pair, None, problems, prompts, grader), knobs))
 
 
 def decay_in_worlds(knobs: Knobs) -> str:
-    """The same in every other world, before and after full training; means with a t interval over worlds.
+    """The decay in every world of the arms, before and after full training; means with a t interval.
 
     Raises BadInput if the learning rate of full has not been chosen yet.
     """
@@ -235,11 +225,10 @@ def decay_in_worlds(knobs: Knobs) -> str:
     lr = rates["full"]
     rows = []
     for seed in range(1, knobs.seeds + 1):
-        rows += [{"seed": seed, "student": "before"} | row for row in decay(knobs, seed)]
         world = load(unit(knobs, seed, "full", lr), knobs)
+        rows += [{"seed": seed, "student": "before"} | row for row in decay(world)]
         sweep.train_arm(world, ARMS, "full", lr, auto=1)
-        trained = world.setup.pair.student
-        rows += [{"seed": seed, "student": "after full"} | row for row in decay(knobs, seed, trained)]
+        rows += [{"seed": seed, "student": "after full"} | row for row in decay(world)]
     settings = knobs.sweep().settings
     run_folder.write_csv(path, [*rows[0], *settings], [row | settings for row in rows])
     lines = []

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import figures
 import probe
-import probe_setup
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,9 @@ from conftest import END, V, pair_of, tiny
 import train
 from eval_math import extract, has_box
 from extras.profile_horizon import in_batches
-from support import data
+from support import data, toy
 from support.cli import BadInput, run_main
-from support.run_folder import append_csv, read_csv
+from support.run_folder import append_csv
 from support.workers import Grader
 
 ROOT = Path(train.__file__).parent
@@ -83,8 +82,7 @@ def test_decay_where_the_teacher_follows_any_beginning(wrong_student_right_teach
 
 
 def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
-    """They were removed at its first row."""
-    monkeypatch.setattr(probe_setup, "load", lambda knobs, grader: None)
+    monkeypatch.setattr(probe, "load", lambda knobs, grader: None)
     monkeypatch.setattr(probe, "draw_probe", lambda path: path.read_text())
     out = tmp_path / "results" / "decay.csv"
 
@@ -102,7 +100,6 @@ def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         probe.run_probe("decay", argv)
     assert out.read_text() == before
-    assert read_csv(out.with_name("decay_part.csv"))[0]["value"] == "0.7"
     monkeypatch.setitem(probe.PROBES, "decay", (finished, probe.PrefixKnobs))
     assert probe.run_probe("decay", argv) == before
     assert [path.name for path in out.parent.iterdir()] == ["decay.csv"]
@@ -137,9 +134,9 @@ def tiny_setup():
 
 def test_scored_is_the_trainers_kl(tiny_setup):
     """Reverse KL as in training, row and position of each token; ragged rows, several micro-batches."""
-    pair, knobs = tiny_setup.after, knobs_of(probe.TrainedKnobs, temperature=0.7)
+    pair = tiny_setup.after
     found = list(in_batches(pair.student, pair, tiny_setup.prompts * 2, 9, 0.7, 0, 4))
-    tokens, done = probe.scored(pair, found, knobs), 0
+    tokens, done = probe.scored(pair, found, temperature=0.7, micro_batch=40), 0
     for ro in found:
         with torch.no_grad():
             stats = train.score(pair, ro, temperature=0.7, micro_batch=40)[1]
@@ -192,7 +189,7 @@ def test_teacher_equal_to_student_has_no_gap():
     rows = list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, horizon=3)))
     assert all(abs(row["value"]) < 1e-5 for row in rows if "change" not in row["curve"])
     with pytest.raises(BadInput, match="none is beyond"):
-        list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, schedule="full")))
+        list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, horizon=9)))
 
 
 def test_where_a_text_starts_to_loop():
@@ -205,10 +202,10 @@ def test_where_a_text_starts_to_loop():
 
 
 def test_loops_are_left_out_of_the_gap(tiny_setup):
-    pair, knobs = tiny_setup.before, knobs_of(probe.TrainedKnobs, max_new_tokens=30)
+    pair = tiny_setup.before
     ro = next(in_batches(pair.student, pair, [[5, 6]], 30, 1.0, 0, 4))
     ro.tokens, ro.response_mask = torch.tensor([[7] * 30]), torch.ones(1, 30, dtype=torch.bool)
-    assert probe.scored(pair, [ro], knobs)["position"].tolist() == [0, 1, 2]
+    assert probe.scored(pair, [probe.without_loops(ro)])["position"].tolist() == [0, 1, 2]
 
 
 def test_the_bootstrap_finds_the_error_of_a_mean():
@@ -234,17 +231,16 @@ SMALL = ["--problems", 4, "--samples", 2, "--max-new-tokens", 40]
 def test_a_probe_on_the_toy(name, world, tmp_path, monkeypatch, capsys):
     """From the command line: a reading, a file of one setting, no machine's path in it, a figure."""
     out = tmp_path / "new" / f"{name}.csv"
-    steps = ["--steps", 2] if name in ("cascade", "swap") else []
-    code, said, error = call(monkeypatch, capsys, name, *SMALL, *steps, "--out", out)
+    monkeypatch.setitem(toy.PRESET, "steps", 2)
+    code, said, error = call(monkeypatch, capsys, name, *SMALL, "--out", out)
     assert code == 0, error
-    assert said.startswith(f"{name}: ") and "missing" not in said and "no reading" not in said and "[" in said
+    assert said.startswith(f"{name}: ") and "[" in said
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert str(world.parent) not in out.read_text() and "toy/opening-" in out.read_text()
-    assert {row["curve"] for row in read_csv(out)} == set(figures.PROBE_FIGURES[name].curves)
 
 
 def test_results_of_other_settings_are_not_touched(world, tmp_path, monkeypatch, capsys):
-    """The same settings write the same file again; others are refused, and mixed ones are not drawn."""
+    """The same settings write the same file again; others are refused."""
     out, flags = tmp_path / "decay.csv", [*SMALL, "--prefixes", "0 6"]
     assert call(monkeypatch, capsys, "decay", *flags, "--out", out)[0] == 0
     first = out.read_bytes()
@@ -255,49 +251,24 @@ def test_results_of_other_settings_are_not_touched(world, tmp_path, monkeypatch,
     assert out.read_bytes() == first
     assert call(monkeypatch, capsys, "decay", *flags, "--out", out)[0] == 0
     assert out.read_bytes() == first
-    append_csv(out, [read_csv(out)[0] | {"seed": "1"}])
-    code, _, error = call(monkeypatch, capsys, "draw", out)
-    assert code == 2 and "2 different settings" in error
 
 
-def test_a_figure_of_a_part_says_what_is_missing(wrong_student_right_teacher, tmp_path):
+def test_the_reading_of_known_answers(wrong_student_right_teacher, tmp_path):
     out, knobs = tmp_path / "decay.csv", knobs_of(probe.PrefixKnobs, prefixes="0 1 3")
-    rows = [row | knobs.settings("decay") for row in probe.decay(wrong_student_right_teacher, knobs)]
-    append_csv(out, rows)
-    whole = figures.draw_probe(out)
-    assert "missing" not in whole
-    assert "continues 3 tokens by the student" in whole and "difference -100.0% [-100.0% to -100.0%]" in whole
-    out.unlink()
-    append_csv(out, rows[:4])  # stopped after one curve of k = 1
-    assert "missing: student's prefix at 3; own prefix at 1, 3; difference at 1, 3" in figures.draw_probe(out)
-    out.unlink()
-    append_csv(out, rows[:1])
+    rows = list(probe.decay(wrong_student_right_teacher, knobs))
+    append_csv(out, [row | knobs.settings("decay") for row in rows])
     said = figures.draw_probe(out)
-    assert "no reading" in said and "own prefix; difference" in said
-
-
-@pytest.mark.parametrize("name", probe.PROBES)
-def test_any_first_part_of_a_file_can_be_drawn(name, wrong_student_right_teacher, tiny_setup, tmp_path):
-    function, knobs_class = probe.PROBES[name]
-    setup = wrong_student_right_teacher if name in ("decay", "swap") else tiny_setup
-    changes = {"prefixes": "0 2"} if name in ("decay", "swap") else {}
-    changes |= {"horizon": 2} if issubclass(knobs_class, probe.TrainedKnobs) else {}
-    knobs, out = knobs_of(knobs_class, **changes), tmp_path / "part.csv"
-    rows = [row | knobs.settings(name) for row in function(setup, knobs)]
-    for end in (1, len(rows) // 2, len(rows)):
-        out.unlink(missing_ok=True)
-        append_csv(out, rows[:end])
-        assert ("missing" in figures.draw_probe(out)) == (end < len(rows))
+    assert "continues 3 tokens by the student" in said and "difference -100.0% [-100.0% to -100.0%]" in said
 
 
 def test_the_knobs_of_real_models_are_not_the_toys(world):
     """A trained student is loaded, not trained; nothing of the toy's stands in the settings."""
     names = {"student": str(world / "student"), "teacher": str(world / "teacher"), "data": str(world)}
     given = names | {"trained": str(world / "teacher"), "horizon": 12.0, "problems": 2, "dtype": "float32"}
-    knobs = probe_setup.complete(probe.SwapKnobs, given | {"max_new_tokens": 120, "prefixes": "0 0.5"})
-    assert (knobs.world, knobs.schedule, knobs.steps) == ("", "", 0) and knobs.prefixes == "0 12 60"
+    knobs = probe.complete(probe.SwapKnobs, given | {"max_new_tokens": 120, "prefixes": "0 0.5"})
+    assert knobs.world == "" and knobs.prefixes == "0 12 60"
     assert knobs.instruction and knobs.window() == 12
-    setup = probe_setup.load(knobs, None)
+    setup = probe.load(knobs, None)
     assert setup.after.student.num_parameters() == setup.after.teacher.num_parameters()
     assert setup.after.teacher is setup.before.teacher and not setup.after.masters
 

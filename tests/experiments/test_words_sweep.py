@@ -68,7 +68,7 @@ def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
 
 
 def test_the_decay_before_and_after_training(micro, monkeypatch):
-    monkeypatch.setattr(words, "PREFIXES", (0, 5))
+    monkeypatch.setattr(words, "PREFIXES", "0 5")
     monkeypatch.setattr(sweep.Sweep, "finished", lambda self: {})
     with pytest.raises(BadInput, match="no learning rate of full: run words.py without --decay first"):
         words.decay_in_worlds(micro)
