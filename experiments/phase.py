@@ -36,6 +36,7 @@ from support import toy
 from support.cli import BadInput, knob, parse, run_main
 from support.scores import score_answers
 
+PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
 HORIZONS = (0.05, 0.1, 0.25, 0.5)
 TOPD = {f"topd-{h}": Arm(by_schedule("topd", h)) for h in HORIZONS}
 ARMS = {"full": arms.ARMS["full"]} | TOPD | {"auto": arms.ARMS["esr"], "popd": arms.ARMS["popd"]}
@@ -51,21 +52,11 @@ MARKERS = (
 
 @dataclass(frozen=True)
 class Knobs:
-    q: tuple[str, ...] = knob(("0", "0.25", "0.5", "0.75", "1"), "places; may be repeated")
     seeds: int = knob(5, "worlds of each place", least=1)
     steps: int = knob(5, "of training; few, so that full is short of its ceiling", least=2)
     problems: int = knob(100, "held-out, sampled once at temperature 1", least=2, most=100)
     csv: str = knob(str(ROOT / "results" / "phase.csv"), "results; the figure is written next to it")
     report: bool = knob(False, "train nothing: table and figure of the rows in the CSV")
-
-    def places(self) -> list[float]:
-        try:
-            places = [float(q) for q in self.q]
-        except ValueError as error:
-            raise BadInput(f"--q {' '.join(self.q)}: {error}; give numbers from 0 to 1") from error
-        if not all(0 <= q <= 1 for q in places):
-            raise BadInput(f"--q {' '.join(self.q)} is not from 0 to 1: give fractions of the countdown")
-        return places
 
     def sweep(self) -> sweep.Sweep:
         """`worlds` is a hash of how toy.py makes them."""
@@ -146,12 +137,12 @@ def measure(world: World, arm: str, lr: str, student: Row) -> dict[str, float | 
 
 def run_all(knobs: Knobs) -> None:
     """The learning rates, then the cells; of several processes each takes the worlds that are free."""
-    both, places = knobs.sweep(), knobs.places()
+    both = knobs.sweep()
     tried = ENDS + [(arm, lr) for arm in ARMS for lr in RATES]
     both.run([Unit(f"{q:g}-{SWEEP_SEED}", q, SWEEP_SEED, tried) for q in CORNERS])
     chosen = ENDS + list(cells_of(knobs).rates.items())
     seeds = range(1, knobs.seeds + 1)
-    both.run([Unit(f"{q:g}-{seed}", q, seed, chosen) for q in places for seed in seeds])
+    both.run([Unit(f"{q:g}-{seed}", q, seed, chosen) for q in PLACES for seed in seeds])
 
 
 # What the rows show.
@@ -192,9 +183,7 @@ class Cells(sweep.Cells):
 
     def missing(self, knobs: Knobs) -> str:
         """The places that lack seeds, with how many there are."""
-        counts = {
-            q: min(len(self.values(q, arm)) for arm in ("student", *ARMS)) for q in sorted(knobs.places())
-        }
+        counts = {q: min(len(self.values(q, arm)) for arm in ("student", *ARMS)) for q in PLACES}
         lacking = [f"q {q:g} ({n} of {knobs.seeds} seeds)" for q, n in counts.items() if n < knobs.seeds]
         return f"missing: {', '.join(lacking)}" if lacking else ""
 

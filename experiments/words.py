@@ -4,15 +4,15 @@
     python experiments/words.py --report   table, verdicts and figure of the existing rows
     python experiments/words.py --decay    whether the teacher decays on the student's text, in every world
 
-The world is that of support/words.py (or one of the toy's, for a trial); the arms are in arms.py. sweep.py
-says how learning rates are chosen and what a row of the CSV is. Work is done in the order of need: student
-and teacher of every seed, then the arms of FIRST, then those of THEN one by one; a stop leaves out the last.
+The world is that of support/words.py; the arms are in arms.py. sweep.py says how learning rates are chosen
+and what a row of the CSV is. Work is done in the order of need: student and teacher of every seed, then the
+arms of FIRST, then those of THEN one by one; a stop leaves out the last.
 
 Columns: `correct` and `correct_greedy` have a digit per held-out problem. `kl_WRITER_i` is the exact reverse
 KL in nats per token, in the i-th tenth of T, on full rollouts to held-out problems by the student before
 training, by the teacher (the same for all arms), and by the trained student itself (own); the runs that
-choose a learning rate leave it out. `NAME_i` of a run is the mean over its i-th quarter of the steps, and
-`accuracy_i` the sampled accuracy after that quarter.
+choose a learning rate leave it out. `grad_norm_...` is that of the steps of a run, and `accuracy_i` the sampled
+accuracy after the i-th quarter of it.
 `auto` is the horizon of `--horizon auto`, which is esr's N.
 """
 
@@ -36,14 +36,15 @@ import sweep
 from arms import ARMS
 from claims import MARGIN, OPEN, Results, verdict
 from figures import STYLES, VERMILION, plt, save
-from sweep import CACHE, ENDS, SWEEP_SEED, Cells, Row, Unit, World, mean_of, shown
+from sweep import ENDS, SWEEP_SEED, Cells, Row, Unit, World, mean_of, shown
 
 from eval_math import extract, has_box
 from rollout import rollout
-from support import data, run_folder, toy, words
+from support import data, run_folder, scores, words
 from support.cli import BadInput, knob, parse, run_main
 from support.workers import Grader
 
+WORLD = "words"  # the only place of this sweep
 FIRST = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")
 THEN = ("first", "self-teacher", "no-end", "seqkd-0.1", "gkd", "lora", "lora-esr")
 RATES = ("0.00017", "0.0005", "0.0015", "0.0045", "0.0135")
@@ -53,10 +54,8 @@ WRITERS = {  # whose rollouts the reverse KL is measured on
     "own": "on each student's own rollouts",
 }
 DRAWN = ("student", "full", "topd-0.1", "esr")  # their reverse KL by position
-ALONG = ("grad_norm", "reverse_kl", "response_length", "truncated")
-QUARTERS = [f"{name}_{i}" for name in ALONG for i in range(4)]
 LOOKED_AT = [f"accuracy_{i}" for i in range(3)]
-OF_RUN = ("grad_norm_mean", "grad_norm_max", *QUARTERS, *LOOKED_AT)
+OF_RUN = ("grad_norm_mean", "grad_norm_max", *LOOKED_AT)
 TENTHS = range(10)
 PREFIXES = "0 10 25 50 75"
 BATCH = 250  # answers sampled together
@@ -85,10 +84,9 @@ LOOKS["teacher"] = {"color": "#555555", "marker": "", "linestyle": "--"}
 
 @dataclass(frozen=True)
 class Knobs:
-    world: str = knob("words", "opening and closing are the toy's", choices=("words", *toy.WORLDS))
     arms: tuple[str, ...] = knob((), "may be repeated; default: all", choices=(*FIRST, *THEN))
     seeds: int = knob(5, "worlds, besides that of the learning rates", least=1)
-    steps: int = knob(0, "of training; 0: as the world's preset says", least=0)
+    steps: int = knob(words.PRESET["steps"], "of training", least=1)
     problems: int = knob(500, "held-out, answered once at temperature 1 and once greedily", least=2)
     rollouts: int = knob(128, "for the reverse KL by position, of each writer", least=2)
     csv: str = knob(str(ROOT / "results" / "words.csv"), "results; the figure is written next to it")
@@ -99,38 +97,34 @@ class Knobs:
         return tuple(arm for arm in (*FIRST, *THEN) if arm in (self.arms or (*FIRST, *THEN)))
 
     def preset(self) -> dict:
-        steps = {"steps": self.steps} if self.steps else {}
-        preset = toy.PRESET if self.world in toy.WORLDS else words.PRESET
-        return preset | {"eval_batch": BATCH, "eval_limit": self.problems} | steps
+        return words.PRESET | {"eval_batch": BATCH, "eval_limit": self.problems, "steps": self.steps}
 
     def sweep(self) -> sweep.Sweep:
         """`worlds` is a hash of how the worlds are made."""
-        source = Path((toy if self.world in toy.WORLDS else words).__file__).read_bytes()
-        own = {"worlds": f"{self.world}-{sha256(source).hexdigest()[:8]}", "steps": self.preset()["steps"]}
+        source = Path(words.__file__).read_bytes()
+        own = {"worlds": f"words-{sha256(source).hexdigest()[:8]}", "steps": self.steps}
         own |= {"problems": self.problems, "rollouts": self.rollouts}
         return sweep.Sweep(
             path=Path(self.csv),
             settings=sweep.settings_of(self.preset(), **own),
             column="world",
             place_of=str,
-            tuning=(self.world,),
+            tuning=(WORLD,),
             rates=RATES,
             load=partial(load, knobs=self),
             measure=partial(measure, rollouts=self.rollouts),
         )
 
 
-def build(world: str, seed: int) -> Path:
+def build(seed: int) -> Path:
     """The folder of the world, built if it does not exist."""
-    if world in toy.WORLDS:
-        return toy.build(world, toy.Recipe(seed), CACHE)
     return words.build(rollout, words.Recipe(seed))
 
 
 def load(unit: Unit, knobs: Knobs) -> World:
     arm = ARMS.get(unit.runs[0][0])
     ours = {"seed": unit.seed, "eval_temperature": 1.0, "low_memory": bool(arm and arm.low_memory)}
-    return sweep.load(unit.place, build(unit.place, unit.seed), knobs.preset(), **ours)
+    return sweep.load(unit.place, build(unit.seed), knobs.preset(), **ours)
 
 
 # A run.
@@ -151,7 +145,9 @@ def measure(world: World, arm: str, lr: str, student: Row, rollouts: int) -> dic
 
         points = 1 if settings.seed == SWEEP_SEED else 4
         run = sweep.train_arm(world, ARMS, arm, lr, student["auto"], look, points)
-        costs, of_run = run.costs(), along(run.rows) | looks
+        costs = run.costs()
+        norms = [row["grad_norm"] for row in run.rows]
+        of_run = looks | {"grad_norm_mean": statistics.fmean(norms), "grad_norm_max": max(norms)}
     model = setup.pair.teacher if arm == "teacher" else setup.pair.student
     row = costs | compare.scores_of(setup, model, settings, "repeating") | of_run | {"auto": auto}
     measured = arm == "student" or (arm in ARMS and settings.seed != SWEEP_SEED)
@@ -164,17 +160,6 @@ def measure(world: World, arm: str, lr: str, student: Row, rollouts: int) -> dic
     return row
 
 
-def along(rows: list[dict]) -> dict[str, float | str]:
-    """The gradient norm, and means over quarters of the steps; a quarter without steps is empty."""
-    norms = [row["grad_norm"] for row in rows]
-    found = {"grad_norm_mean": statistics.fmean(norms), "grad_norm_max": max(norms)}
-    for name in ALONG:
-        for i in range(4):
-            part = [row[name] for row in rows[i * len(rows) // 4 : (i + 1) * len(rows) // 4]]
-            found[f"{name}_{i}"] = statistics.fmean(part) if part else ""
-    return found
-
-
 def by_tenth(tokens: dict, length: int) -> dict[int, float | str]:
     """The mean reverse KL of the tokens in each tenth of `length` positions; empty if there are none."""
     tenth = tokens["position"] * 10 // length
@@ -182,21 +167,21 @@ def by_tenth(tokens: dict, length: int) -> dict[int, float | str]:
     return {i: part.mean().item() if len(part) else "" for i, part in parts.items()}
 
 
-def unit(knobs: Knobs, seed: int, arm: str, lr: str) -> Unit:
-    return Unit(f"{knobs.world}-{seed}-{arm}-{lr}", knobs.world, seed, [(arm, lr)])
+def unit(seed: int, arm: str, lr: str) -> Unit:
+    return Unit(f"{WORLD}-{seed}-{arm}-{lr}", WORLD, seed, [(arm, lr)])
 
 
 def run_all(knobs: Knobs) -> None:
     """Several processes share the runs."""
     both = knobs.sweep()
     seeds = range(1, knobs.seeds + 1)
-    both.run([unit(knobs, seed, *run) for seed in (SWEEP_SEED, *seeds) for run in ENDS])
+    both.run([unit(seed, *run) for seed in (SWEEP_SEED, *seeds) for run in ENDS])
     chosen = knobs.chosen()
     first = tuple(arm for arm in chosen if arm in FIRST)
     for group in filter(None, (first, *((arm,) for arm in chosen if arm in THEN))):
-        both.run([unit(knobs, SWEEP_SEED, arm, lr) for arm in group for lr in RATES])
+        both.run([unit(SWEEP_SEED, arm, lr) for arm in group for lr in RATES])
         rates = both.chosen_rates(both.read(), group)
-        both.run([unit(knobs, seed, *run) for seed in seeds for run in rates.items()])
+        both.run([unit(seed, *run) for seed in seeds for run in rates.items()])
 
 
 # The teacher on the student's text.
@@ -225,7 +210,7 @@ def decay_in_worlds(knobs: Knobs) -> str:
     lr = rates["full"]
     rows = []
     for seed in range(1, knobs.seeds + 1):
-        world = load(unit(knobs, seed, "full", lr), knobs)
+        world = load(unit(seed, "full", lr), knobs)
         rows += [{"seed": seed, "student": "before"} | row for row in decay(world)]
         sweep.train_arm(world, ARMS, "full", lr, auto=1)
         rows += [{"seed": seed, "student": "after full"} | row for row in decay(world)]
@@ -247,7 +232,7 @@ def results_of(knobs: Knobs) -> tuple[Results, dict[str, str]]:
     rows = knobs.sweep().finished()
     rates = knobs.sweep().chosen_rates(rows, knobs.chosen())
     cells = Cells(rows, rates, ())
-    found = {arm: cells.of(knobs.world, arm) for arm in (*claims.ENDS, *rates)}
+    found = {arm: cells.of(WORLD, arm) for arm in (*claims.ENDS, *rates)}
     return {arm: of_arm for arm, of_arm in found.items() if of_arm}, rates
 
 

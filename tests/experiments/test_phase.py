@@ -14,7 +14,7 @@ from support import toy
 from support.cli import BadInput
 from support.run_folder import append_csv, read_csv
 
-KNOBS = phase.Knobs(q=("0.5",), seeds=3, steps=2, problems=2)
+KNOBS = phase.Knobs(seeds=3, steps=2, problems=2)
 
 
 def test_the_corners_are_the_toys_worlds():
@@ -136,8 +136,10 @@ def test_no_share_without_seeds_gain_or_teacher(tmp_path, without):
     assert (of_teacher in phase.report(cells, knobs)) == (without == "a teacher")
 
 
-def test_missing_seeds_are_named(tmp_path):
+def test_missing_seeds_are_named(tmp_path, monkeypatch):
     knobs = made_up(tmp_path)
+    monkeypatch.setattr(phase, "PLACES", (0.5,))
     assert phase.cells_of(knobs).missing(knobs) == ""
-    more = replace(knobs, q=("0.5", "1"), seeds=4)
+    monkeypatch.setattr(phase, "PLACES", (0.5, 1.0))
+    more = replace(knobs, seeds=4)
     assert phase.cells_of(more).missing(more) == "missing: q 0.5 (3 of 4 seeds), q 1 (0 of 4 seeds)"

@@ -25,17 +25,15 @@ TIMES = ("seconds", "rollout_s")
 @pytest.fixture
 def micro(tmp_path, monkeypatch) -> words.Knobs:
     """Settings of a sweep over worlds whose models are hardly trained, with one learning rate."""
-    for module in (words, sweep):
-        monkeypatch.setattr(module, "CACHE", tmp_path)
+    monkeypatch.setattr(sweep, "CACHE", tmp_path)
     monkeypatch.setattr(words, "RATES", ("0.001",))
     monkeypatch.setattr(profile_horizon, "measure", partial(profile_horizon.measure, rollouts=8))
-    monkeypatch.setattr(toy, "Recipe", partial(toy.Recipe, pretrain_steps=1, posttrain_steps=1))
+    recipe = partial(toy.Recipe, pretrain_steps=1, posttrain_steps=1)
+    monkeypatch.setattr(words, "build", lambda seed: toy.build("opening", recipe(seed), tmp_path))
     preset = toy.PRESET | {"batch_size": 4, "max_new_tokens": 20}
-    monkeypatch.setattr(toy, "PRESET", preset)
+    monkeypatch.setattr(words.words, "PRESET", preset)
     arms = ("esr", "lora-esr")
-    return words.Knobs(
-        world="opening", arms=arms, seeds=1, steps=4, problems=4, rollouts=4, csv=str(tmp_path / "words.csv")
-    )
+    return words.Knobs(arms=arms, seeds=1, steps=4, problems=4, rollouts=4, csv=str(tmp_path / "words.csv"))
 
 
 def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
@@ -96,9 +94,9 @@ SAMPLED |= {"topd-0.1": (0.2, 0.22, 0.18), "esr": (0.75, 0.77, 0.73), "popd": (0
 
 def made_up(folder) -> words.Knobs:
     """Rows of three seeds; greedy accuracies are 10 points higher; the middle learning rate is the best."""
-    knobs = words.Knobs(world="opening", arms=("full", "popd", "topd-0.1", "esr"), seeds=3)
+    knobs = words.Knobs(arms=("full", "popd", "topd-0.1", "esr"), seeds=3)
     knobs = replace(knobs, csv=str(folder / "words.csv"))
-    columns = [*claims.COSTS, "truncated", "repeating", "mean_length", *words.OF_RUN]
+    columns = [*claims.COSTS, "truncated", "repeating", "mean_length", "grad_norm_mean", "grad_norm_max"]
     columns += [f"kl_{writer}_{i}" for writer in words.WRITERS for i in words.TENTHS]
     rows = []
     for arm, values in SAMPLED.items():
@@ -106,7 +104,7 @@ def made_up(folder) -> words.Knobs:
         runs = [(0, lr, 0.5 + (lr == words.RATES[1])) for lr in rates]
         runs += [(seed, rates[len(rates) // 2], value) for seed, value in enumerate(values, 1)]
         for seed, lr, value in runs:
-            row = {"world": "opening", "seed": seed, "arm": arm, "lr": lr, "accuracy": value}
+            row = {"world": "words", "seed": seed, "arm": arm, "lr": lr, "accuracy": value}
             row |= {"greedy": value + 0.1} | dict.fromkeys(columns, 0.25) | {"response_tokens": 10**5}
             row |= {f"kl_own_{i}": 0.5 for i in words.TENTHS[:6]} | {"kl_own_9": ""}
             rows.append(row | knobs.sweep().settings)
@@ -116,7 +114,7 @@ def made_up(folder) -> words.Knobs:
 
 def test_the_report_of_made_up_rows(tmp_path, monkeypatch, capsys):
     knobs = made_up(tmp_path)
-    flags = [f for arm in knobs.arms for f in ("--arms", arm)] + ["--world", "opening", "--seeds", "3"]
+    flags = [f for arm in knobs.arms for f in ("--arms", arm)] + ["--seeds", "3"]
     monkeypatch.setattr(sys, "argv", ["words.py", "--report", "--csv", knobs.csv, *flags])
     words.main()
     text = capsys.readouterr().out
