@@ -7,7 +7,7 @@ Shapes: S seeds, P problems.
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,30 +43,39 @@ Results = dict[str, dict[int, Row]]  # by arm and seed
 Curves = dict[str, dict[tuple[int, float], Row]]  # by arm, and seed with the part of the run
 
 
+def read_rows(path: Path, key: tuple[str, ...], columns: Collection[str] = ()) -> dict[tuple[str, ...], Row]:
+    """The rows of a CSV file by their key. Raises BadInput if one lacks a column or is there twice."""
+    rows: dict[tuple[str, ...], Row] = {}
+    for number, row in enumerate(read_csv(path) if path.exists() else [], 2):
+        if None in row or None in row.values() or not {*key, *columns} <= row.keys():
+            raise BadInput(f"{path} line {number} is not a complete row of results: remove that line")
+        found = tuple(row[name] for name in key)
+        if found in rows:
+            raise BadInput(f"{path} line {number} repeats {' '.join(found)}: remove one of the two")
+        rows[found] = row
+    return rows
+
+
+def check_settings(path: Path, rows: Iterable[Row], wanted: Row) -> None:
+    """Raises BadInput, naming what differs, unless all rows have the settings `wanted`."""
+    for row in rows:
+        differing = [name for name in wanted if row.get(name) != wanted[name]]
+        if differing:
+            what = ", ".join(f"{name} {row.get(name)!r} and {wanted[name]!r}" for name in differing)
+            raise BadInput(f"{path} would mix {what}: use the settings of its rows, or name another file")
+
+
 def read(path: Path) -> Results:
     """The rows by arm and seed. Raises BadInput if the file is missing, damaged, or mixes settings."""
     if not path.is_file():
         raise BadInput(f"there is no {path}: run the comparison without --report first, or name --csv")
-    results: dict[str, dict[str, Row]] = {}
-    for number, row in enumerate(read_csv(path), 2):
-        if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
-            raise BadInput(f"{path} line {number} is not a complete row of a comparison: remove that line")
-        of_arm = results.setdefault(row["arm"], {})
-        if row["seed"] in of_arm:
-            raise BadInput(f"{path} has arm {row['arm']} with seed {row['seed']} twice: remove one of them")
-        check_settings(path, results, {name: row[name] for name in row if name not in COLUMNS})
-        of_arm[row["seed"]] = row
-    return {arm: {int(seed): row for seed, row in of_arm.items()} for arm, of_arm in results.items()}
-
-
-def check_settings(path: Path, results: dict, wanted: dict[str, str]) -> None:
-    """Raises BadInput, naming what differs, unless the rows, which agree with each other, have `wanted`."""
-    found = next((row for of_arm in results.values() for row in of_arm.values()), wanted)
-    names = sorted((found.keys() | wanted.keys()) - set(COLUMNS))
-    differing = [name for name in names if found.get(name) != wanted.get(name)]
-    if differing:
-        what = ", ".join(f"{name} {found.get(name)!r} and {wanted.get(name)!r}" for name in differing)
-        raise BadInput(f"{path} would mix {what}: use the settings of its rows, or another file with --csv")
+    rows = read_rows(path, ("arm", "seed"), COLUMNS)
+    first = next(iter(rows.values()), {})
+    check_settings(path, rows.values(), {name: first[name] for name in first if name not in COLUMNS})
+    results: Results = {}
+    for (arm, seed), row in rows.items():
+        results.setdefault(arm, {})[int(seed)] = row
+    return results
 
 
 def curves_path(path: Path) -> Path:

@@ -49,9 +49,8 @@ class Knobs(train.Knobs):
     eval_temperature: float = knob(1.0, "of the sampled score; there is a greedy one too", least=0.01)
 
     arms: tuple[str, ...] = knob(
-        (), "may be repeated; default: those of --group", choices=ARMS, group="the comparison"
+        (), "may be repeated; default: all, in closing four", choices=ARMS, group="the comparison"
     )
-    group: str = knob("", "default: closing in that world, otherwise all", choices=GROUPS)
     seeds: int = knob(5, "runs of each arm, with seeds 0, 1, ...", least=1)
     minutes: float = knob(
         0.0,
@@ -86,7 +85,7 @@ def choose(given: dict) -> tuple[Knobs, Path]:
     names = {"toy": "" if knobs.world == "opening" else knobs.world, "words": "words"}
     name = names.get(preset, Path(knobs.student).name)
     path = Path(knobs.csv or ROOT / "results" / f"{f'compare_{name}'.rstrip('_')}.csv")
-    arms = knobs.arms or GROUPS[knobs.group or ("closing" if name == "closing" else "all")]
+    arms = knobs.arms or GROUPS["closing" if name == "closing" else "all"]
     return replace(knobs, arms=tuple(dict.fromkeys(arms)), eval_every=0), path
 
 
@@ -225,7 +224,8 @@ def compare(knobs: Knobs, path: Path) -> None:
     if curves.exists() and not path.exists():
         raise BadInput(f"{curves} belongs to {path}, which does not exist: remove it, or name another --csv")
     results = claims.read(path) if path.exists() else {}
-    claims.check_settings(path, results, shared)
+    for of_arm in results.values():
+        claims.check_settings(path, of_arm.values(), shared)
     names = (*claims.ENDS, *knobs.arms)
     wanted = [(name, s) for s in range(knobs.seeds) for name in names if s not in results.get(name, {})]
     for name in knobs.arms:

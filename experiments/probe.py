@@ -26,6 +26,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from claims import check_settings
 from figures import draw_probe
 
 import train
@@ -142,11 +143,7 @@ def check_results(path: Path, settings: dict[str, str]) -> None:
     if path.suffix != ".csv":
         raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")
     run_folder.check_file(path, "--out")
-    for row in run_folder.read_csv(path) if path.exists() else []:
-        for name, value in settings.items():
-            if row.get(name) != value:
-                what = f"{path} holds results of other settings ({name} {row.get(name)!r}, here {value!r})"
-                raise BadInput(f"{what}: move it away, or name another --out")
+    check_settings(path, run_folder.read_csv(path) if path.exists() else [], settings)
 
 
 def load(knobs: Knobs, grader: Grader | None) -> Setup:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import compare
 from arms import Arm
-from claims import MIN_SEEDS, Interval, interval
+from claims import MIN_SEEDS, Interval, Row, check_settings, interval, read_rows
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +29,6 @@ SWEEP_SEED = 0  # that of the learning rates; the others are 1, 2, ...
 SETTINGS = ("max_new_tokens", "batch_size", "divergence", "warmup", "decay", "beta2", "clip", "dtype")
 ENDS = [("student", ""), ("teacher", "")]  # arms without a learning rate: what is scored without training
 
-Row = dict[str, str]
 Place = float | str  # which world
 Key = tuple[Place, int, str, str]  # place, seed, arm, learning rate
 
@@ -145,18 +144,9 @@ class Sweep:
 
     def read(self) -> dict[Key, Row]:
         """The rows. Raises BadInput for one of other settings, an incomplete one, or one twice."""
-        found: dict[Key, Row] = {}
-        for number, row in enumerate(run_folder.read_csv(self.path) if self.path.exists() else [], 2):
-            where = f"{self.path} line {number}"
-            wrong = [f"{n} {row.get(n)}, not {v}" for n, v in self.settings.items() if row.get(n) != v]
-            if wrong or None in row or self.column not in row:
-                what = "; ".join(wrong) or "other columns"
-                raise BadInput(f"{where} has {what}: use its settings, or another --csv")
-            key = (self.place_of(row[self.column]), int(row["seed"]), row["arm"], row["lr"])
-            if key in found:
-                raise BadInput(f"{where} repeats {key}: remove one of the two")
-            found[key] = row
-        return found
+        rows = read_rows(self.path, (self.column, "seed", "arm", "lr"))
+        check_settings(self.path, rows.values(), self.settings)
+        return {(self.place_of(place), int(seed), *run): row for (place, seed, *run), row in rows.items()}
 
     def finished(self) -> dict[Key, Row]:
         """The rows; raises BadInput if there are none."""

@@ -415,8 +415,8 @@ def test_committed_verdicts_recomputed_by_hand():
 @pytest.mark.parametrize(
     "rows, why",
     [
-        ([row("full", 0, "01"), row("full", 1, "01") | {"lr": "0.1"}], "would mix lr '0.001' and '0.1'"),
-        ([row("full", 0, "01"), row("full", 0, "01")], "arm full with seed 0 twice"),
+        ([row("full", 0, "01"), row("full", 1, "01") | {"lr": "0.1"}], "would mix lr '0.1' and '0.001'"),
+        ([row("full", 0, "01"), row("full", 0, "01")], "line 3 repeats full 0"),
         ([{"arm": "full", "seed": 0}], "line 2 is not a complete row"),
     ],
 )

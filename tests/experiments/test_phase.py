@@ -55,7 +55,7 @@ def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
     student, of_auto, truncated = (int(row["response_tokens"]) for row in rows)
     assert student == 0 and 0.5 < of_auto / (2 * 32 * auto) <= 1 and 0.5 < truncated / (2 * 32 * 6) <= 1
     assert 54 <= float(rows[0]["announced"]) <= 58 and 1 <= auto <= 128
-    with pytest.raises(BadInput, match="steps 2, not 3"):
+    with pytest.raises(BadInput, match="steps '2' and '3'"):
         replace(knobs, steps=3).sweep().read()
 
 

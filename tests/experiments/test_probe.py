@@ -245,7 +245,7 @@ def test_results_of_other_settings_are_not_touched(world, tmp_path, monkeypatch,
     assert call(monkeypatch, capsys, "decay", *flags, "--out", out)[0] == 0
     first = out.read_bytes()
     code, _, error = call(monkeypatch, capsys, "decay", *flags, "--seed", 1, "--out", out)
-    assert code == 2 and "other settings (seed '0', here '1')" in error and error.count("\n") == 1
+    assert code == 2 and "would mix seed '0' and '1'" in error and error.count("\n") == 1
     code, _, error = call(monkeypatch, capsys, "cascade", *SMALL, "--out", out)
     assert code == 2 and "probe 'decay'" in error
     assert out.read_bytes() == first

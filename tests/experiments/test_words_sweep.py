@@ -61,7 +61,7 @@ def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
     assert {n: v for n, v in again.items() if n not in TIMES} == {
         n: v for n, v in esr.items() if n not in TIMES
     }
-    with pytest.raises(BadInput, match="steps 4, not 5"):
+    with pytest.raises(BadInput, match="steps '4' and '5'"):
         words.run_all(replace(micro, steps=5))
 
 
