@@ -14,7 +14,7 @@ Shapes: N tokens, T positions.
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -207,7 +207,7 @@ def decay(setup: Setup, knobs: PrefixKnobs) -> Iterator[dict]:
         unfinished = [i for i in range(len(which)) if not any(ended(p[i], pair) for p in prefixes.values())]
         of_problem = [which[i] for i in unfinished]
         if len(set(of_problem)) < 2:
-            return  # the figure names the missing k
+            return  # too few answers are that long
         records = {}
         for who in prefixes:
             part = [prefixes[who][i] for i in unfinished]
@@ -260,9 +260,7 @@ def cascade(setup: Setup, knobs: TrainedKnobs) -> Iterator[dict]:
     for kind in ("fixed", "own"):
         found = {}
         for who, pair in pairs.items():
-            rollouts = map(without_loops, own["before" if kind == "fixed" else who])
-            tokens = scored(pair, rollouts, temperature=knobs.temperature, micro_batch=knobs.micro_batch)
-            found[who] = by_position(tokens, len(texts), knobs.max_new_tokens)
+            found[who] = kl_by_position(pair, own["before" if kind == "fixed" else who], knobs)
             yield from position_means(f"{kind}, {who}", *found[who])
         yield change(f"{kind}, change", n, found["before"], found["after"], knobs.samples)
 
@@ -330,32 +328,23 @@ def loop_start(tokens: list[int], width: int = 12, times: int = 3) -> int:
     return len(tokens)
 
 
-def without_loops(rollouts: Rollout) -> Rollout:
-    mask = rollouts.response_mask.clone()
-    for row, tokens in enumerate(ids_of([rollouts])):
-        mask[row, loop_start(tokens) :] = False
-    return replace(rollouts, response_mask=mask)
-
-
 @torch.no_grad()
-def scored(pair: train.Pair, parts: Iterable[Rollout], **how) -> dict[str, Tensor]:
-    """The token statistics of train.score with the settings `how`, (N,) each; rows are those of all parts."""
-    found = []
+def kl_by_position(pair: train.Pair, found: list[Rollout], knobs) -> tuple[Tensor, Tensor]:
+    """Reverse KL of every token but those of loops, else 0, and whether there is one: (rows, T) each."""
+    rows = sum(len(part.prompts) for part in found)
+    kl = torch.zeros(rows, knobs.max_new_tokens, dtype=torch.double)
+    present = torch.zeros(rows, knobs.max_new_tokens, dtype=torch.bool)
     done = 0
-    for rollouts in parts:
-        _, tokens = train.score(pair, rollouts, **how)
-        found.append(tokens | {"row": tokens["row"] + done})
-        done += len(rollouts.prompts)
-    return {name: torch.cat([tokens[name] for tokens in found]).cpu() for name in found[0]}
-
-
-def by_position(tokens: dict[str, Tensor], rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Reverse KL of every token, 0 where there is none, and whether there is one: (rows, length) each."""
-    kl = torch.zeros(rows, length, dtype=torch.double)
-    present = torch.zeros(rows, length, dtype=torch.bool)
-    place = tokens["row"], tokens["position"]
-    kl[place] = tokens["reverse_kl"].double()
-    present[place] = True
+    for part in found:
+        mask = part.response_mask.clone()
+        for row, tokens in enumerate(ids_of([part])):
+            mask[row, loop_start(tokens) :] = False
+        how = {"temperature": knobs.temperature, "micro_batch": knobs.micro_batch}
+        _, tokens = train.score(pair, part, mask, **how)
+        place = done + tokens["row"].cpu(), tokens["position"].cpu()
+        kl[place] = tokens["reverse_kl"].cpu().double()
+        present[place] = True
+        done += len(part.prompts)
     return kl, present
 
 
@@ -368,21 +357,18 @@ def position_means(curve: str, kl: Tensor, present: Tensor) -> Iterator[dict]:
         yield point(curve, at, mean[at], [mean[at] - se[at], mean[at] + se[at]], count[at])
 
 
-def bootstrap(statistic: Callable[[Tensor], Tensor | float], units: int, draws: int = 1000) -> list[Tensor]:
-    """95 % percentile interval of `statistic`, which gets the numbers of units drawn with replacement.
+def bootstrap(statistic: Callable[[Tensor], Tensor], units: int, draws: int = 1000) -> Tensor:
+    """95 % percentile interval of `statistic`, which gets the numbers of units drawn with replacement: (2,).
 
     Draws in which it is NaN, as they hold none of the tokens in question, do not count.
     """
     rng = torch.Generator().manual_seed(0)
-    values = [torch.as_tensor(statistic(torch.randint(units, (units,), generator=rng))) for _ in range(draws)]
-    found = torch.stack(values)
-    known = ~found.reshape(draws, -1).isnan().any(1)
-    found = (found[known] if known.any() else found).sort(0).values
-    return [found[len(found) // 40], found[-1 - len(found) // 40]]
+    values = [statistic(torch.randint(units, (units,), generator=rng)) for _ in range(draws)]
+    return torch.stack(values).double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.double))
 
 
 def change(curve: str, n: int, before: tuple, after: tuple, samples: int) -> dict:
-    """The relative change of the reverse KL per token from position n on; `by_position` before and after."""
+    """The relative change of the reverse KL per token from position n on; of two `kl_by_position`."""
     sums = [x[:, n:].sum(1).view(-1, samples).sum(1) for x in (*before, *after)]  # of each problem
     if not sums[1].sum() or not sums[3].sum():
         raise BadInput(f"no answer is longer than the {n} trained tokens: lower --horizon")
@@ -436,6 +422,8 @@ def run_probe(name: str, argv: list[str]) -> str:
     try:
         with Grader(extract, has_box) as grader:
             rows = [row | settings for row in probe(load(knobs, grader), knobs)]
+        if not rows:
+            raise BadInput("all answers end within the shortest prefix: lower --prefixes")
         path.parent.mkdir(parents=True, exist_ok=True)
         run_folder.write_csv(path, list(rows[0]), rows)
         return draw_probe(path)

@@ -70,6 +70,19 @@ def values(rows):
     return {(row["curve"], row["at"]): row["value"] for row in rows}
 
 
+def test_prefixes_that_no_answer_reaches(wrong_student_right_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "load", lambda knobs, grader: wrong_student_right_teacher)
+    argv = [
+        f"--out={tmp_path}/decay.csv",
+        "--device=cpu",
+        "--prefixes=8",
+        "--max-new-tokens=9",
+        "--samples=2",
+    ]
+    with pytest.raises(BadInput, match="lower --prefixes"):
+        probe.run_probe("decay", argv)
+
+
 def test_decay_where_the_teacher_follows_any_beginning(wrong_student_right_teacher):
     """Right on its own and from the start, wrong after one wrong token; ended answers do not count."""
     knobs = knobs_of(probe.PrefixKnobs, prefixes="0 1 3 6")  # at 6 all answers have ended
@@ -132,21 +145,19 @@ def tiny_setup():
     return probe.Setup(*pairs, [data.Problem(f"q{i}", "7") for i in range(3)], [[5, 6], [7], [8, 9, 4]], None)
 
 
-def test_scored_is_the_trainers_kl(tiny_setup):
-    """Reverse KL as in training, row and position of each token; ragged rows, several micro-batches."""
-    pair = tiny_setup.after
+def test_the_kl_by_position_is_the_trainers(tiny_setup):
+    """Of ragged rows in several batches and micro-batches; 0 where there is no token."""
+    pair, knobs = tiny_setup.after, knobs_of(probe.TrainedKnobs, temperature=0.7)
     found = list(in_batches(pair.student, pair, tiny_setup.prompts * 2, 9, 0.7, 0, 4))
-    tokens, done = probe.scored(pair, found, temperature=0.7, micro_batch=40), 0
+    kl, present = probe.kl_by_position(pair, found, knobs)
+    done = 0
     for ro in found:
         with torch.no_grad():
             stats = train.score(pair, ro, temperature=0.7, micro_batch=40)[1]
-        expected = {
-            (r, p): kl for r, p, kl in zip(*(tokens[n].tolist() for n in ("row", "position", "reverse_kl")))
-        }
-        for row, position, kl in zip(*(stats[n].tolist() for n in ("row", "position", "reverse_kl"))):
-            assert expected[row + done, position] == pytest.approx(kl, abs=1e-5)
+        for row, position, nats in zip(*(stats[n].tolist() for n in ("row", "position", "reverse_kl"))):
+            assert kl[row + done, position] == pytest.approx(nats, abs=1e-5)
         done += len(ro.prompts)
-    assert len(tokens["row"]) == sum(int(ro.response_mask.sum()) for ro in found)
+    assert present.sum() == sum(int(ro.response_mask.sum()) for ro in found) and (kl[~present] == 0).all()
 
 
 def test_cascade_means_are_those_of_the_tokens(tiny_setup):
@@ -202,10 +213,11 @@ def test_where_a_text_starts_to_loop():
 
 
 def test_loops_are_left_out_of_the_gap(tiny_setup):
-    pair = tiny_setup.before
+    pair, knobs = tiny_setup.before, knobs_of(probe.TrainedKnobs, max_new_tokens=30)
     ro = next(in_batches(pair.student, pair, [[5, 6]], 30, 1.0, 0, 4))
     ro.tokens, ro.response_mask = torch.tensor([[7] * 30]), torch.ones(1, 30, dtype=torch.bool)
-    assert probe.scored(pair, [probe.without_loops(ro)])["position"].tolist() == [0, 1, 2]
+    _, present = probe.kl_by_position(pair, [ro], knobs)
+    assert present[0].nonzero()[:, 0].tolist() == [0, 1, 2]
 
 
 def test_the_bootstrap_finds_the_error_of_a_mean():
