@@ -5,15 +5,14 @@
     python experiments/words.py --decay    whether the teacher decays on the student's text, in every world
 
 The world is that of support/words.py; the arms are in arms.py. sweep.py says how learning rates are chosen
-and what a row of the CSV is. Work is done in the order of need: student and teacher of every seed, then the
-arms of FIRST, then those of THEN one by one; a stop leaves out the last.
+and what a row of the CSV is. Work is done in the order of need: student and teacher of every seed, then one
+arm after the other; a stop leaves out the last.
 
 Columns: `correct` and `correct_greedy` have a digit per held-out problem. `kl_WRITER_i` is the exact reverse
 KL in nats per token, in the i-th tenth of T, on full rollouts to held-out problems by the student before
 training, by the teacher (the same for all arms), and by the trained student itself (own); the runs that
-choose a learning rate leave it out. `grad_norm_...` is that of the steps of a run, and `accuracy_i` the sampled
-accuracy after the i-th quarter of it.
-`auto` is the horizon of `--horizon auto`, which is esr's N.
+choose a learning rate leave it out. `grad_norm_...` is that of the steps of a run, `accuracy_i` the sampled
+accuracy after the i-th quarter of it, and `auto` the horizon of `--horizon auto`, which is esr's N.
 """
 
 import math
@@ -45,8 +44,8 @@ from support.cli import BadInput, knob, parse, run_main
 from support.workers import Grader
 
 WORLD = "words"  # the only place of this sweep
-FIRST = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")
-THEN = ("first", "self-teacher", "no-end", "seqkd-0.1", "gkd", "lora", "lora-esr")
+RUN = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")  # arms, in the order of need
+RUN += ("first", "self-teacher", "no-end", "seqkd-0.1", "gkd", "lora", "lora-esr")
 RATES = ("0.00017", "0.0005", "0.0015", "0.0045", "0.0135")
 WRITERS = {  # whose rollouts the reverse KL is measured on
     "student": "on the same rollouts of the student before",
@@ -84,17 +83,18 @@ LOOKS["teacher"] = {"color": "#555555", "marker": "", "linestyle": "--"}
 
 @dataclass(frozen=True)
 class Knobs:
-    arms: tuple[str, ...] = knob((), "may be repeated; default: all", choices=(*FIRST, *THEN))
-    seeds: int = knob(5, "worlds, besides that of the learning rates", least=1)
+    arms: tuple[str, ...] = knob((), "may be repeated; default: all", choices=RUN)
+    seeds: int = knob(8, "worlds, besides that of the learning rates", least=1)
     steps: int = knob(words.PRESET["steps"], "of training", least=1)
     problems: int = knob(500, "held-out, answered once at temperature 1 and once greedily", least=2)
     rollouts: int = knob(128, "for the reverse KL by position, of each writer", least=2)
+    rate: str = knob("", "this learning rate for all of --arms; default: the best of each", choices=RATES)
     csv: str = knob(str(ROOT / "results" / "words.csv"), "results; the figure is written next to it")
     decay: bool = knob(False, "only measure the decay of the teacher in all other worlds, into ..._decay.csv")
     report: bool = knob(False, "train nothing: table, verdicts and figure of the rows in the CSV")
 
     def chosen(self) -> tuple[str, ...]:
-        return tuple(arm for arm in (*FIRST, *THEN) if arm in (self.arms or (*FIRST, *THEN)))
+        return tuple(arm for arm in RUN if arm in (self.arms or RUN))
 
     def preset(self) -> dict:
         return words.PRESET | {"eval_batch": BATCH, "eval_limit": self.problems, "steps": self.steps}
@@ -176,12 +176,15 @@ def run_all(knobs: Knobs) -> None:
     both = knobs.sweep()
     seeds = range(1, knobs.seeds + 1)
     both.run([unit(seed, *run) for seed in (SWEEP_SEED, *seeds) for run in ENDS])
-    chosen = knobs.chosen()
-    first = tuple(arm for arm in chosen if arm in FIRST)
-    for group in filter(None, (first, *((arm,) for arm in chosen if arm in THEN))):
-        both.run([unit(SWEEP_SEED, arm, lr) for arm in group for lr in RATES])
-        rates = both.chosen_rates(both.read(), group)
+    for arm in knobs.chosen():
+        both.run([unit(SWEEP_SEED, arm, lr) for lr in RATES])
+        rates = rates_of(knobs, both.read(), (arm,))
         both.run([unit(seed, *run) for seed in seeds for run in rates.items()])
+
+
+def rates_of(knobs: Knobs, rows: dict[sweep.Key, Row], arms: tuple[str, ...]) -> dict[str, str]:
+    """--rate, or the best learning rate of each arm for which all have been tried."""
+    return dict.fromkeys(arms, knobs.rate) if knobs.rate else knobs.sweep().chosen_rates(rows, arms)
 
 
 # The teacher on the student's text.
@@ -230,7 +233,7 @@ def decay_in_worlds(knobs: Knobs) -> str:
 def results_of(knobs: Knobs) -> tuple[Results, dict[str, str]]:
     """By arm and seed the rows with the chosen learning rates, and these."""
     rows = knobs.sweep().finished()
-    rates = knobs.sweep().chosen_rates(rows, knobs.chosen())
+    rates = rates_of(knobs, rows, knobs.chosen())
     cells = Cells(rows, rates, ())
     found = {arm: cells.of(WORLD, arm) for arm in (*claims.ENDS, *rates)}
     return {arm: of_arm for arm, of_arm in found.items() if of_arm}, rates
