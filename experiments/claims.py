@@ -48,7 +48,8 @@ def read_rows(path: Path, key: tuple[str, ...], columns: Collection[str] = ()) -
     rows: dict[tuple[str, ...], Row] = {}
     for number, row in enumerate(read_csv(path) if path.exists() else [], 2):
         if None in row or None in row.values() or not {*key, *columns} <= row.keys():
-            raise BadInput(f"{path} line {number} is not a complete row of results: remove that line")
+            what = f"{path} line {number} is not a complete row of results"
+            raise BadInput(f"{what}: remove that line, or name another file")
         found = tuple(row[name] for name in key)
         if found in rows:
             raise BadInput(f"{path} line {number} repeats {' '.join(found)}: remove one of the two")
