@@ -25,12 +25,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from figures import STYLES, draw_line, plt, save
-from probe import RunWithBar, mean_of_tokens, scored
+from probe import RunWithBar, mean_of_tokens
 
 import train
 from eval_math import INSTRUCTION
@@ -153,6 +154,18 @@ def fixed_rollouts(pair: train.Pair, prompts: list[list[int]]) -> dict[str, list
         name: list(in_batches(model, pair, prompts, MAX_NEW_TOKENS, 1.0, name, BATCH))
         for name, model in writers.items()
     }
+
+
+@torch.no_grad()
+def scored(pair: train.Pair, parts: list[Rollout]) -> dict[str, Tensor]:
+    """Reverse KL, row and position of every token, (N,) each."""
+    found = []
+    done = 0
+    for rollouts in parts:
+        _, tokens = train.score(pair, rollouts)
+        found.append(tokens | {"row": tokens["row"] + done})
+        done += len(rollouts.prompts)
+    return {name: torch.cat([tokens[name] for tokens in found]) for name in ("reverse_kl", "row", "position")}
 
 
 def kl_rows(curve: str, pair: train.Pair, parts: list[Rollout]) -> Iterator[dict]:

@@ -1,8 +1,9 @@
 """A world in which nobody placed the gap between student and teacher: which arms keep full's gain, and why.
 
-    python experiments/words.py            learning rates, then 5 seeds of every arm; twice for two cores
-    python experiments/words.py --report   table, verdicts and figure of the existing rows
-    python experiments/words.py --decay    whether the teacher decays on the student's text, in every world
+    python experiments/words.py                             learning rates, then the seeds of every arm
+    python experiments/words.py --report                    table, verdicts and figure of the existing rows
+    python experiments/words.py --decay                     whether the teacher decays on the student's text
+    python experiments/words.py --arms esr --rate 0.0005    with another learning rate than the best
 
 The world is that of support/words.py; the arms are in arms.py. sweep.py says how learning rates are chosen
 and what a row of the CSV is. Work is done in the order of need: student and teacher of every seed, then one

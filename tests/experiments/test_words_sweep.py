@@ -96,12 +96,12 @@ def made_up(folder) -> words.Knobs:
     """Rows of three seeds; greedy accuracies are 10 points higher; the middle learning rate is the best."""
     knobs = words.Knobs(arms=("full", "popd", "topd-0.1", "esr"), seeds=3)
     knobs = replace(knobs, csv=str(folder / "words.csv"))
-    columns = [*claims.COSTS, "truncated", "repeating", "mean_length", "grad_norm_mean", "grad_norm_max"]
+    columns = [*claims.COSTS, "truncated", "repeating", "mean_length", *words.OF_RUN]
     columns += [f"kl_{writer}_{i}" for writer in words.WRITERS for i in words.TENTHS]
     rows = []
     for arm, values in SAMPLED.items():
         rates = words.RATES if arm in words.ARMS else ("",)
-        runs = [(0, lr, 0.5 + (lr == words.RATES[1])) for lr in rates]
+        runs = [(0, lr, 0.5 + (lr == words.RATES[2])) for lr in rates]
         runs += [(seed, rates[len(rates) // 2], value) for seed, value in enumerate(values, 1)]
         for seed, lr, value in runs:
             row = {"world": "words", "seed": seed, "arm": arm, "lr": lr, "accuracy": value}
