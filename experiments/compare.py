@@ -121,15 +121,7 @@ def load(knobs: Knobs) -> Setup:
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
-    how = {"teacher_device": knobs.teacher_device, "teacher_bits": knobs.teacher_bits}
-    pair = train.load_pair(
-        knobs.student, knobs.teacher, knobs.dtype, device, knobs.checkpointing, knobs.low_memory, **how
-    )
-    prompts, test_prompts = (
-        data.render(pair.tokenizer, some, knobs.instruction, knobs.system_prompt) for some in (problems, test)
-    )
-    models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
-    return Setup(pair, prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids))
+    return Setup(*train.load_with_prompts(train.load_pair, knobs, device, False, problems, test))
 
 
 class ArmRun(run_folder.Run):
