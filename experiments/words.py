@@ -257,31 +257,29 @@ def mean(results: Results, arm: str, name: str) -> float:
 def text_of(values: list[float], form: str = ".1%") -> str:
     """The mean with its interval; with too few seeds for one, how many there are."""
     found = mean_of(values)
-    return (
-        shown(found, form)
-        if found
-        else f"{statistics.fmean(values or [math.nan]):{form}} ({len(values)} seeds)"
-    )
+    if found:
+        return shown(found, form)
+    return f"{statistics.fmean(values or [math.nan]):{form}} ({len(values)} seeds)"
+
+
+def cell(value: float, form: str) -> str:
+    return f"{'-':>10}" if math.isnan(value) else f"{value:10{form}}"
 
 
 def report(results: Results, rates: dict[str, str], knobs: Knobs) -> str:
     edges = {RATES[0]: " (the lowest)", RATES[-1]: " (the highest)"}
     lines = ["learning rates: " + ", ".join(f"{arm} {lr}{edges.get(lr, '')}" for arm, lr in rates.items())]
-    lines += [
-        "[ ]: 95 % t interval over seeds, each of which redraws problems, student, teacher and training"
-    ]
+    lines += ["[ ]: 95 % t interval over seeds, each of which redraws problems, student, teacher, training"]
     heads = "".join(f"{head:>10}" for head, _ in TABLE.values())
     lines += ["", f"{'arm':13}{'sampled':24}{'greedy':24}{'sd':>6}{heads}{'seeds':>6}"]
     for arm, of_arm in results.items():
         values = [numbers(results, arm, name) for name in SCORES.values()]
         spread = statistics.stdev(values[0]) if len(of_arm) > 1 else math.nan
-        cells = "".join(f"{mean(results, arm, name):10{form}}" for name, (_, form) in TABLE.items())
-        lines += [
-            "{:13}{:24}{:24}{:6.1%}".format(arm, *map(text_of, values), spread) + f"{cells}{len(of_arm):6}"
-        ]
-    lines += [
-        "sd: of sampled over seeds; length, cut, loops: of sampled answers; gradient: its norm in training"
-    ]
+        cells = "".join(cell(mean(results, arm, name), form) for name, (_, form) in TABLE.items())
+        sampled, greedy = map(text_of, values)
+        lines += [f"{arm:13}{sampled:24}{greedy:24}{spread:6.1%}{cells}{len(of_arm):6}"]
+    lines += ["sd: of sampled over seeds; at 1/4: sampled, after a quarter of the steps; length, cut, loops:"]
+    lines += ["of sampled answers; gradient: its norm in training"]
     lines += ["", *verdicts(results), "", "reverse KL, nats per token, in each tenth of T"]
     for writer, title in WRITERS.items():
         for arm in filter(results.get, DRAWN):
