@@ -303,21 +303,23 @@ def verdicts(results: Results) -> list[str]:
 
 
 def draw(results: Results, knobs: Knobs) -> Path:
-    """Above the accuracy of every arm, below the reverse KL by position before and after."""
+    """Above what every arm gains, below the reverse KL by position before and after."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 9.5), layout="constrained", sharey="row")
     for axis, (kind, name) in zip(axes[0], SCORES.items()):
         draw_scores(axis, results, name)
-        axis.set(
-            title=f"{kind} answers", xlabel="held-out accuracy, 95 % intervals over seeds", xlim=(0.2, 1.05)
-        )
+        axis.set(title=f"{kind} answers", xlabel="gain over the student before, points, 95 % over seeds")
     middles = [(i + 0.5) * knobs.preset()["max_new_tokens"] / 10 for i in TENTHS]
     for axis, writer in zip(axes[1], ("student", "own")):
         for arm in filter(results.get, DRAWN):
-            means = [mean(results, arm, f"kl_{writer}_{i}") for i in TENTHS]
+            means = [math.nan] * len(TENTHS)  # where a seed has no token: few answers are that long
+            for i in TENTHS:
+                values = numbers(results, arm, f"kl_{writer}_{i}")
+                if len(values) == len(results[arm]):
+                    means[i] = statistics.fmean(values)
             axis.plot(middles, means, **LOOKS[arm], markersize=5, label=arm)
         axis.set(title=WRITERS[writer], xlabel="position in the answer", yscale="log")
     axes[1, 0].set_ylabel("reverse KL, nats per token")
-    axes[0, 0].legend(frameon=False, loc="lower left")
+    axes[0, 1].legend(frameon=False, loc="upper left")
     axes[1, 0].legend(frameon=False)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
@@ -325,17 +327,27 @@ def draw(results: Results, knobs: Knobs) -> Path:
     return save(figure, Path(knobs.csv).with_suffix(".png"))
 
 
+def gains_of(results: Results, arm: str, name: str) -> list[float]:
+    """In points, above the student before with the same seed."""
+    pairs = zip(*claims.paired(results, arm, "student"))
+    return [100 * (float(ours[name]) - float(student[name])) for ours, student in pairs]
+
+
 def draw_scores(axis, results: Results, name: str) -> None:
-    """A row for each arm, with its tokens as a share of full's, and lines for student and teacher."""
+    """A row for each arm, with its tokens as a share of full's, and lines for student and teacher.
+
+    A gain is paired by seed, so the worlds' different students do not widen its interval.
+    """
     arms = [arm for arm in results if arm in ARMS]
     tokens = {arm: mean(results, arm, "response_tokens") for arm in arms}
     for row, arm in enumerate(arms):
-        found = mean_of(numbers(results, arm, name))
+        gains = gains_of(results, arm, name)
+        found = mean_of(gains)
         error = found.high - found.mean if found else None
         look = LOOKS.get(arm, {"color": "black", "marker": "o"}) | {"linestyle": "", "capsize": 3}
-        axis.errorbar(mean(results, arm, name), row, xerr=error, **look)
+        axis.errorbar(statistics.fmean(gains or [math.nan]), row, xerr=error, **look)
     for arm in claims.ENDS:
-        axis.axvline(mean(results, arm, name), **LOOKS[arm], label=arm)
+        axis.axvline(statistics.fmean(gains_of(results, arm, name) or [math.nan]), **LOOKS[arm], label=arm)
     labels = [f"{arm}, {tokens[arm] / tokens.get('full', math.nan):.0%}" for arm in arms]
     axis.set_yticks(range(len(arms)), labels)
     axis.set_ylim(len(arms) - 0.5, -0.7)
@@ -351,7 +363,8 @@ def main() -> None:
         run_all(knobs)
     results, rates = results_of(knobs)
     print(report(results, rates, knobs))
-    print(f"figure: {draw(results, knobs)}")
+    if not knobs.rate:
+        print(f"figure: {draw(results, knobs)}")
 
 
 if __name__ == "__main__":
