@@ -133,7 +133,8 @@ def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], d
             masters[name] = torch.nn.Parameter(weight.detach().float())
             # Called in backward, each time that autograd has added to the weight's gradient.
             weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
-        weight.data = weight.data.to(dtype)  # buffers stay in fp32: the rotary frequencies need it
+        # In place: the head holds the same Parameter. Buffers stay in fp32, which rotary frequencies need.
+        weight.data = weight.data.to(dtype)
     return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
 
 
