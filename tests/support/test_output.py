@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import in_process
 
 import schedules
+import train
 from support import cli
 
 ROOT = Path(schedules.__file__).parent
@@ -34,15 +36,22 @@ def test_an_error_that_nobody_can_read_keeps_its_exit_code(end):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
-@pytest.mark.parametrize("end", ["| head -1", ">&- 2> /dev/full"])
-def test_a_run_finishes_whoever_reads_its_output(world, tmp_path, end):
-    flags = "--preset toy --steps 2 --eval-limit 2 --eval-every 0 --max-new-tokens 20"
-    done = shell(f"train.py {flags} --out {tmp_path}/run {end}")
+RUN = "--preset toy --steps 2 --eval-limit 2 --eval-every 0 --max-new-tokens 20"
+
+
+def test_a_run_finishes_if_its_reader_leaves(world, tmp_path):
+    done = shell(f"train.py {RUN} --out {tmp_path}/run | head -1")
     assert done.returncode == 0, done.stderr
     for noise in ("Traceback", "Exception ignored", "arning"):  # of a library either
         assert noise not in done.stderr
     for name in ("summary.json", "curve.png", "student/config.json"):
         assert (tmp_path / "run" / name).exists(), name
+
+
+def test_a_run_finishes_if_neither_output_can_be_written(world, tmp_path):
+    process = in_process(train.main, [*RUN.split(), "--out", tmp_path / "run"], Path("/dev/full"))
+    process.join()
+    assert process.exitcode == 0 and (tmp_path / "run" / "summary.json").exists()
 
 
 def test_control_characters_are_escaped():
