@@ -49,7 +49,7 @@ class Knobs(train.Knobs):
     eval_temperature: float = knob(1.0, "of the sampled score; there is a greedy one too", least=0.01)
 
     arms: tuple[str, ...] = knob(
-        (), "may be repeated; default: all, in closing four", choices=ARMS, group="the comparison"
+        (), "may be repeated; default: those of GROUPS in arms.py", choices=ARMS, group="the comparison"
     )
     seeds: int = knob(5, "runs of each arm, with seeds 0, 1, ...", least=1)
     minutes: float = knob(
@@ -216,8 +216,11 @@ def compare(knobs: Knobs, path: Path) -> None:
     if curves.exists() and not path.exists():
         raise BadInput(f"{curves} belongs to {path}, which does not exist: remove it, or name another --csv")
     results = claims.read(path) if path.exists() else {}
-    for of_arm in results.values():
-        claims.check_settings(path, of_arm.values(), shared)
+    rows = [row for of_arm in results.values() for row in of_arm.values()]
+    unknown = dict.fromkeys(
+        set().union(*rows) - set(claims.COLUMNS)
+    )  # None: a setting that is not known here
+    claims.check_settings(path, rows, unknown | shared)
     names = (*claims.ENDS, *knobs.arms)
     wanted = [(name, s) for s in range(knobs.seeds) for name in names if s not in results.get(name, {})]
     for name in knobs.arms:

@@ -130,7 +130,7 @@ def read_probe(path: Path) -> list[dict]:
     except (OSError, IndexError, KeyError, TypeError, ValueError):
         known = False
     if not known:
-        raise BadInput(f"{path} does not hold results of a probe: name a CSV file that probe.py wrote")
+        raise BadInput(f"{path} does not hold results of a probe: name a file of {', '.join(PROBE_FIGURES)}")
     return rows
 
 
@@ -234,7 +234,10 @@ def draw_probe(path: Path) -> str:
     """Draw the figure next to the CSV file `path`; returns the reading. Raises BadInput."""
     rows = read_probe(path)
     name = rows[0]["probe"]
-    text = f"{name}: {reading(rows)}"
+    try:
+        text = f"{name}: {reading(rows)}"
+    except (IndexError, KeyError) as error:
+        raise BadInput(f"{path} lacks rows of the probe ({error}): run the probe again") from error
     shape = {"figsize": (8, 4.4), "layout": "constrained", "squeeze": False, "sharey": True}
     figure, axes = plt.subplots(1, 2 if name == "cascade" else 1, **shape)
     if name == "cascade":

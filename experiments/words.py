@@ -12,8 +12,8 @@ arm after the other; a stop leaves out the last.
 Columns: `correct` and `correct_greedy` have a digit per held-out problem. `kl_WRITER_i` is the exact reverse
 KL in nats per token, in the i-th tenth of T, on full rollouts to held-out problems by the student before
 training, by the teacher (the same for all arms), and by the trained student itself (own); the runs that
-choose a learning rate leave it out. `grad_norm_...` is that of the steps of a run, `accuracy_i` the sampled
-accuracy after the i-th quarter of it, and `auto` the horizon of `--horizon auto`, which is esr's N.
+choose a learning rate leave it out. `grad_norm_mean` and `grad_norm_max` are over its steps, `accuracy_i` is
+the sampled accuracy after the i-th quarter of them, `auto` the horizon of `--horizon auto`, which is esr's N.
 """
 
 import math
@@ -89,7 +89,7 @@ class Knobs:
     steps: int = knob(words.PRESET["steps"], "of training", least=1)
     problems: int = knob(500, "held-out, answered once at temperature 1 and once greedily", least=2)
     rollouts: int = knob(128, "for the reverse KL by position, of each writer", least=2)
-    rate: str = knob("", "this learning rate for all of --arms; default: the best of each", choices=RATES)
+    rate: str = knob("", "learning rate of all of --arms, full too; default: the best of each", choices=RATES)
     csv: str = knob(str(ROOT / "results" / "words.csv"), "results; the figure is written next to it")
     decay: bool = knob(False, "only measure the decay of the teacher in all other worlds, into ..._decay.csv")
     report: bool = knob(False, "train nothing: table, verdicts and figure of the rows in the CSV")
@@ -178,7 +178,8 @@ def run_all(knobs: Knobs) -> None:
     seeds = range(1, knobs.seeds + 1)
     both.run([unit(seed, *run) for seed in (SWEEP_SEED, *seeds) for run in ENDS])
     for arm in knobs.chosen():
-        both.run([unit(SWEEP_SEED, arm, lr) for lr in RATES])
+        if not knobs.rate:
+            both.run([unit(SWEEP_SEED, arm, lr) for lr in RATES])
         rates = rates_of(knobs, both.read(), (arm,))
         both.run([unit(seed, *run) for seed in seeds for run in rates.items()])
 
@@ -356,6 +357,8 @@ def draw_scores(axis, results: Results, name: str) -> None:
 
 def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
+    if knobs.decay and knobs.rate:
+        raise BadInput(f"--decay is measured with full's best learning rate: drop --rate {knobs.rate}")
     if knobs.decay:
         print(decay_in_worlds(knobs))
         return

@@ -484,6 +484,10 @@ def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_pa
         }
     with pytest.raises(BadInput, match=r"would mix lr '0.001' and '0.002'"):
         main(monkeypatch, *flags, "--lr", 0.002)
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header},other", *(f"{line},1" for line in lines)]) + "\n")
+    with pytest.raises(BadInput, match="would mix other '1' and None"):
+        main(monkeypatch, *flags)
     path.unlink()
     with pytest.raises(BadInput, match="remove it, or name another --csv"):
         main(monkeypatch, *flags)

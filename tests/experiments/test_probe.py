@@ -15,7 +15,7 @@ from eval_math import extract, has_box
 from extras.profile_horizon import in_batches
 from support import data, toy
 from support.cli import BadInput, run_main
-from support.run_folder import append_csv
+from support.run_folder import append_csv, read_csv
 from support.workers import Grader
 
 ROOT = Path(train.__file__).parent
@@ -247,6 +247,7 @@ def test_a_probe_on_the_toy(name, world, tmp_path, monkeypatch, capsys):
     code, said, error = call(monkeypatch, capsys, name, *SMALL, "--out", out)
     assert code == 0, error
     assert said.startswith(f"{name}: ") and "[" in said
+    assert len({row["curve"] for row in read_csv(out)}) == {"decay": 3, "cascade": 6, "swap": 6}[name]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert str(world.parent) not in out.read_text() and "toy/opening-" in out.read_text()
 
@@ -283,6 +284,14 @@ def test_the_knobs_of_real_models_are_not_the_toys(world):
     setup = probe.load(knobs, None)
     assert setup.after.student.num_parameters() == setup.after.teacher.num_parameters()
     assert setup.after.teacher is setup.before.teacher and not setup.after.masters
+
+
+@pytest.mark.parametrize("name", probe.PROBES)
+def test_a_file_of_which_rows_are_missing_is_one_line(name, tmp_path):
+    rows = (ROOT / "results" / f"probe_{name}.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "part.csv").write_text("".join(rows[:2]))
+    with pytest.raises(BadInput, match="part.csv lacks rows of the probe"):
+        figures.draw_probe(tmp_path / "part.csv")
 
 
 def test_many_positions_are_drawn_in_groups():
