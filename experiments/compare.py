@@ -217,10 +217,9 @@ def compare(knobs: Knobs, path: Path) -> None:
         raise BadInput(f"{curves} belongs to {path}, which does not exist: remove it, or name another --csv")
     results = claims.read(path) if path.exists() else {}
     rows = [row for of_arm in results.values() for row in of_arm.values()]
-    unknown = dict.fromkeys(
-        set().union(*rows) - set(claims.COLUMNS)
-    )  # None: a setting that is not known here
-    claims.check_settings(path, rows, unknown | shared)
+    settings = set().union(*rows) - set(claims.COLUMNS)
+    # None for a setting that is not known here.
+    claims.check_settings(path, rows, dict.fromkeys(settings) | shared)
     names = (*claims.ENDS, *knobs.arms)
     wanted = [(name, s) for s in range(knobs.seeds) for name in names if s not in results.get(name, {})]
     for name in knobs.arms:
