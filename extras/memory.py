@@ -1,7 +1,7 @@
 """`--dry-run`: how much memory a run needs, estimated before anything is loaded.
 
 From the shapes alone, in bytes. What is counted is written where it is counted. The sum of the tensors is
-tested; the CUDA context and the fragmentation are allowances, until `benchmarks/gpu.sh` has measured them.
+tested; the CUDA context and the fragmentation are allowances, as measured on one card (results/gpu.csv).
 """
 
 from dataclasses import replace
@@ -14,10 +14,9 @@ from support import data, models
 from support.batch_size import Shape, free_memory
 from support.cli import BadInput
 
-# What the driver, its libraries and their kernels take of a GPU: about 0.4 GB with lazily loaded kernels, the
-# default (https://github.com/pytorch/pytorch/issues/109888), and workspaces of cuBLAS.
-CONTEXT = 500_000_000
-FRAGMENTATION = 0.05  # of the tensors: free blocks of PyTorch's allocator that nothing fits into; a guess
+# What the driver, its libraries and their kernels take of a GPU beside PyTorch's allocator: on an H200.
+CONTEXT = 900_000_000
+FRAGMENTATION = 0.07  # of the tensors: free blocks of the allocator that nothing fits into; 0.06, 0.08 there
 CHUNK = 128  # tokens whose logits exist at a time: the default of opd.opd_backward
 
 
@@ -77,9 +76,10 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
     if is_elsewhere(knobs):  # only its head is copied to the student's device
         teacher_weights = teacher.vocab * teacher.width * item
     chunk = min(CHUNK, together * horizon) * vocab
+    on_gpu = place(knobs.device)[0] == "cuda"
     # The gradient of the head, or of the embedding that is tied to it, next to the sum of the gradients. A
-    # CPU adds a bf16 tensor to an fp32 one by way of an fp32 copy.
-    beside = head * (item + 4 if item < 4 else item)
+    # CPU adds a bf16 tensor to an fp32 one by way of an fp32 copy, a CUDA kernel converts while it adds.
+    beside = head * (item if item == 4 or on_gpu else item + 4)
     found = {
         "student weights": parameters_ * item,
         "fp32 masters": 0 if item == 4 else trained * 4,
@@ -99,7 +99,6 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
     backward = max(earlier + found["activations"], found["gradients"]) + working + beside
     sampling = found["cache and sampling"] + student.forward_bytes(rows * prompt)
     found["tensors"] = held + max(loss, backward, sampling)
-    on_gpu = place(knobs.device)[0] == "cuda"
     found["fragmentation"] = int(FRAGMENTATION * found["tensors"]) if on_gpu else 0
     found["CUDA context"] = CONTEXT if on_gpu else 0
     return found | {"peak": found["tensors"] + found["fragmentation"] + found["CUDA context"]}

@@ -82,7 +82,7 @@ def test_tensors_are_what_a_step_allocates(dtype, micro_batch, tmp_path):
     models.enable_checkpointing(student)
     pair = pair_of(student, teacher, dtype, ends=(4000,))
     prompt, rows, horizon = 5, 4, 8
-    knobs = train.Knobs(steps=2, batch_size=rows, dtype=str(dtype)[6:], micro_batch=micro_batch)
+    knobs = train.Knobs(steps=2, batch_size=rows, dtype=str(dtype)[6:], micro_batch=micro_batch, device="cpu")
     optimizer = train.adamw(pair, knobs)
     held = {weight.data_ptr(): weight.nbytes for model in (student, teacher) for weight in model.parameters()}
     held |= {weight.data_ptr(): weight.nbytes for weight in pair.masters.values()}
