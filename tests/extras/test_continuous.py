@@ -237,7 +237,7 @@ def test_the_cache_is_as_large_as_the_rows_need():
     assert config.max_batch_tokens == 301
 
 
-def test_flash_attention_is_for_16_bits_and_gpus():
+def test_flash_attention_is_for_16_bits_and_gpus_and_graphs_are_for_gpus():
     """With a GPU beside it, the engine would switch a model on the CPU to flash attention."""
     for dtype, device, switch in (
         (torch.bfloat16, "cuda", True),
@@ -245,7 +245,9 @@ def test_flash_attention_is_for_16_bits_and_gpus():
         (torch.bfloat16, "cpu", False),
     ):
         stand_in = SimpleNamespace(dtype=dtype, device=torch.device(device))
-        assert continuous.engine_config(stand_in, [[5]], 8, seed=0).auto_switch_to_flash == switch
+        config = continuous.engine_config(stand_in, [[5]], 8, seed=0)
+        assert config.auto_switch_to_flash == switch
+        assert config.use_cuda_graph == (device == "cuda")
 
 
 def test_a_run(world, tmp_path, monkeypatch, capsys):
