@@ -6,19 +6,21 @@
 The models have random weights in the shapes of Qwen2.5 0.5B and 1.5B, and the toy's tokenizer and problems:
 speed and memory depend on shapes alone. Measured, each side in a process of its own:
 
-rollouts    the plain sampler and transformers' continuous batching: tokens per second, and the share of the
-            card's bandwidth that reading weights and KV cache takes
 steps       a whole step of this project, of a naive loop, and under autocast; peaks of memory next to what
             `--dry-run` estimates
+rollouts    the plain sampler and transformers' continuous batching: tokens per second, and the share of the
+            card's bandwidth that reading weights and KV cache takes
 
 Rows go to results/gpu.csv, which is replaced at the end; those of a stopped run stay in results/gpu.part.
 Where a side fails, the column `error` says why.
 """
 
 import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ HALF = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, 
 BIG = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 STEPS = {  # horizon -> sides
-    "full": ("ours-checkpointing", "ours-low-memory", "naive"),
+    "full": ("ours-checkpointing", "naive"),
     "topd": ("ours-checkpointing", "ours-low-memory", "naive", "autocast"),
 }
 WANTED = 0.15  # largest difference of measured and estimated memory
@@ -92,7 +94,8 @@ def write_inputs(folder: Path, plan: Plan) -> None:
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with torch.device(plan.device):  # on a CPU the random numbers of 1.5B weights take a minute
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for part in ("train", "test"):
@@ -104,12 +107,6 @@ def write_inputs(folder: Path, plan: Plan) -> None:
 def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str, Any], dict[str, Any]]]:
     """The script, the side, its flags, and the columns that describe the row."""
     common = {"data": str(folder), "device": plan.device, "dtype": plan.dtype}
-    for rows in plan.rollouts:
-        about = {"part": "rollouts", "rows": rows, "tokens": plan.rollout_tokens}
-        flags = common | {"part": "rollouts", "model": str(folder / "student"), "every": 0, "repeats": 1}
-        flags |= {"rows": rows, "horizon": plan.rollout_tokens}
-        for side in ("plain", "continuous"):
-            yield parts, side, flags, about
     pair = {name: str(folder / name) for name in plan.shapes}
     for horizon, selected in STEPS.items():
         about = {"part": "steps", "rows": plan.prompts, "tokens": plan.tokens[horizon]}
@@ -117,6 +114,12 @@ def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str,
         flags |= {"endless": True, "warm_up": 2, "micro_batch": 2048}  # the default of train.py
         for side in selected:
             yield steps, side, flags, about
+    for rows in plan.rollouts:
+        about = {"part": "rollouts", "rows": rows, "tokens": plan.rollout_tokens}
+        flags = common | {"part": "rollouts", "model": str(folder / "student"), "every": 0, "repeats": 1}
+        flags |= {"rows": rows, "horizon": plan.rollout_tokens}
+        for side in ("plain", "continuous"):
+            yield parts, side, flags, about
 
 
 def measure(plan: Plan, folder: Path, out: Path) -> None:
@@ -163,8 +166,10 @@ def main() -> None:
         raise BadInput("there is no CUDA device here: add --tiny, which runs on a CPU")
     if not knobs.tiny:  # allocates nothing: the context of this process would count in the measurements
         plan = replace(plan, dtype=models.dtype_name("", torch.device(plan.device)))
+    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        write_inputs(Path(folder), plan)
+        with ProcessPoolExecutor(1, mp_context=context) as apart:  # ends with its CUDA context
+            apart.submit(write_inputs, Path(folder), plan).result()
         measure(plan, Path(folder), out)
 
 

@@ -138,9 +138,9 @@ def naive(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR)
     first = max(map(len, prompts))  # where the responses begin
     rows = []
-    for _ in range(knobs.steps + 1):
+    for tokens in [knobs.warm_up or knobs.tokens] + [knobs.tokens] * knobs.steps:
         started = time.perf_counter()
-        sequences, mask = sides.generate(student, prompts, knobs.tokens, eos_ids)
+        sequences, mask = sides.generate(student, prompts, tokens, eos_ids)
         row = {"rollout_s": time.perf_counter() - started, "response_tokens": int(mask[:, first:].sum())}
         student_logits = student(sequences, attention_mask=mask).logits[:, first - 1 : -1]
         student_logp = student_logits.float().log_softmax(-1)
