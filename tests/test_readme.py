@@ -142,6 +142,16 @@ def test_memory_table_is_the_estimate():
         assert f"{found:.1f}" == peak and found < 0.94 * int(device)
 
 
+def test_gpu_tables():
+    for row in rows_of("gpu_first"):
+        peaks = [f"{float(row[name]):.2f}" if row[name] else "" for name in ("peak_gb", "reserved_gb")]
+        if row["part"] == "steps":
+            assert re.search(rf"\n\| {row['tokens']} \| {peaks[0]} \| [\d.]+ \| {peaks[1]} \|", RESULTS)
+        elif "second call" in row["note"]:
+            cells = [f"{float(row['seconds']):.2f}", f"{float(row['tokens_per_s']):,.0f}"]
+            assert f"| {row['side']} | " + " | ".join(cells) + f" | {float(row['peak_gb']):.1f} |" in RESULTS
+
+
 def test_evaluation_tables():
     for row in rows_of("real_eval"):
         interval = f"{float(row['low']):.1%} to {float(row['high']):.1%}"
