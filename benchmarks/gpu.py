@@ -16,11 +16,9 @@ Where a side fails, the column `error` says why.
 """
 
 import json
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,8 +92,7 @@ def write_inputs(folder: Path, plan: Plan) -> None:
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
-        with torch.device(plan.device):  # on a CPU the random numbers of 1.5B weights take a minute
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for part in ("train", "test"):
@@ -166,10 +163,8 @@ def main() -> None:
         raise BadInput("there is no CUDA device here: add --tiny, which runs on a CPU")
     if not knobs.tiny:  # allocates nothing: the context of this process would count in the measurements
         plan = replace(plan, dtype=models.dtype_name("", torch.device(plan.device)))
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(1, mp_context=context) as apart:  # ends with its CUDA context
-            apart.submit(write_inputs, Path(folder), plan).result()
+        write_inputs(Path(folder), plan)
         measure(plan, Path(folder), out)
 
 
