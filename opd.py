@@ -36,7 +36,7 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
 
     ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary. With them
     the gradient in log p is p (log p - log q), exactly zero where p = q. Without them rounding errors
-    remain, which AdamW would turn into full-size updates.
+    remain, and AdamW, which divides a gradient by its own size, would turn them into full-size updates.
     """
     p, q = student_logp.exp(), teacher_logp.exp()
     return (p * (student_logp - teacher_logp) - p + q).sum(-1)
@@ -64,7 +64,7 @@ def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float 
 
 
 def sampled_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
-    """Score-function estimator -A log p(y) with A = log q(y) - log p(y) of this token alone, detached.
+    """One-sample estimator (REINFORCE): -A log p(y) with A = log q(y) - log p(y) of this token, detached.
 
     POPD's and TOPD's loss (Zhang et al., arXiv 2605.31490). Its expected *gradient* is that of `reverse_kl`;
     its value has no meaning. Differentiating log p(y) - log q(y) itself would teach nothing: the expected
@@ -137,7 +137,7 @@ class OutputHead:
     bias: Tensor | None
     scale: float  # a constant factor of the logits
     softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
-    vocab_size: int  # V: the ids that both models score; with two tokenizers, all ids of this model
+    vocab_size: int  # V: the logits that are returned, those of the ids that both models have
 
     @classmethod
     def of(cls, model, vocab_size: int) -> "OutputHead":

@@ -105,7 +105,7 @@ def rollout(
     active = torch.arange(len(prompts), device=device)  # (b,) the rows without an eos token so far
     eos = torch.tensor(sorted(eos_ids), device=device)
     cache = DynamicCache(config=model.config)
-    for t in range(horizon):
+    for t in range(horizon):  # first ids are whole prompts, (B, P), then the newest token of each row, (b, 1)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         # The argument `cache` was called `past_key_values` before transformers 5.24.
         output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
@@ -156,7 +156,11 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
 
     The hidden state at place i predicts the token at place i + 1: the state of the last prompt token predicts
     the first response token. `hidden[predicts]` has the order of `rollouts.tokens[rows][loss_mask[rows]]`.
-    Padding is on the right, where causal attention never looks, so no attention mask is needed.
+    Padding is on the right, where causal attention never looks, so no attention mask is needed. An example:
+
+        prompt 1 2, response 7 8 9    ids       1  2  7  8    9 predicts nothing
+                                      predicts  .  x  x  x
+                                                   7  8  9    are predicted there
     """
     texts = []
     for row in rows:

@@ -53,9 +53,8 @@ def make_schedule(
 ) -> Callable[[int], int]:
     """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule.
 
-    Defaults: the schedule's horizon (also for "auto", until it has been measured); every 1/30 of the run an
-    addition with which the budget is reached at 2/3 of the run. Growth and interval are our choice; those of
-    the paper are not known.
+    By default the horizon is the schedule's, and POPD grows every 1/30 of the run, by as much as reaches the
+    budget at 2/3 of it. Growth and interval are our choice; those of the paper are not known.
     """
     schedule = SCHEDULES[name]
     if name == "full" and horizon == "auto":
@@ -63,7 +62,7 @@ def make_schedule(
     if not schedule.grows and (growth, interval) != (None, None):
         raise BadInput(f"--popd-growth and --popd-interval do not apply to {name}: drop them, or use popd")
     if horizon == "auto":
-        horizon = min(schedule.horizon, budget)
+        horizon = min(schedule.horizon, budget)  # until it is measured
     start = first_horizon(schedule.horizon if horizon is None else horizon, budget)
     if name == "full" and start < budget:
         raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")

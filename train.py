@@ -110,7 +110,7 @@ class Pair:
     student_head: OutputHead
     teacher_head: OutputHead
     tokenizer: object
-    vocab_size: int  # ids that can be sampled and both heads score; with two tokenizers, the larger number
+    vocab_size: int  # ids from here on are neither sampled nor scored; with two tokenizers, the larger size
     eos_ids: set[int]  # ids that end a response
 
     @torch.no_grad()
@@ -175,7 +175,6 @@ def score(
     statistics = []
     for rows in micro_batches(rollouts, micro_batch):
         ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (M, L) each
-        row_of_batch, position = loss_mask[rows].nonzero().T  # (N,) each
         with torch.no_grad():
             teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D), the teacher's D
         student_hidden = hidden_states(pair.student, ids)[predicts]  # (N, D)
@@ -191,7 +190,8 @@ def score(
             teacher_temperature=teacher_temperature,
         )
         loss += batch_loss.item()
-        row = row_of_batch.new_tensor(rows)[row_of_batch]  # its number in `rollouts`
+        row, position = loss_mask[rows].nonzero().T  # (N,) each: where in the micro-batch the tokens stand
+        row = row.new_tensor(rows)[row]  # its number in `rollouts`
         statistics.append(batch_statistics | {"row": row, "position": position})
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
 
@@ -246,7 +246,8 @@ def train(
                 vocab_size=pair.vocab_size,
             )
 
-        # 2. The teacher scores every token; gradients accumulate in the student's fp32 masters.
+        # 2. The teacher scores every token. The scorer also runs the backward passes, in `opd_backward`:
+        #    afterwards the gradients are in the student's fp32 masters.
         with run.timed("score_s"):
             loss, statistics = scorer(
                 pair,
@@ -293,7 +294,7 @@ def load_pair(
     teacher_device: str = "",  # default: `device`
     teacher_bits: str = "",
 ) -> Pair:
-    """Load both models. Raises BadInput if one cannot be loaded, or if their tokenizers differ."""
+    """Load both models. Raises BadInput if one cannot be loaded, or if tokenizers differ without `differ`."""
     tokenizer = models.load_tokenizer(student_name)
     vocab_size = models.shared_vocabulary(student_name, teacher_name, differ)
     dtype = getattr(torch, dtype_name)
@@ -379,7 +380,7 @@ def schedule_of(knobs: Knobs) -> Callable[[int], int]:
 
 
 def main() -> int | None:
-    """Check all that can be checked before the first step, then train. Returns 0, or None after --dry-run."""
+    """Check all that can be checked before the first step, then train. What it returns: see `run_main`."""
     # 1. Settings and problems.
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
