@@ -15,6 +15,6 @@ if python -c "import xdist" 2>/dev/null; then
   workers=(-n "$(nproc | awk '{print $1 < 4 ? 1 : 4}')")
 fi
 failed=0
-python -m pytest -q "${workers[@]}" --device "$device" "${tests[@]}" || failed=$?
+python -m pytest -q --slow "${workers[@]}" --device "$device" "${tests[@]}" || failed=$?
 python benchmarks/gpu.py "$@"
 exit "$failed"

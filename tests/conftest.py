@@ -124,6 +124,7 @@ def pytest_addoption(parser) -> None:
         "--kills", type=int, default=1, help="how often a training run and an evaluation are killed"
     )
     parser.addoption("--device", default="cpu", help="for the tests of the five files: cpu, cuda, ...")
+    parser.addoption("--slow", action="store_true", help="also the tests that are marked slow")
 
 
 def pytest_configure(config) -> None:
@@ -132,3 +133,8 @@ def pytest_configure(config) -> None:
     DEVICE = torch.device(config.getoption("device"))
     if DEVICE.type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("slow: add --slow")

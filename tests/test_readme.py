@@ -108,7 +108,7 @@ def test_flags_exist(name):
     classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs, gpu.Knobs, words.Knobs]
     classes += [english.Knobs, *(knobs for _, knobs in probe.PROBES.values())]
     flags = {cli.flag_of(f.name) for knobs in classes for f in dataclasses.fields(knobs)}
-    flags |= {"--no-checkpointing", "--no-shard", "--help"}
+    flags |= {"--no-checkpointing", "--no-shard", "--help", "--slow"}
     flags |= set(re.findall(r"--[a-z-]+", torchrun.get_args_parser().format_help()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXTS[name])) <= flags
 

@@ -227,6 +227,7 @@ def apply(change, folder):
         (folder / name).write_text(text.replace(before, lines + before), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_schedule_a_divergence_and_a_column_are_small_changes(world, tmp_path):
     """In a copy without extras: a run with all three, an evaluation, and the copy's tests of the five."""
     copy = tmp_path / "copy"

@@ -287,7 +287,10 @@ def main(monkeypatch, *flags):
 
 
 @pytest.mark.usefixtures("curves")
-@pytest.mark.parametrize("flags, steps", [("full", 14), ("popd", 18), ("topd", 36)])
+@pytest.mark.parametrize(
+    "flags, steps",
+    [("topd", 36), *(pytest.param(*run, marks=pytest.mark.slow) for run in (("full", 14), ("popd", 18)))],
+)
 def test_the_toy_student_learns(world, tmp_path, monkeypatch, capsys, flags, steps):
     """With a full, a growing and a short horizon."""
     out = tmp_path / "run"

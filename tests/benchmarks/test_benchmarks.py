@@ -16,6 +16,8 @@ from conftest import tiny
 from support.cli import BadInput
 from support.run_folder import read_csv, write_csv
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {parts.__file__: parts, steps.__file__: steps}
 NEEDS = {"trl": "trl", "liger": "liger_kernel", "ours-low-memory": "peft"}
 LOSS = ("--part=loss", "--tokens=8", "--vocab=50", "--student-width=8", "--teacher-width=12", "--repeats=1")

@@ -146,6 +146,7 @@ def run_tiny(name: str, **changes) -> tuple[dict, list[float]]:
     return run.costs(), parts
 
 
+@pytest.mark.slow
 def test_every_arm_runs_and_all_masks_leave_the_same_number_of_tokens():
     costs = {name: run_tiny(name, steps=2)[0] for name in arms.ARMS}
     masked = {name for name, arm in arms.ARMS.items() if arm.mask}
@@ -453,6 +454,7 @@ def main(monkeypatch, *flags):
     compare.main()
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_path, monkeypatch, capsys):
     path = tmp_path / "c.csv"
     flags = ["--arms", "topd-0.1", "--arms", "esr", "--steps", 6, "--eval-limit", 6, "--csv", path]

@@ -36,6 +36,7 @@ def micro(tmp_path, monkeypatch) -> words.Knobs:
     return words.Knobs(arms=arms, seeds=1, steps=4, problems=4, rollouts=4, csv=str(tmp_path / "words.csv"))
 
 
+@pytest.mark.slow
 def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
     path = Path(micro.csv)
     words.run_all(replace(micro, arms=("esr",)))
@@ -65,6 +66,7 @@ def test_a_sweep_continues_and_a_run_gives_its_row_again(micro):
         words.run_all(replace(micro, steps=5))
 
 
+@pytest.mark.slow
 def test_the_decay_before_and_after_training(micro, monkeypatch):
     monkeypatch.setattr(words, "PREFIXES", "0 5")
     monkeypatch.setattr(sweep.Sweep, "finished", lambda self: {})

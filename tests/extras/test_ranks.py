@@ -149,6 +149,7 @@ class At:
         return float("nan") if self.action == "nan" else loss, statistics
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_saves_and_another_number_of_processes_continues(alone, tmp_path):
     signal_to_all = At("all", "terminate", call=2)
     for size, flags in ((2, f"{FLAGS} --out"), (3, "--shard --resume")):
@@ -165,6 +166,7 @@ def test_a_signal_to_all_saves_and_another_number_of_processes_continues(alone, 
 RESUME = "continue with python train.py --resume"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, rank, action, codes, line, newest",
     [
@@ -309,6 +311,7 @@ def compare(leader, dtype, divided, tolerance):
             assert (gap <= 20 * tolerance).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
 def test_scores_and_gradients_are_those_of_one_process(tmp_path, dtype, tolerance):
     codes, written = run(3, "", tmp_path, main=partial(compare_with_one, dtype, tolerance))
