@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -35,7 +34,7 @@ from probe import RunWithBar, mean_of_tokens
 
 import train
 from eval_math import INSTRUCTION
-from extras.profile_horizon import in_batches
+from extras.profile_horizon import in_batches, scored
 from rollout import Rollout
 from support import data, run_folder
 from support.cli import knob, parse, run_main
@@ -156,21 +155,9 @@ def fixed_rollouts(pair: train.Pair, prompts: list[list[int]]) -> dict[str, list
     }
 
 
-@torch.no_grad()
-def scored(pair: train.Pair, parts: list[Rollout]) -> dict[str, Tensor]:
-    """Reverse KL, row and position of every token, (N,) each."""
-    found = []
-    done = 0
-    for rollouts in parts:
-        _, tokens = train.score(pair, rollouts)
-        found.append(tokens | {"row": tokens["row"] + done})
-        done += len(rollouts.prompts)
-    return {name: torch.cat([tokens[name] for tokens in found]) for name in ("reverse_kl", "row", "position")}
-
-
 def kl_rows(curve: str, pair: train.Pair, parts: list[Rollout]) -> Iterator[dict]:
     """The mean reverse KL of all tokens and of each tenth of the budget; intervals over rollouts."""
-    tokens = scored(pair, parts)
+    tokens = scored(train.score, pair, parts)
     row, kl = tokens["row"], tokens["reverse_kl"]
     rows = int(row.max()) + 1
     yield mean_of_tokens(curve, "all", kl, row, rows)

@@ -6,7 +6,8 @@ tokens of all rollouts. A mean over the unfinished rollouts would give the few l
 late in an answer, as all of them have at its start.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ def in_batches(
 
 
 @torch.no_grad()
+def scored(score: Callable, pair, parts: Iterable[Rollout], **settings: Any) -> dict[str, Tensor]:
+    """`token_statistics` of all rollouts, with row and position; rows are numbered throughout."""
+    statistics = []
+    done = 0
+    for part in parts:
+        _, tokens = score(pair, part, **settings)
+        statistics.append(tokens | {"row": tokens["row"] + done})
+        done += len(part.prompts)
+    return {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
+
+
 def measure(
     score: Callable,  # train.score
     pair,
@@ -55,13 +67,8 @@ def measure(
     """`token_statistics` of full rollouts, with row and position; prompts in training order."""
     texts = [prompts[i] for i in data.batch(len(prompts), rollouts, 0, seed)]
     stream = f"profile {seed}"
-    statistics = []
-    done = 0
-    for part in in_batches(writer or pair.student, pair, texts, max_new_tokens, temperature, stream, batch):
-        _, tokens = score(pair, part, temperature=temperature, micro_batch=micro_batch)
-        statistics.append(tokens | {"row": tokens["row"] + done})
-        done += len(part.prompts)
-    return {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
+    parts = in_batches(writer or pair.student, pair, texts, max_new_tokens, temperature, stream, batch)
+    return scored(score, pair, parts, temperature=temperature, micro_batch=micro_batch)
 
 
 def choose(score: Callable, pair, prompts: list[list[int]], knobs) -> float:
