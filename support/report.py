@@ -1,7 +1,4 @@
-"""What a run shows: an answer with the teacher's gap on each token, a table, what it means, and a curve.
-
-python -m support.report RUN_FOLDER      draws the curve again
-"""
+"""What a run shows: an answer with the teacher's gap on each token, a table, what it means, and a curve."""
 
 import json
 import math
@@ -15,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support import data
-from support.cli import BadInput, printable, run_main
+from support.cli import printable
 from support.run_folder import PLACES, append_csv, atomic_rename, read_csv, write_json
 from support.scores import difference, format_difference
 
@@ -78,7 +75,7 @@ def finish(folder: Path, summary: dict) -> None:
         answers = [data.read_jsonl(folder / f"eval_{name}.jsonl") for name in ("before", "after")]
         summary["change"] = difference(*answers)
     write_json(folder / "summary.json", summary)
-    draw_curve(folder)
+    draw_curve(rows, summary, folder)
     print(table(summary))
     print("\n".join(advice(rows, summary)))
     if (folder / "rollouts.jsonl").exists():
@@ -176,73 +173,35 @@ def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
     return found
 
 
-def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict]:
-    """The rows of a run with numbers for what is drawn, and its summary, if it has one. Raises BadInput."""
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        raise BadInput(f"{folder} has no metrics.csv: name the folder of a run")
-    drawn = {"step": int, "horizon": int}
-    drawn |= dict.fromkeys(("reverse_kl", "response_length", "truncated"), float)
-    summary = {}
-    try:
-        rows = [row | {name: kind(row[name]) for name, kind in drawn.items()} for row in read_csv(path)]
-        if (folder / "summary.json").exists():
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{folder} is not a run folder ({error!r}): name the folder of a run") from error
-    if not rows:
-        raise BadInput(f"{path} has no rows: name the folder of a run that has made a step")
-    return rows, summary
-
-
-def draw_curve(folder: Path) -> Path:
-    """curve.png: reverse KL, accuracy with 95 % intervals, horizon and length, truncated rollouts, by step.
-
-    Raises BadInput if there is nothing to draw.
-    """
+def draw_curve(rows: list[dict[str, Any]], summary: dict, folder: Path) -> None:
+    """curve.png: reverse KL, accuracy with 95 % intervals, horizon and length, cut rollouts, by step."""
     from matplotlib.figure import Figure
 
-    rows, summary = read_run(folder)
-    steps = [row["step"] for row in rows]
+    steps = range(len(rows))
+    names = ("reverse_kl", "horizon", "response_length", "truncated")
+    reverse_kl, horizon, length, truncated = ([float(row[name]) for row in rows] for name in names)
     figure = Figure(figsize=(14, 3.2), layout="constrained")
     axes = figure.subplots(1, 4)
-    axes[0].plot(steps, [row["reverse_kl"] for row in rows], color="#0072b2")
+    axes[0].plot(steps, reverse_kl, color="#0072b2")
     axes[0].set(title="reverse KL, nats per token", ylim=(0, None))
-    seen = [(row["step"] + 1, float(row["accuracy"])) for row in rows if row["accuracy"]]
-    if summary.get("after"):
-        seen.append((len(steps), summary["after"]["accuracy"]))
-    if summary.get("before"):
-        seen = [(0, summary["before"]["accuracy"]), *seen]
-        ends = (("student before", "before", "#999999"), ("teacher", "teacher", "#009e73"))
-        for label, key, colour in ends:
-            if summary.get(key):
-                axes[1].axhline(summary[key]["accuracy"], color=colour, linestyle=":", label=label)
-    if seen:
-        n = summary["before"]["n"] if summary.get("before") else math.inf  # of a stopped run: no intervals
-        half = [1.96 * math.sqrt(p * (1 - p) / n) for _, p in seen]
+    if summary["before"]:
+        before, after, teacher = (summary[name]["accuracy"] for name in ("before", "after", "teacher"))
+        axes[1].axhline(before, color="#999999", linestyle=":", label="student before")
+        axes[1].axhline(teacher, color="#009e73", linestyle=":", label="teacher")
+        along = [(step + 1, float(row["accuracy"])) for step, row in zip(steps, rows) if row["accuracy"]]
+        seen = [(0, before), *along, (len(rows), after)]
+        half = [1.96 * math.sqrt(p * (1 - p) / summary["before"]["n"]) for _, p in seen]
         axes[1].errorbar(*zip(*seen), yerr=half, color="#d55e00", marker="o", capsize=3, label="student")
         axes[1].legend(loc="center right")
     axes[1].set(title="held-out accuracy", ylim=(-0.02, 1.02))
-    axes[2].step(steps, [row["horizon"] for row in rows], color="#0072b2", label="horizon")
-    axes[2].plot(steps, [row["response_length"] for row in rows], color="#cc79a7", label="mean length")
+    axes[2].step(steps, horizon, color="#0072b2", label="horizon")
+    axes[2].plot(steps, length, color="#cc79a7", label="mean length")
     axes[2].set(title="response tokens", ylim=(0, None))
     axes[2].legend()
-    axes[3].plot(steps, [row["truncated"] for row in rows], color="#000000")
+    axes[3].plot(steps, truncated, color="#000000")
     axes[3].set(title="fraction of rollouts cut by the horizon", ylim=(-0.02, 1.02))
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curve.part", dpi=110, format="png")
     atomic_rename(folder / "curve.part", folder / "curve.png")
-    return folder / "curve.png"
-
-
-def main() -> None:
-    folders = sys.argv[1:]
-    if len(folders) != 1 or folders[0].startswith("-"):
-        raise BadInput(f"one folder is needed, not {folders}: python -m support.report RUN_FOLDER")
-    print(draw_curve(Path(folders[0])))
-
-
-if __name__ == "__main__":
-    run_main(main)

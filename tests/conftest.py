@@ -68,7 +68,7 @@ def run_program(main: Callable[[], int | None], flags: list[str], output: Path) 
     for stream in (1, 2):
         os.dup2(file, stream)
     torch.set_num_threads(1)
-    report.draw_curve = lambda folder: None
+    report.draw_curve = lambda *run: None
     sys.argv = ["program", *flags]
     cli.run_main(main)
 
@@ -80,7 +80,7 @@ DRAW_CURVE = report.draw_curve
 def no_curves():
     """Drawing takes as long as the training of a short run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_curve", lambda folder: None)
+        patch.setattr(report, "draw_curve", lambda *run: None)
         yield
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nTextConfig,
 import eval_math
 import schedules
 import train
-from support import report, toy
+from support import toy
 from support.cli import BadInput, run_main
 
 ROOT = Path(train.__file__).parent
@@ -100,10 +100,6 @@ def here(tmp_path_factory, world):
     (here / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     (here / "folder.jsonl").mkdir()
     (here / "binary.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
-    (here / "binary").mkdir()
-    shutil.copy(here / "binary.csv", here / "binary" / "metrics.csv")
-    (here / "norows").mkdir()
-    (here / "norows" / "metrics.csv").write_text("step,horizon,reverse_kl,response_length,accuracy\n")
     write_configs(here, world)
     return here
 
@@ -345,14 +341,6 @@ BAD = [  # script, flags, what the line names
     ("eval_math", "--regrade={here}/binary.csv", "line 1"),
     ("schedules", "--bogus", "--bogus"),
     ("schedules", "full", "full"),
-    ("report", "", "one folder is needed"),
-    ("report", "--bogus", "--bogus"),
-    ("report", "{here}/nothing {here}/used", "one folder is needed"),
-    ("report", "{here}/missing", "no metrics.csv"),
-    ("report", "{here}/one.jsonl", "no metrics.csv"),
-    ("report", "{here}/used", "no rows"),
-    ("report", "{here}/norows", "no rows"),
-    ("report", "{here}/binary", "not a CSV file"),
     ("four_schedules", "--bogus", "--bogus"),
     ("four_schedules", "extra", "extra"),
     ("compare", "--bogus", "--bogus"),
@@ -427,7 +415,7 @@ BAD = [  # script, flags, what the line names
     ("steps", "--side=ours --student={here}/missing --data={world}", "does not exist"),
 ]
 BAD += [(script, f"--resume={{here}}/config{i}", names) for i, (script, _, names) in enumerate(CONFIGS)]
-SCRIPTS = (train, eval_math, schedules, toy, report, four_schedules, compare, probe, parts, steps)
+SCRIPTS = (train, eval_math, schedules, toy, four_schedules, compare, probe, parts, steps)
 SCRIPTS += (phase, words, gpu)
 MAINS = {script.__name__.rpartition(".")[2]: script.main for script in SCRIPTS}
 
@@ -437,7 +425,6 @@ def files(folder):
 
 
 @pytest.mark.parametrize("script, flags, names", BAD)
-@pytest.mark.usefixtures("curves")
 def test_bad_input_is_one_line_and_changes_nothing(here, world, monkeypatch, capsys, script, flags, names):
     for library in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
@@ -501,7 +488,7 @@ def test_in_a_process_of_its_own(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", [name for name in MAINS if name != "report"])  # which has no flags
+@pytest.mark.parametrize("script", MAINS)
 def test_help_changes_nothing(here, monkeypatch, capsys, script):
     before = files(here) | files(ROOT / "results")
     monkeypatch.chdir(here)

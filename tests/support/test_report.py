@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import Bytes
 
-from support import report, run_folder
-from support.cli import BadInput
+from support import report
 
 
 def test_gap_text_shows_a_character_of_two_tokens_once():
@@ -100,10 +99,11 @@ def test_advice(rows, teacher, change, cut, words):
     assert report.advice(rows[:2], summary)[0].endswith("too few steps to tell.")
 
 
-def test_curve_of_a_run_without_an_evaluation_and_of_no_run(curves, tmp_path):
-    """A stopped run has rows and no summary."""
-    columns = {"accuracy": "", "reverse_kl": 0.5, "horizon": 4, "response_length": 3.5, "truncated": 1.0}
-    run_folder.append_csv(tmp_path / "metrics.csv", [{"step": step} | columns for step in range(3)])
-    assert report.draw_curve(tmp_path).read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(BadInput, match="no metrics.csv"):
-        report.draw_curve(tmp_path / "elsewhere")
+def test_curves_with_and_without_an_evaluation(curves, tmp_path):
+    columns = {"reverse_kl": "0.5", "horizon": "4", "response_length": "3.5", "truncated": "1"}
+    rows = [columns | {"accuracy": accuracy} for accuracy in ("", "0.6", "")]
+    drawn = []
+    for scores in (None, SCORES):
+        report.draw_curve(rows, dict.fromkeys(("before", "after", "teacher"), scores), tmp_path)
+        drawn.append((tmp_path / "curve.png").read_bytes())
+    assert drawn[0][:4] == b"\x89PNG" and drawn[0] != drawn[1]
