@@ -3,7 +3,7 @@
 # then the measurements of benchmarks/gpu.py. `benchmarks/gpu.sh --tiny` runs the same on a CPU in about a minute.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python -m support.requirements
+python -m pip install --no-index --no-deps --dry-run --quiet -r requirements.txt  # fails if one is missing or old
 device=cuda
 tests=(tests/test_{opd,rollout,schedules,train,eval_math}.py)
 if [[ " $* " == *" --tiny "* ]]; then
