@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 
@@ -162,14 +163,13 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
                                       predicts  .  x  x  x
                                                    7  8  9    are predicted there
     """
-    texts = []
+    ids = []
+    predicts = []
     for row in rows:
-        response = rollouts.tokens[row][rollouts.response_mask[row]]
-        texts.append(rollouts.prompts[row] + response.tolist())
-    ids = rollouts.tokens.new_zeros(len(rows), max(map(len, texts)) - 1)  # the last token predicts nothing
-    predicts = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (row, text) in enumerate(zip(rows, texts)):
-        ids[i, : len(text) - 1] = ids.new_tensor(text[:-1])
-        first = len(rollouts.prompts[row]) - 1
-        predicts[i, first : len(text) - 1] = loss_mask[row][rollouts.response_mask[row]]
-    return ids, predicts
+        prompt = rollouts.tokens.new_tensor(rollouts.prompts[row])
+        sampled = rollouts.response_mask[row]
+        text = torch.cat([prompt, rollouts.tokens[row][sampled]])
+        ids.append(text[:-1])  # the last token predicts nothing
+        no_loss = loss_mask.new_zeros(len(prompt) - 1)  # nothing predicts the first token
+        predicts.append(torch.cat([no_loss, loss_mask[row][sampled]]))
+    return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)
