@@ -90,8 +90,8 @@ def engine_config(model, prompts: list[list[int]], horizon: int, seed: int) -> C
         safety_margin=0.0,  # so no row has to wait for room
         return_logprobs=True,
         seed=seed,
-        # Without flash attention the library does not use graphs unless told to; the plain sampler is faster
-        # than that. A graph is captured for each multiple of this number of cached tokens: 16,384 by default.
+        # Without flash attention the library does not use graphs unless told to. A graph is captured for each
+        # multiple of this number of cached tokens, by default 16,384.
         use_cuda_graph=model.device.type == "cuda",
         kv_padding_interval_size=2048,
         # Flash attention has 16 bits, and does not run on a CPU beside a GPU.
