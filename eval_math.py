@@ -117,8 +117,12 @@ def has_box(response: str) -> bool:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Whether the final answer of `response` equals `answer`; for use from Python."""
-    return one_grader(extract, has_box).verdict(response, answer)["correct"]
+    """Whether the final answer of `response` equals that of `answer`; for use from Python.
+
+    `answer` may be a whole solution, such as GSM8K's. Raises ValueError if it has no final answer.
+    """
+    gold = data.final_answer(data.to_text(answer, "answer"), "answer")
+    return one_grader(extract, has_box).verdict(response, gold)["correct"]
 
 
 def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:
@@ -266,7 +270,7 @@ def evaluate_model(
         prompts = data.render(
             tokenizer, problems[title], instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT
         )
-        models.check_context([model], prompts, knobs.max_new_tokens)
+        models.check_context([model.config], prompts, knobs.max_new_tokens)
         batch_size = batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         if not (folder / "config.json").exists():  # once the first model has loaded and its prompts fit
             run_folder.write_config(folder, asdict(knobs), device, inputs)
@@ -291,6 +295,8 @@ def settings(given: dict) -> tuple[Knobs, Path]:
         raise BadInput("nothing to evaluate: give a --model, and a --benchmark or --data")
     if knobs.samples > 1 and knobs.temperature == 0:
         raise BadInput(f"{knobs.samples} greedy answers are all the same: add --temperature 0.7, for example")
+    if knobs.top_p < 1 and knobs.temperature == 0:
+        raise BadInput("--top-p does not change greedy answers: add --temperature 0.7, for example")
     folder = Path(given["resume"]) if "resume" in given else run_folder.new_folder(knobs.out, "eval")
     return replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device))), folder
 
@@ -305,7 +311,7 @@ def main() -> int | None:
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems = {}
     for title, benchmark in benchmarks.items():
-        found = data.read_problems(benchmark.source, benchmark.split, layout)
+        found = data.distinct(data.read_problems(benchmark.source, benchmark.split, layout), title)
         problems[title] = data.subset(found, knobs.limit, knobs.seed)
     # Two models may have the same name, so each gets a letter: A, B, ..., Z, A1, B1, ...
     labels = [f"{chr(65 + i % 26)}{i // 26 or ''}-{Path(name).name}" for i, name in enumerate(knobs.model)]

@@ -108,6 +108,10 @@ def one_grader(extract: Callable[..., str | None], has_box: Callable[[str], bool
     return Grader(extract, has_box, workers=1)
 
 
+if hasattr(os, "register_at_fork"):  # a child would share its parent's worker, and read the parent's verdicts
+    os.register_at_fork(after_in_child=one_grader.cache_clear)
+
+
 def work() -> None:
     """Read a line [found, gold], write a line with the verdict, within 4 GB of memory."""
     if sys.platform == "linux":

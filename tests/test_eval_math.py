@@ -1,6 +1,7 @@
 """Evaluation: where an answer stands in a response; sampling in batches, resuming, comparing models."""
 
 import json
+import multiprocessing
 import random
 import sys
 import time
@@ -119,9 +120,7 @@ def test_an_answer_does_not_depend_on_its_batch(world, tmp_path, monkeypatch):
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--temperature", 0.7], ["--temperature", 0.7, "--top-p", 0.9], ["--top-p", 0.5]]
-)
+@pytest.mark.parametrize("flags", [[], ["--temperature", 0.7], ["--temperature", 0.7, "--top-p", 0.9]])
 def test_a_sampler_of_another_distribution_is_refused(world, tmp_path, monkeypatch, flags):
     """A wrong cache once gave a believable score."""
 
@@ -285,6 +284,23 @@ def test_an_overlong_unit_is_read_in_linear_time():
         compare_quickly("42", text)
         plain(text)
     assert time.process_time() - started < 5
+
+
+def test_is_correct_reads_a_whole_solution_and_refuses_one_without_an_answer():
+    for answer in ("72", "24 + 48 = 72 clips\n#### 72", r"It is \boxed{72}.", 72):
+        assert is_correct(r"\boxed{72}", answer) and not is_correct(r"\boxed{71}", answer)
+    for answer in (None, [], "She sold 48 / 2 clips in May. Then she sold clips in April and in June."):
+        with pytest.raises(ValueError):
+            is_correct("72", answer)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_forked_process_has_graders_of_its_own():
+    """It would read the verdicts that its parent asked for."""
+    cases = [(rf"\boxed{{x + {i}}}", f"{i + i % 2} + x") for i in range(40)]
+    assert is_correct(*cases[0])
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.starmap(is_correct, cases, chunksize=1) == [i % 2 == 0 for i in range(40)]
 
 
 def test_correct_by_three_rules():
