@@ -186,7 +186,7 @@ def opd_backward(
 
     Returns the loss, a scalar, and `token_statistics`, (N,) each. The text before each token is given: no
     gradient flows through the sampling. Under `torch.no_grad()` nothing is backpropagated. Raises ValueError
-    if the lengths differ.
+    if the lengths differ, or if the divergence does not return one value per token.
     """
     lengths = len(student_hidden), len(teacher_hidden), len(tokens)
     if len(set(lengths)) > 1:
@@ -203,8 +203,10 @@ def opd_backward(
         student_logp = log_probs(student_head(student_chunk), temperature)  # (C, V)
         with torch.no_grad():
             teacher_logp = log_probs(teacher_head(teacher_chunk), teacher_temperature)  # (C, V)
-        # The normalizer is 0 if no token of the step has a loss.
-        chunk_loss = divergence(student_logp, teacher_logp, token_chunk).sum() / max(normalizer, 1)
+        nats = divergence(student_logp, teacher_logp, token_chunk)
+        if nats.shape != token_chunk.shape:
+            raise ValueError(f"the divergence returns the shape {tuple(nats.shape)}, not one value per token")
+        chunk_loss = nats.sum() / max(normalizer, 1)  # the normalizer is 0 if no token of the step has a loss
         if chunk_loss.requires_grad:
             chunk_loss.backward()  # into leaf.grad and the head's weight; frees the chunk's graph
         loss += chunk_loss.detach()

@@ -78,7 +78,12 @@ def make_schedule(
         growth = 0
         interval = 1
     settings = {"steps": steps, "budget": budget, "start": start, "growth": growth, "interval": interval}
-    return partial(schedule.formula, **settings)
+    horizon_at = partial(schedule.formula, **settings)
+    for step, tokens in enumerate(map(horizon_at, range(steps))):
+        if not (isinstance(tokens, int) and 1 <= tokens <= budget):
+            what = f"{name} gives the horizon {tokens!r} at step {step}"
+            raise BadInput(f"{what}: its formula must return a whole number from 1 to the budget, {budget}")
+    return horizon_at
 
 
 def first_horizon(horizon: float, budget: int) -> int:

@@ -217,6 +217,13 @@ def test_lengths_that_differ_are_refused():
         run(head(), states(), head(seed=1), states(seed=1), torch.arange(4, device=DEVICE))
 
 
+def test_a_divergence_that_is_not_per_token_is_refused():
+    """Its mean would be summed over chunks and micro-batches."""
+    for divergence in (lambda s, t, y: (s - t).mean(), lambda s, t, y: s - t):
+        with pytest.raises(ValueError, match="not one value per token"):
+            run(head(), states(), head(seed=1), states(seed=1), divergence=divergence)
+
+
 def test_nothing_is_written_in_place():
     """A normaliser was once corrupted by an in-place write: all inputs are bit-identical afterwards."""
     inputs = [states(), states(seed=1, grad=False), torch.arange(10, device=DEVICE)]

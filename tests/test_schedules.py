@@ -2,6 +2,7 @@
 
 import pytest
 
+import schedules
 from schedules import make_schedule
 from support.cli import BadInput
 
@@ -47,6 +48,16 @@ BAD = [
 def test_settings_that_make_no_schedule(name, horizon, growth, interval):
     with pytest.raises(BadInput, match=": |;"):
         make_schedule(name, 128, 10, horizon, growth, interval)
+
+
+@pytest.mark.parametrize(
+    "formula, value",
+    [(lambda step, **_: 4.0, "4.0"), (lambda step, **_: 2 - step, "0"), (lambda step, **_: 129, "129")],
+)
+def test_the_values_of_a_new_formula_are_checked(monkeypatch, formula, value):
+    monkeypatch.setitem(schedules.SCHEDULES, "new", schedules.Schedule(horizon=1.0, formula=formula))
+    with pytest.raises(BadInput, match=f"new gives the horizon {value} at step .*from 1 to the budget, 128"):
+        make_schedule("new", 128, 10)
 
 
 def test_full_has_no_horizon_to_measure():
