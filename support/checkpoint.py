@@ -89,6 +89,9 @@ class CheckpointedRun(run_folder.Run):
         """
         workload = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
         with run_folder.exclusive(self.folder, fresh=not knobs.resume):
+            if (self.folder / "summary.json").exists() and not self.checkpoints():
+                what = f"{self.folder} has finished, and has no checkpoint to continue from"
+                raise BadInput(f"{what}: start a new run")
             check_saving(self.pair, self.save_pair, self.folder)
             try:
                 yield
@@ -201,8 +204,12 @@ class CheckpointedRun(run_folder.Run):
             run_folder.atomic_rename(part, path)
         finally:
             part.unlink(missing_ok=True)  # left by a full disk
-        for old in sorted(self.folder.glob("checkpoint-*.safetensors"))[:-2]:
+        for old in self.checkpoints()[2:]:
             old.unlink()
+
+    def checkpoints(self) -> list[Path]:
+        """Those of the folder, the newest first."""
+        return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
 
     def load(self, total: int) -> None:
         """Restore the newest intact checkpoint, if there is one.
@@ -210,8 +217,7 @@ class CheckpointedRun(run_folder.Run):
         Raises BadInput if all are damaged, or if one is of another run.
         """
         self.run_id = run_folder.run_id_of(self.folder)
-        paths = sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
-        for path in paths:
+        for path in self.checkpoints():
             try:
                 self.read_checkpoint(path)
             except BadInput:
@@ -222,8 +228,10 @@ class CheckpointedRun(run_folder.Run):
             self.check_rows()
             run_folder.drop_rows_after(self.folder, self.step, total)
             return
-        if paths:
+        if self.checkpoints():
             raise BadInput(f"no checkpoint in {self.folder} is intact: start a new run")
+        if (self.folder / "metrics.csv").exists():
+            print(f"{self.folder} has no checkpoint: starting at step 0", flush=True)
         run_folder.drop_rows_after(self.folder, 0, total)
 
     def check_rows(self) -> None:

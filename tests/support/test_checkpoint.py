@@ -310,6 +310,18 @@ def test_without_an_intact_checkpoint_the_run_is_refused(saved, monkeypatch):
         main(monkeypatch, f"--resume {saved}")
 
 
+def test_a_finished_run_without_checkpoints_is_kept_and_another_starts_anew(saved, monkeypatch, capsys):
+    for path in saved.glob("checkpoint-*"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in saved.iterdir() if path.is_file()}
+    with pytest.raises(BadInput, match="has finished, and has no checkpoint to continue from"):
+        main(monkeypatch, f"--resume {saved} --steps 7")
+    assert {path: path.read_bytes() for path in saved.iterdir() if path.is_file()} == before
+    (saved / "summary.json").unlink()
+    main(monkeypatch, f"--resume {saved}")
+    assert f"{saved} has no checkpoint: starting at step 0" in capsys.readouterr().out
+
+
 def test_two_runs_in_one_folder(saved, monkeypatch):
     with run_folder.exclusive(saved, fresh=False), pytest.raises(BadInput, match="another run is writing"):
         main(monkeypatch, f"--resume {saved} --steps 9")
