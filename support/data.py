@@ -332,6 +332,21 @@ def last_box(text: str) -> str:
     return content
 
 
+def words_of(problem: Problem) -> str:
+    return " ".join(problem.question.split())
+
+
+def distinct(problems: list[Problem], source: str) -> list[Problem]:
+    """Held-out problems without repeats of words and answer, which an interval would count as evidence."""
+    found: dict[tuple, Problem] = {}
+    for problem in problems:
+        found.setdefault((words_of(problem), problem.answer), problem)
+    if len(found) < len(problems):
+        repeats = len(problems) - len(found)
+        print(f"{repeats} of {len(problems)} problems of {source} repeat another one: left out", flush=True)
+    return list(found.values())
+
+
 def subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
     """`limit` problems, all if 0, chosen at random by `seed`: a file may start with its easy part."""
     if not limit or limit >= len(problems):
@@ -361,7 +376,8 @@ def train_and_test(
     if limit == 0:
         return problems, []
     if held_out or not Path(source).is_file():
-        test = subset(read_problems(held_out or source, "test", layout), limit, seed)
+        test = read_problems(held_out or source, "test", layout)
+        test = subset(distinct(test, held_out or source), limit, seed)
         rest = without(test, problems, source)
         if len(rest) < len(problems):
             print(f"{len(problems) - len(rest)} training problems are held out as well: left out", flush=True)
@@ -370,19 +386,19 @@ def train_and_test(
         raise BadInput(
             f"{source} has {len(problems)} problems, none left after {limit} held out: lower --eval-limit"
         )
-    answered = [i for i, problem in enumerate(problems) if problem.answer is not None]
+    answered = distinct([problem for problem in problems if problem.answer is not None], source)
     if len(answered) < limit:
         what = f"{source} has only {len(answered)} problems with an answer, and {limit} are to be held out"
         fault = next(problem.fault for problem in problems if problem.answer is None)
         raise BadInput(f"{what} ({fault}): give --eval-data, or --eval-limit 0")
-    test = [problems[i] for i in sorted(random.Random(seed).sample(answered, limit))]
+    test = [answered[i] for i in sorted(random.Random(seed).sample(range(len(answered)), limit))]
     return without(test, problems, source), test
 
 
 def without(test: list[Problem], problems: list[Problem], source: str) -> list[Problem]:
     """The problems whose words are not those of a held-out one. Raises BadInput if none is left."""
-    questions = {" ".join(problem.question.split()) for problem in test}
-    rest = [problem for problem in problems if " ".join(problem.question.split()) not in questions]
+    questions = set(map(words_of, test))
+    rest = [problem for problem in problems if words_of(problem) not in questions]
     if not rest:
         what = f"{source} repeats the held-out problems, none is left to train on"
         raise BadInput(f"{what}: give other problems by --eval-data")
