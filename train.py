@@ -338,7 +338,8 @@ def load_with_prompts(
     )
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
-    models.check_context([pair.student, pair.teacher], prompts + test_prompts, knobs.max_new_tokens)
+    configs = [pair.student.config, pair.teacher.config]
+    models.check_context(configs, prompts + test_prompts, knobs.max_new_tokens)
     return pair, prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
 
 
@@ -399,7 +400,7 @@ def main() -> int | None:
     if knobs.dry_run:
         from extras import memory
 
-        print(memory.dry_run(knobs, problems, max(map(horizon_at, range(knobs.steps))), device))
+        print(memory.dry_run(knobs, problems, test, max(map(horizon_at, range(knobs.steps))), device))
         return None
 
     # 2. The models, and what depends on their tokenizers.

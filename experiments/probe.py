@@ -156,7 +156,7 @@ def load(knobs: Knobs, grader: Grader | None) -> Setup:
     device = models.find_device(knobs.device)
     pair = train.load_pair(knobs.student, knobs.teacher, knobs.dtype, device)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    models.check_context([pair.student, pair.teacher], prompts, knobs.max_new_tokens)
+    models.check_context([pair.student.config, pair.teacher.config], prompts, knobs.max_new_tokens)
     batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, knobs.sample_batch)
     after = after_training(pair, knobs, device) if isinstance(knobs, TrainedKnobs) else None
     return Setup(pair, after, problems, prompts, grader)

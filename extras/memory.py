@@ -135,7 +135,7 @@ def format_estimate(found: dict[str, int], free: int) -> str:
     return "\n".join(lines)
 
 
-def dry_run(knobs, problems: list, horizon: int, device: torch.device) -> str:
+def dry_run(knobs, problems: list, test: list, horizon: int, device: torch.device) -> str:
     """The estimate for these settings, from the configs, the tokenizer and the prompts. Raises BadInput.
 
     With --horizon auto that of its profile, which are full rollouts.
@@ -144,7 +144,9 @@ def dry_run(knobs, problems: list, horizon: int, device: torch.device) -> str:
     knobs = replace(knobs, device=str(device))
     tokenizer = models.load_tokenizer(knobs.student)
     prompts = data.render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    held_out = data.render(tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
+    models.check_context(configs, prompts + held_out, knobs.max_new_tokens)
     found = estimate(knobs, *configs, max(map(len, prompts)), horizon)
     lines = [format_estimate(found, free_memory(device))]
     if is_elsewhere(knobs):

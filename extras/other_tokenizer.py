@@ -313,7 +313,7 @@ class Scorer:
         found = []
         for i, prompt in enumerate(rollouts.prompts):
             tokens = rollouts.tokens[i][rollouts.response_mask[i]].tolist()
-            room = models.context_length(pair.teacher) - len(self.prompts[tuple(prompt)])
+            room = models.context_length(pair.teacher.config) - len(self.prompts[tuple(prompt)])
             found.append(self.align(tokens, bool(rollouts.finished[i]), self.ends, room))
         return found
 
@@ -375,7 +375,7 @@ def prepare(pair, hidden_states: Callable, prompts: list[list[int]], problems: l
     align = Aligner(Vocabulary(pair.tokenizer), Vocabulary(tokenizer))
     own = data.render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
     own_test = data.render(tokenizer, test, knobs.instruction, knobs.system_prompt)
-    models.check_context([pair.teacher], own + own_test, knobs.max_new_tokens)
+    models.check_context([pair.teacher.config], own + own_test, knobs.max_new_tokens)
     texts = [problem.question for problem in problems[:100]]
     share, length = coverage(align, align.student.encode, texts)
     what = f"the teacher has another tokenizer and reads the student's text: {share:.1%} of the tokens of"

@@ -112,7 +112,8 @@ def problems_with_answers(
     """All problems with their answers, and the table of texts that they refer to."""
     before = pairs["before"]
     prompts = data.render(before.tokenizer, problems, run.instruction, run.system_prompt)
-    models.check_context([before.student, before.teacher], prompts, run.max_new_tokens)
+    configs = [before.student.config, before.teacher.config]
+    models.check_context(configs, prompts, run.max_new_tokens)
     noise = sampling_noise([(run.seed, "view", i) for i in range(len(problems))], run.max_new_tokens)
     writers = {name: pair.student for name, pair in pairs.items()}
     writers |= {"teacher": before.teacher} if with_teacher else {}
@@ -166,6 +167,9 @@ def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
     if not (folder / "student").is_dir():
         what = f"{folder} has no student, because the run has not finished"
         raise BadInput(f"{what}: continue it with python train.py --resume {folder}")
+    if models.tokenizers_differ(run.student, run.teacher, allowed=True):
+        what = f"the models of {folder} have different tokenizers, and the page needs one vocabulary for both"
+        raise BadInput(f"{what}: name a run with one tokenizer")
     if not (knobs.data or run.eval_limit):
         raise BadInput(f"{folder} held out no problems (--eval-limit 0): name some with --data")
     return dataclasses.replace(knobs, out=knobs.out or str(folder / "view.html")), run, folder

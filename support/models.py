@@ -293,19 +293,20 @@ def end_of_turn(tokenizer) -> int | None:
     return after[0] if after and after[0] in tokenizer.all_special_ids else None
 
 
-def context_length(model) -> int:
-    """The longest sequence that the model has positions for."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
+def context_length(config) -> int:
+    """The longest sequence that a model of this config has positions for."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
 
 
-def check_context(models: list, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_context(configs: list, prompts: list[list[int]], max_new_tokens: int) -> None:
     """Raises BadInput if a prompt and a full response do not fit into the context of every model."""
     longest = max(map(len, prompts))
-    context = min(map(context_length, models))
+    context = min(map(context_length, configs))
     if longest + max_new_tokens > context:
+        remedy = "lower --max-new-tokens or remove that problem"
         raise BadInput(
             f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context "
-            f"of {context} tokens: lower --max-new-tokens or remove that problem"
+            f"of {context} tokens: {remedy if longest < context else 'remove that problem'}"
         )
 
 

@@ -170,6 +170,10 @@ def test_wrong_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch)
         with pytest.raises(BadInput, match=remedy):
             run_view(monkeypatch, *arguments)
     (folder / "student").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view.models, "tokenizers_differ", lambda *names, allowed: True)
+        with pytest.raises(BadInput, match="different tokenizers.*name a run with one tokenizer"):
+            run_view(monkeypatch, folder, "--out", old)
     config = json.loads((run / "config.json").read_text())
     for changed, remedy in (
         (config | {"unknown": 1}, "start a new one"),  # of another version

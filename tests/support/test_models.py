@@ -168,10 +168,12 @@ def test_context(length, fits):
     """A prompt and a full response fit into the 64 positions of every model, or the run is refused."""
     prompts = [[1], [1] * length]
     if fits:
-        models.check_context([tiny(), tiny(max_position_embeddings=99)], prompts, 40)
+        models.check_context([tiny().config, tiny(max_position_embeddings=99).config], prompts, 40)
     else:
-        with pytest.raises(BadInput, match="25 tokens, and --max-new-tokens 40 exceed the context of 64"):
-            models.check_context([tiny(), tiny(max_position_embeddings=99)], prompts, 40)
+        with pytest.raises(BadInput, match="25 tokens, and --max-new-tokens 40 exceed .* 64 tokens: lower"):
+            models.check_context([tiny().config, tiny(max_position_embeddings=99).config], prompts, 40)
+        with pytest.raises(BadInput, match="context of 64 tokens: remove that problem"):
+            models.check_context([tiny().config], [[1] * 64], 40)
 
 
 def test_a_teacher_in_few_bits_is_loaded_by_bitsandbytes(monkeypatch):
