@@ -471,13 +471,16 @@ class Run:
 
     def log(self, rollouts, statistics: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
         """Keep the step's row: the given columns, the timings, and the means of the token statistics."""
+        given = {name: x.item() if isinstance(x, Tensor) else x for name, x in columns.items()}
+        means = {name: x.float().mean().item() for name, x in statistics.items() if name not in PLACES}
         sampled = int(rollouts.response_mask.sum())
-        row = columns | {
-            name: x.float().mean().item() for name, x in statistics.items() if name not in PLACES
-        }
-        row |= {"response_tokens": sampled, "response_length": sampled / len(rollouts.prompts)}
-        row |= {"truncated": 1 - rollouts.finished.float().mean().item()}
-        row |= self.timings | {"seconds": self.seconds()}
+        counts = {"response_tokens": sampled, "response_length": sampled / len(rollouts.prompts)}
+        counts |= {"truncated": 1 - rollouts.finished.float().mean().item()}
+        row: dict[str, Any] = {}
+        for part in (given, means, counts, self.timings, {"seconds": self.seconds()}):
+            if twice := row.keys() & part.keys():
+                raise ValueError(f"two values for the column {', '.join(twice)} of metrics.csv: rename one")
+            row |= part
         self.timings = {}
         self.rows.append(row)
         return row

@@ -181,6 +181,10 @@ def test_every_key_of_the_row_is_a_column_of_metrics_csv(tmp_path):
     assert written["own"] == "3" and row["response_tokens"] == int(rollouts.response_mask.sum())
     assert row["reverse_kl"] == pytest.approx(tokens["reverse_kl"].mean().item())
     assert run.rows == []  # a long run keeps no rows in memory
+    run = run_folder.Run(CPU)
+    assert run.log(rollouts, tokens, given=torch.tensor([2.5]))["given"] == 2.5
+    with pytest.raises(ValueError, match="two values for the column reverse_kl"):
+        run.log(rollouts, tokens, reverse_kl=1.0)
 
 
 def test_a_run_in_memory_keeps_its_rows():
