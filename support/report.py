@@ -122,6 +122,7 @@ def token_texts(tokenizer, tokens: Tensor) -> list[str]:
 
 def mean_by_position(values: Tensor, positions: Tensor, length: int) -> Tensor:
     """Mean of (N,) values at each response position: (length,), NaN where no row has a token."""
+    values = values.float()
     total = values.new_zeros(length).index_add(0, positions, values)
     return total / values.new_zeros(length).index_add(0, positions, torch.ones_like(values))
 
@@ -157,8 +158,11 @@ def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
     if not before:
         return found
     low, high = summary["change"]["interval"]
+    p = summary["change"]["p"]
     if low == high == 0:
         found.append(f"No verdict changed on {before['n']} problems: raise --eval-limit, or train longer.")
+    elif p >= 0.05 and low == high:  # a few problems, all of which changed alike
+        found.append(f"The change of accuracy is within noise (p = {p:.2g}): raise --eval-limit.")
     elif low > 0:
         found.append("Accuracy rose: the interval of the change is above 0.")
     elif high < 0:

@@ -84,6 +84,7 @@ WORSE = BETTER | {"accuracy": 0.2}
         (FELL, BETTER, [-0.1, 0.3], 0, ["it fell", "with 20 problems, only changes of about 20%"]),
         (FELL, BETTER, [0.0, 0.0], 0, ["it fell", "No verdict changed on 20 problems"]),
         (FELL, BETTER, [1.0, 1.0], 0, ["it fell", "Accuracy rose"]),  # every verdict changed
+        (FELL, WORSE | {"n": 4}, [1.0, 1.0], 0, ["it fell", "within noise (p = 0.12)", "teacher is not"]),
         (GREW, BETTER, [0.1, 0.5], 0, ["of other tokens, as the horizon changed", "Accuracy rose"]),
         (FELL, WORSE, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "teacher is not better"]),
         (FELL, BETTER, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "50% of the answers were cut"]),
@@ -91,7 +92,8 @@ WORSE = BETTER | {"accuracy": 0.2}
 )
 def test_advice(rows, teacher, change, cut, words):
     after = WORSE | {"truncated": cut}
-    summary = {"before": WORSE, "after": after, "teacher": teacher, "change": {"interval": change}}
+    change = {"interval": change, "p": 0.5 ** (teacher["n"] - 1)}  # the sign test if all changed alike
+    summary = {"before": WORSE, "after": after, "teacher": teacher, "change": change}
     lines = report.advice(rows, summary)
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines))
