@@ -15,6 +15,8 @@ from support.grading import plain
 from support.workers import LOST, Grader
 
 Z = 1.96  # standard errors in half a 95 % interval
+RECORD = {"index": int, "response": str, "gold": str, "verdict": str}  # what grading again needs
+RECORD |= {"length": int, "finished": bool, "seconds": (int, float)}
 
 
 def by_problem(records: list[dict]) -> dict[int, list[dict]]:
@@ -154,9 +156,13 @@ def regrade(file: str, extract: Callable[..., str | None], has_box: Callable[[st
     """Grade the answers of a JSONL file again: their scores and how many verdicts differ. Raises BadInput."""
     path = Path(file)
     records = data.read_jsonl(path) if path.is_file() else []
-    needed = {"index", "response", "gold", "verdict", "length", "finished", "seconds"}
-    if not records or any(needed - r.keys() or not isinstance(r["response"], str) for r in records):
+    if not records:
         raise BadInput(f"{file} has no graded answers: name a JSONL file that an evaluation wrote")
+    for line, record in enumerate(records, 1):
+        for name, kinds in RECORD.items():
+            if not isinstance(record.get(name), kinds):
+                what = f"{file} line {line} is no graded answer, its {name} is {record.get(name)!r:.40}"
+                raise BadInput(f"{what}: name a JSONL file that an evaluation wrote, or restore the line")
     with Grader(extract, has_box) as grader:
         verdicts = grader.grade([r["response"] for r in records], [r["gold"] for r in records])
     changed = sum(old["verdict"] != new["verdict"] for old, new in zip(records, verdicts))
