@@ -16,6 +16,7 @@ Weights and gradients on GPUs go over NCCL.
 
 import atexit
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -45,8 +46,13 @@ class Messages:
         self.group = dist.new_group(backend="gloo", timeout=LONG)
 
     def send(self, rank: int, message: Any) -> None:
-        with connected(f"process {rank}"):
-            dist.send_object_list([message], rank, self.group)
+        """Raises BadInput if the message holds a function without a name, such as a divergence."""
+        try:
+            with connected(f"process {rank}"):
+                dist.send_object_list([message], rank, self.group)
+        except (pickle.PicklingError, AttributeError) as error:
+            what = f"a function cannot be sent to the other processes ({models.first_line(error)})"
+            raise BadInput(f"{what}: write a divergence with `def`, at the top of a module") from error
 
     def receive(self, rank: int) -> Any:
         message = [None]

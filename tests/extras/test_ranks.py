@@ -5,6 +5,7 @@ The processes are forked from a server that has imported everything, and meet as
 
 import atexit
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -235,6 +236,15 @@ def test_shards_need_one_tokenizer():
     leader = shard.ShardedLeader.__new__(shard.ShardedLeader)
     with pytest.raises(cli.BadInput, match="--shard needs one tokenizer, and the teacher has another: drop"):
         leader.load_pair(differ=True)
+
+
+def test_a_divergence_that_cannot_be_sent_is_refused(monkeypatch):
+    monkeypatch.setattr(ranks.dist, "send_object_list", lambda objects, *_: pickle.dumps(objects))
+    messages = object.__new__(ranks.Messages)
+    messages.group = None
+    messages.send(1, {"divergence": partial(opd.jsd, beta=0.1)})
+    with pytest.raises(cli.BadInput, match="write a divergence with `def`"):
+        messages.send(1, {"divergence": lambda student_logp, teacher_logp, tokens: student_logp})
 
 
 def test_a_world_size_without_torchrun_is_refused(monkeypatch, capsys):
