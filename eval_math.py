@@ -121,6 +121,8 @@ def is_correct(response: str, answer: str) -> bool:
 
     `answer` may be a whole solution, such as GSM8K's. Raises ValueError if it has no final answer.
     """
+    if data.is_missing(answer):
+        raise ValueError(f"the answer is empty: {answer!r}")
     gold = data.final_answer(data.to_text(answer, "answer"), "answer")
     return one_grader(extract, has_box).verdict(response, gold)["correct"]
 

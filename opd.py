@@ -137,7 +137,7 @@ class OutputHead:
     bias: Tensor | None
     scale: float  # a constant factor of the logits
     softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
-    vocab_size: int  # V: the logits that are returned, those of the ids that both models have
+    vocab_size: int  # V: the ids whose logits are returned; with two tokenizers, all ids of this model
 
     @classmethod
     def of(cls, model, vocab_size: int) -> "OutputHead":

@@ -90,10 +90,9 @@ def engine_config(model, prompts: list[list[int]], horizon: int, seed: int) -> C
         safety_margin=0.0,  # so no row has to wait for room
         return_logprobs=True,
         seed=seed,
-        # Without flash attention the library does not use graphs unless told to. A graph is captured for each
-        # multiple of this number of cached tokens, by default 16,384.
+        # Without flash attention the library does not use CUDA graphs unless told to.
         use_cuda_graph=model.device.type == "cuda",
-        kv_padding_interval_size=2048,
+        kv_padding_interval_size=2048,  # a graph for each multiple of so many cached tokens; default: 16,384
         # Flash attention has 16 bits, and does not run on a CPU beside a GPU.
         auto_switch_to_flash=model.device.type != "cpu" and model.dtype != torch.float32,
     )

@@ -1,7 +1,7 @@
 """`--dry-run`: how much memory a run needs, estimated before anything is loaded.
 
 From the shapes alone, in bytes. What is counted is written where it is counted. The sum of the tensors is
-tested; the CUDA context and the fragmentation are allowances, as measured on one card (results/gpu.csv).
+tested; the CUDA context and the fragmentation are allowances, measured on one card (results/gpu_first.csv).
 """
 
 from dataclasses import replace

@@ -46,7 +46,7 @@ class Messages:
         self.group = dist.new_group(backend="gloo", timeout=LONG)
 
     def send(self, rank: int, message: Any) -> None:
-        """Raises BadInput if the message holds a function without a name, such as a divergence."""
+        """Raises BadInput if a function in the message cannot be pickled, such as a divergence by lambda."""
         try:
             with connected(f"process {rank}"):
                 dist.send_object_list([message], rank, self.group)

@@ -337,13 +337,14 @@ def words_of(problem: Problem) -> str:
 
 
 def distinct(problems: list[Problem], source: str) -> list[Problem]:
-    """Held-out problems without repeats of words and answer, which an interval would count as evidence."""
+    """Problems to evaluate on, without repeats: the same words and answer, which are no further evidence."""
     found: dict[tuple, Problem] = {}
     for problem in problems:
         found.setdefault((words_of(problem), problem.answer), problem)
     if len(found) < len(problems):
         repeats = len(problems) - len(found)
-        print(f"{repeats} of {len(problems)} problems of {source} repeat another one: left out", flush=True)
+        what = f"{repeats} of {len(problems)} problems of {source} repeat another one"
+        print(f"{what}: each is evaluated once", flush=True)
     return list(found.values())
 
 
@@ -389,7 +390,7 @@ def train_and_test(
     answered = distinct([problem for problem in problems if problem.answer is not None], source)
     if len(answered) < limit:
         what = f"{source} has only {len(answered)} problems with an answer, and {limit} are to be held out"
-        fault = next(problem.fault for problem in problems if problem.answer is None)
+        fault = next((p.fault for p in problems if p.answer is None), "each counted once")
         raise BadInput(f"{what} ({fault}): give --eval-data, or --eval-limit 0")
     test = [answered[i] for i in sorted(random.Random(seed).sample(range(len(answered)), limit))]
     return without(test, problems, source), test

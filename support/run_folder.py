@@ -470,7 +470,10 @@ class Run:
         self.timings[column] = self.timings.get(column, 0.0) + time.perf_counter() - started
 
     def log(self, rollouts, statistics: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
-        """Keep the step's row: the given columns, the timings, and the means of the token statistics."""
+        """Keep the step's row: the given columns, the timings, and the means of the token statistics.
+
+        Raises ValueError if a column has two values.
+        """
         given = {name: x.item() if isinstance(x, Tensor) else x for name, x in columns.items()}
         means = {name: x.float().mean().item() for name, x in statistics.items() if name not in PLACES}
         sampled = int(rollouts.response_mask.sum())
@@ -478,7 +481,7 @@ class Run:
         counts |= {"truncated": 1 - rollouts.finished.float().mean().item()}
         row: dict[str, Any] = {}
         for part in (given, means, counts, self.timings, {"seconds": self.seconds()}):
-            if twice := row.keys() & part.keys():
+            if twice := sorted(row.keys() & part.keys()):
                 raise ValueError(f"two values for the column {', '.join(twice)} of metrics.csv: rename one")
             row |= part
         self.timings = {}

@@ -289,8 +289,8 @@ def test_an_overlong_unit_is_read_in_linear_time():
 def test_is_correct_reads_a_whole_solution_and_refuses_one_without_an_answer():
     for answer in ("72", "24 + 48 = 72 clips\n#### 72", r"It is \boxed{72}.", 72):
         assert is_correct(r"\boxed{72}", answer) and not is_correct(r"\boxed{71}", answer)
-    for answer in (None, [], "She sold 48 / 2 clips in May. Then she sold clips in April and in June."):
-        with pytest.raises(ValueError):
+    for answer in (None, "", [], "She sold 48 / 2 clips in May. Then she sold clips in April and in June."):
+        with pytest.raises(ValueError, match="empty|not marked"):
             is_correct("72", answer)
 
 

@@ -339,11 +339,13 @@ def test_held_out_problems_that_repeat_are_left_out(tmp_path, capsys):
     """Each would count as a problem of its own in the interval."""
     problems = [Problem(f"{text} ?", answer) for text, answer in ("a1", "b2", "a1", "a3", "b2")]
     assert data.distinct([*problems, Problem(" a  ?", "1")], "x") == [problems[i] for i in (0, 1, 3)]
-    assert "3 of 6 problems of x repeat another one: left out" in capsys.readouterr().out
+    assert "3 of 6 problems of x repeat another one: each is evaluated once" in capsys.readouterr().out
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"question": f"q {i % 4}", "answer": "1"}) + "\n" for i in range(20)))
     problems, test = data.train_and_test(str(path), "", 3, 0)
     assert len({p.question for p in test}) == 3 and len({p.question for p in problems}) == 1
+    with pytest.raises(BadInput, match="only 4 problems with an answer, and 5 .*each counted once"):
+        data.train_and_test(str(path), "", 5, 0)
 
 
 def test_limit_is_a_seeded_random_subset():

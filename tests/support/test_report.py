@@ -85,6 +85,7 @@ WORSE = BETTER | {"accuracy": 0.2}
         (FELL, BETTER, [0.0, 0.0], 0, ["it fell", "No verdict changed on 20 problems"]),
         (FELL, BETTER, [1.0, 1.0], 0, ["it fell", "Accuracy rose"]),  # every verdict changed
         (FELL, WORSE | {"n": 4}, [1.0, 1.0], 0, ["it fell", "within noise (p = 0.12)", "teacher is not"]),
+        (FELL, BETTER | {"n": 4}, [0.4, 1.0], 0, ["it fell", "within noise (p = 0.12)"]),
         (GREW, BETTER, [0.1, 0.5], 0, ["of other tokens, as the horizon changed", "Accuracy rose"]),
         (FELL, WORSE, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "teacher is not better"]),
         (FELL, BETTER, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "50% of the answers were cut"]),
