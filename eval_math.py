@@ -182,7 +182,7 @@ def evaluate(
     problems, prompts, tokenizer, eos_ids = held_out
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
-    records = run_folder.whole_batches(path, len(keys))
+    records = run_folder.whole_batches(path, [i for i, _ in keys])
     # A resumed evaluation keeps its batch size, as another rounds differently, unless less is asked for.
     size = min(batch_size, records[0]["batch_size"]) if records else batch_size
     bar = tqdm(total=len(keys), initial=len(records), desc=path.stem, unit="answer", leave=False)

@@ -354,10 +354,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file. Raises BadInput if it is not text."""
+    """The rows of a CSV file. Raises BadInput if it cannot be read."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
+    except OSError as error:
+        raise BadInput(f"cannot read {path} ({error.strerror}): restore it, or name another file") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path} is not a CSV file ({error}): restore it, or name another file") from error
 
@@ -420,11 +422,12 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def whole_batches(path: Path, total: int) -> list[dict[str, Any]]:
-    """What a stopped evaluation left of `total` answers: the records of the batches that it finished.
+def whole_batches(path: Path, indices: list[int]) -> list[dict[str, Any]]:
+    """What a stopped evaluation left: the records of the batches that it finished.
 
-    An incomplete line, and the batch that it belongs to, are removed from the file: that batch is sampled
-    again.
+    `indices` are those of the problems of all answers, in order. An incomplete line, and the batch that it
+    belongs to, are removed from the file: that batch is sampled again. Raises BadInput if a line is not the
+    answer that stands there.
     """
     content = path.read_bytes() if path.exists() else b""
     if not content.rpartition(b"\n")[0].strip():
@@ -432,9 +435,16 @@ def whole_batches(path: Path, total: int) -> list[dict[str, Any]]:
         return []
     whole = path.with_suffix(".part")
     whole.write_bytes(content[: content.rindex(b"\n") + 1])
-    records = data.read_jsonl(whole)
-    size = records[0]["batch_size"]
-    if len(records) < total:
+    whole.replace(path)
+    records = data.read_jsonl(path)
+    size = records[0].get("batch_size")
+    found = [record.get("index") for record in records]
+    if found != indices[: len(found)] or not isinstance(size, int) or size < 1:
+        pairs = enumerate(zip(found, [*indices, None]), 1)
+        line = next((number for number, (index, right) in pairs if index != right), 1)
+        what = f"answer {line} of {path} is not the one that the evaluation wrote there"
+        raise BadInput(f"{what}: restore it, or start a new evaluation")
+    if len(records) < len(indices):
         records = records[: len(records) // size * size]
     whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     whole.replace(path)

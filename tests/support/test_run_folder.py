@@ -203,13 +203,24 @@ def test_whole_batches(tmp_path):
     lines = [json.dumps({"index": i, "batch_size": 2}) + "\n" for i in range(7)]
     for written, kept in [("", 0), ("".join(lines[:4]), 4), ("".join(lines[:5]), 4), ("".join(lines), 7)]:
         path.write_text(written)
-        assert len(run_folder.whole_batches(path, 7)) == kept
+        assert len(run_folder.whole_batches(path, list(range(7)))) == kept
         path.write_text(written + '{"index": 9, "cor')
-        assert len(run_folder.whole_batches(path, 7)) == kept
+        assert len(run_folder.whole_batches(path, list(range(7)))) == kept
         assert (path.read_text() if path.exists() else "") == "".join(lines[:kept])  # nothing to add to
     path.write_text("".join([*lines[:2], "{broken\n", *lines[2:]]))
-    with pytest.raises(BadInput, match="line 3"):
-        run_folder.whole_batches(path, 7)
+    with pytest.raises(BadInput, match="a.jsonl line 3"):
+        run_folder.whole_batches(path, list(range(7)))
+    wrong = {
+        2: [lines[0], *lines[2:]],
+        5: [*lines[:4], lines[6]],
+        8: [*lines, lines[0]],
+        1: ['{"index": 0}\n'],
+    }
+    for number, edited in wrong.items():
+        path.write_text("".join(edited))
+        with pytest.raises(BadInput, match=f"answer {number} of .* is not the one that the evaluation wrote"):
+            run_folder.whole_batches(path, list(range(7)))
+        assert path.read_text() == "".join(edited)
 
 
 def test_rows_after_a_checkpoint_are_dropped(tmp_path):
