@@ -33,8 +33,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 def scored_answer(student: str, knobs: train.Knobs) -> tuple[list[str], Tensor, Tensor]:
     """The tokens of an answer to the first held-out problem, their reverse KL, and log q(y) - log p(y)."""
     pair = train.load_pair(student, knobs.teacher, "float32", torch.device("cpu"))
-    problems = data.read_problems(knobs.data, "test")[:1]
-    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
+    # One problem at least, also of a run without evaluation.
+    limit = knobs.eval_limit or 1
+    _, problems = data.train_and_test(knobs.data, knobs.eval_data, limit, knobs.seed, layout)
+    prompts = data.render(pair.tokenizer, problems[:1], knobs.instruction, knobs.system_prompt)
     noise = sampling_noise([(knobs.seed, "picture", 0)], SHOWN)
     rollouts = rollout(pair.student, prompts, SHOWN, pair.eos_ids, noise, vocab_size=pair.vocab_size)
     _, tokens = train.score(pair, rollouts)

@@ -193,15 +193,15 @@ def main() -> None:
     device = models.find_device(knobs.device)
     layout = data.Layout(run.question_column, run.answer_column, run.skip_bad_rows)
     if knobs.data:
-        problems = data.read_problems(knobs.data, "test", need_answers=False)
+        problems = data.read_problems(knobs.data, "test", layout, need_answers=False)
     else:
         _, problems = data.train_and_test(run.data, run.eval_data, run.eval_limit, run.seed, layout)
     horizon_at = train.schedule_of(run)
-    pairs = load_pairs(run, folder, device)
     facts = {"run": folder.resolve().name, "horizon": horizon_at(0), "top": TOP, "units": UNITS}
     for name in ("student", "teacher", "schedule", "steps", "max_new_tokens", "temperature"):
         facts[name] = getattr(run, name)
     facts["steps"] = len(run_folder.read_csv(folder / "metrics.csv"))  # a stopped run has fewer
+    pairs = load_pairs(run, folder, device)
     content = problems_with_answers(pairs, problems[: knobs.answers], run, knobs.teacher)
     write(page({"facts": facts} | content), out)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
