@@ -42,6 +42,12 @@ def render(
     if not chat and not few_shot:
         raise BadInput(f"the tokenizer of {name} has no chat template: give an instruction-tuned model")
 
+    if not chat and (system_prompt or thinking):
+        flag = "--system-prompt" if system_prompt else "--thinking"
+        raise BadInput(f"the tokenizer of {name} has no chat template, which {flag} needs: drop it")
+    if thinking and "enable_thinking" not in tokenizer.get_chat_template():
+        print(f"the chat template of {name} has no switch: --thinking changes nothing", flush=True)
+
     def text_around(content: str) -> str:
         if not chat:
             return f"{few_shot}Question: {content}\nAnswer:"

@@ -114,7 +114,7 @@ def test_control_tokens_in_a_problem_are_plain_text(kind, template):
     for brackets in ("<>", "\u27e8\u27e9"):
         tokenizer = wrapped(KINDS[kind](), template, brackets)
         problems = [Problem(HOSTILE, "4")]
-        (ids,) = data.render(tokenizer, problems, "", thinking=True, few_shot=FEW_SHOT)
+        (ids,) = data.render(tokenizer, problems, "", thinking=bool(template), few_shot=FEW_SHOT)
         tokens.append(tokenizer.convert_ids_to_tokens(ids))
     same = str.maketrans("\u27e8\u27e9", "<>")
     assert tokens[0] == [token.translate(same) for token in tokens[1]]
@@ -162,11 +162,14 @@ def test_a_prompt_is_the_same_every_day():
         assert "26 Jul 2024" in tokenizer.decode(ids)
 
 
-def test_thinking_is_off_by_default():
+def test_thinking_is_off_by_default(capsys):
     tokenizer = wrapped(byte_level())
     problems = [Problem("2 + 2?", "4")]
     assert tokenizer.decode(data.render(tokenizer, problems, "")[0]).endswith("assistant\n")
     assert tokenizer.decode(data.render(tokenizer, problems, "", thinking=True)[0]).endswith("<think>")
+    assert "has no switch" not in capsys.readouterr().out
+    data.render(wrapped(byte_level(), OMITS_SYSTEM), problems, "", thinking=True)
+    assert "has no switch: --thinking changes nothing" in capsys.readouterr().out
 
 
 def word_level() -> Tokenizer:
@@ -180,6 +183,7 @@ REFUSED = [  # tokenizer, template, system prompt, what the line says
     (word_level, None, "", "loses or adds text"),
     (byte_level, WITHOUT_SYSTEM, "Be brief.", "drop --system-prompt"),
     (byte_level, OMITS_SYSTEM, "Be brief.", "omits the system prompt"),
+    (byte_level, None, "Be brief.", "no chat template, which --system-prompt needs"),
     (byte_level, CONSTANT, "", "writes a message 0 times"),
     (byte_level, "{{ messages | nothing }}", "", "another template"),
 ]
