@@ -17,8 +17,8 @@ from torch import Tensor
 import opd
 import train
 from rollout import Rollout, model_inputs, rollout, sampling_noise
-from support import data, toy
-from support.cli import knob, parse, run_main
+from support import data, models, toy
+from support.cli import BadInput, knob, parse, run_main
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,9 @@ def main() -> None:
     pair = train.load_pair(student, teacher, "float32", torch.device("cpu"))
     names = Names(pair.tokenizer)
     prompt = data.render(pair.tokenizer, [data.Problem(question, "")], knobs.instruction)[0]
+    if len(prompt) + knobs.tokens > models.context_length(pair.student.config):
+        what = f"the prompt of {len(prompt)} tokens and --tokens {knobs.tokens} exceed the student's context"
+        raise BadInput(f"{what}: lower --tokens")
     print(f"The prompt, {len(prompt)} tokens: {' | '.join(map(names, prompt))}\n")
 
     noise = sampling_noise([(knobs.seed, 0, 0)], knobs.tokens)

@@ -183,7 +183,8 @@ def check_head(model, hidden_states: Callable, head: Callable[[Tensor], Tensor])
     """
     weight = model.get_output_embeddings().weight
     vocab_size = head.vocab_size
-    ids = torch.arange(64, device=weight.device)[None] * 7919 % vocab_size
+    length = min(64, context_length(model.config))
+    ids = torch.arange(length, device=weight.device)[None] * 7919 % vocab_size
     theirs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size].float()
     ours = head(hidden_states(model, ids)[0])
     tolerance = 1e-4 if weight.dtype == torch.float32 else 2**-7
