@@ -51,7 +51,8 @@ def test_it_explodes_where_the_teacher_excludes_what_the_student_writes():
     certain = torch.tensor([[0.0, never]])
     assert reverse_kl(undecided, certain).item() == pytest.approx(5000, rel=1e-3), (
         "Half of the time this student writes a token that the teacher never writes: half of 10,000 nats. "
-        "If yours is log 2, the teacher's probabilities are the weight: that is the wrong direction."
+        "If yours is log 2, the teacher's probabilities are the weight: that is the wrong direction. "
+        "If yours is infinite, it takes the logarithm of a probability that is 0 in floating point."
     )
     assert reverse_kl(certain, undecided).item() == pytest.approx(math.log(2)), (
         "This student writes one of the teacher's two tokens, which costs log 2: reverse KL lets a student "

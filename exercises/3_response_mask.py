@@ -25,10 +25,12 @@ EOS = 2
 
 
 def check(rows: list[list[int]], expected: list[list[int]], hint: str) -> None:
-    found = response_mask(torch.tensor(rows), EOS)
-    assert found.dtype == torch.bool, f"The mask is {found.dtype}: a comparison gives torch.bool."
-    for row, mask, right in zip(rows, found.long().tolist(), expected):
-        assert mask == right, f"tokens {row} with eos id {EOS}: mask {mask}, expected {right}. {hint}"
+    for eos_id in (EOS, 11):  # of two tokenizers
+        renamed = [[eos_id if token == EOS else token for token in row] for row in rows]
+        found = response_mask(torch.tensor(renamed), eos_id)
+        assert found.dtype == torch.bool, f"The mask is {found.dtype}: a comparison gives torch.bool."
+        for row, mask, right in zip(renamed, found.long().tolist(), expected):
+            assert mask == right, f"tokens {row} with eos id {eos_id}: mask {mask}, expected {right}. {hint}"
 
 
 def test_padding_with_the_eos_id():
