@@ -6,6 +6,7 @@ Shapes: S seeds, P problems.
 """
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -71,12 +72,27 @@ def read(path: Path) -> Results:
     if not path.is_file():
         raise BadInput(f"there is no {path}: run the comparison without --report first, or name --csv")
     rows = read_rows(path, ("arm", "seed"), COLUMNS)
-    first = next(iter(rows.values()), {})
+    if not rows:
+        raise BadInput(f"{path} has no rows: run the comparison without --report first, or name --csv")
+    for row in rows.values():
+        check_values(path, row)
+    first = next(iter(rows.values()))
     check_settings(path, rows.values(), {name: first[name] for name in first if name not in COLUMNS})
     results: Results = {}
     for (arm, seed), row in rows.items():
         results.setdefault(arm, {})[int(seed)] = row
     return results
+
+
+def check_values(path: Path, row: Row) -> None:
+    """Raises BadInput unless seed, costs and verdicts are of the form that a comparison writes."""
+    verdicts = rf"[01]{{{int(row['n']) if row['n'].isdigit() else 0}}}"
+    forms = {"seed": r"\d+", "correct": verdicts, "correct_greedy": verdicts}
+    forms |= dict.fromkeys((*COSTS, "accuracy"), r"\d+(\.\d*)?(e-?\d+)?")
+    for name, form in forms.items():
+        if not re.fullmatch(form, row[name]):
+            what = f"{path} has {name} {row[name][:40]!r} for {row['arm']} with seed {row['seed']}"
+            raise BadInput(f"{what}: restore the file, or name another")
 
 
 def curves_path(path: Path) -> Path:

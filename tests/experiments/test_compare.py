@@ -190,6 +190,7 @@ def row(arm, seed, marks, seconds=10.0, tokens=1000, **changes):
     share = marks.count("1") / len(marks)
     found = dict.fromkeys(claims.COLUMNS, 0) | {"arm": arm, "seed": seed, "seconds": seconds}
     found |= {"response_tokens": tokens, "accuracy": share, "correct": marks, "correct_greedy": marks}
+    found |= {"n": len(marks)}
     return found | {"lr": "0.001"} | changes
 
 
@@ -419,6 +420,11 @@ def test_committed_verdicts_recomputed_by_hand():
         ([row("full", 0, "01"), row("full", 1, "01") | {"lr": "0.1"}], "would mix lr '0.1' and '0.001'"),
         ([row("full", 0, "01"), row("full", 0, "01")], "line 3 repeats full 0"),
         ([{"arm": "full", "seed": 0}], "line 2 is not a complete row"),
+        ([row("full", 0, "09")], "has correct '09' for full with seed 0: restore"),
+        ([row("full", 0, "01") | {"n": 3}], "has correct '01'"),
+        ([row("full", "x", "01")], "has seed 'x'"),
+        ([row("full", 0, "01", tokens=-5)], "has response_tokens '-5'"),
+        ([row("full", 0, "01") | {"accuracy": "nan"}], "has accuracy 'nan'"),
     ],
 )
 def test_files_that_are_not_one_comparison(tmp_path, rows, why):
