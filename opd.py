@@ -6,6 +6,7 @@ models may differ in it).
 
 At V = 151,936 the fp32 logits of one token take 0.6 MB, so those of a whole batch do not fit into memory.
 `opd_backward` therefore takes hidden states and computes logits for one chunk of tokens at a time.
+`python -m extras.trace` shows p, q and the gradient of each token of an answer, in numbers.
 """
 
 import math
