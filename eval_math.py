@@ -6,7 +6,7 @@ r"""Evaluation: full-length answers to mathematical problems, graded, with stand
     python eval_math.py --regrade FILE.jsonl                   grade saved answers again, without a model
 
 `extract` finds the answer of a response, and support/grading.py compares it with the gold answer;
-`is_correct(response, answer)` is both together. Answers, verdicts and scores go to the run folder.
+`is_correct(response, answer)` does both. Answers, verdicts and scores go to the run folder.
 """
 
 import json
@@ -62,7 +62,7 @@ BENCHMARKS = {
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of each \boxed{...}, in closing order; blank and overlong ones are skipped."""
+    r"""The content of each \boxed{...}, in the order in which they close, without blank and overlong ones."""
     found = []
     opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
     for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<escaped>\\[{}])|(?P<brace>[{}])", text):
@@ -77,7 +77,7 @@ def boxed(text: str) -> list[str]:
 
 
 def after_hashes(text: str) -> list[str]:
-    """GSM8K's notation, "#### x"; a heading of a section has no digit."""
+    """What follows GSM8K's "####"; text without a digit is a heading, and skipped."""
     found = re.findall(r"(?<!#)####(?!#)[ \t]*(\S[^\n]{0,200})", text)
     return [answer.strip(" *") for answer in found if re.search(r"\d", answer.split()[0])]
 
@@ -128,7 +128,7 @@ def is_correct(response: str, answer: str) -> bool:
 
 
 def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:
-    """Text, length in tokens, and whether it ended, of each row."""
+    """For each row its text, its length in tokens, and whether it ended."""
     answers = []
     for tokens, mask, finished in zip(rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist()):
         text = tokenizer.decode(tokens[mask], skip_special_tokens=True)
@@ -183,7 +183,7 @@ def evaluate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
     records = run_folder.whole_batches(path, [i for i, _ in keys])
-    # A resumed evaluation keeps its batch size, as another rounds differently, unless less is asked for.
+    # A resumed evaluation keeps its batch size, as another one rounds differently; it may only get smaller.
     size = min(batch_size, records[0]["batch_size"]) if records else batch_size
     bar = tqdm(total=len(keys), initial=len(records), desc=path.stem, unit="answer", leave=False)
     with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, has_box) as grader, bar:
@@ -221,10 +221,10 @@ class Knobs:
     question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
     answer_column: str = knob("", "default: found by name")
     skip_bad_rows: bool = knob(False, "leave out rows that cannot be read, instead of stopping")
-    limit: int = knob(0, "problems, a random subset drawn by the seed; 0: all", least=0)
+    limit: int = knob(0, "number of problems, a random subset drawn by the seed; 0: all", least=0)
     instruction: str | None = knob(None, "text after each problem; default: the benchmark's own")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
-    thinking: bool = knob(False, "let a model think first, if its chat template has the switch")
+    thinking: bool = knob(False, "turn reasoning on, if the chat template has the switch")
     max_new_tokens: int = knob(1024, "longest answer", least=1, group="sampling")
     samples: int = knob(1, "answers to each problem: avg@K, pass@k, maj@K", least=1, most=10**4)
     temperature: float = knob(0.0, "0 is greedy", least=0)

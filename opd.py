@@ -95,7 +95,7 @@ DIVERGENCES = {
 def token_statistics(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """Per-token statistics, (C,) each, in nats; `agreement` is 1 where both argmaxes are equal, else 0.
 
-    They are logged with every loss: the mean of each over the tokens of a step is a column of metrics.csv.
+    They are logged whichever loss is used: the mean of each over a step's tokens is a column of metrics.csv.
     """
     return {
         "reverse_kl": reverse_kl(student_logp, teacher_logp, tokens),
@@ -185,9 +185,9 @@ def opd_backward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss = sum of the tokens' divergence / normalizer, backpropagated into the student.
 
-    Returns the loss, a scalar, and `token_statistics`, (N,) each. The text before each token is given: no
-    gradient flows through the sampling. Under `torch.no_grad()` nothing is backpropagated. Raises ValueError
-    if the lengths differ, or if the divergence does not return one value per token.
+    Returns the loss, a scalar, and `token_statistics`, (N,) each. The text before each token is taken as
+    given: no gradient flows through the sampling. Under `torch.no_grad()` nothing is backpropagated. Raises
+    ValueError if the lengths differ, or if the divergence does not return one value per token.
     """
     lengths = len(student_hidden), len(teacher_hidden), len(tokens)
     if len(set(lengths)) > 1:

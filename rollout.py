@@ -61,7 +61,7 @@ def sample(logits: Tensor, temperature: float, uniform: Tensor, top_p: float = 1
 
 
 def keep_top_p(logp: Tensor, top_p: float) -> Tensor:
-    """Log-probabilities of the fewest most likely tokens that hold `top_p`, renormalised; -inf elsewhere."""
+    """Renormalised log-probabilities of the fewest tokens that together reach `top_p`; -inf elsewhere."""
     ordered, ids = logp.sort(-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all more likely tokens
     ordered = ordered.masked_fill(before >= top_p, -torch.inf)
@@ -136,7 +136,7 @@ def rollout(
 
 
 def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
-    """Row numbers in groups of at most `max_tokens` tokens, padding included; a longer row stands alone.
+    """Row numbers in groups of at most `max_tokens` tokens, padding included; a longer row is a group alone.
 
     Longest first, so that if a micro-batch does not fit into memory, the first one fails. Rows of similar
     length share a group, so there is little padding.

@@ -53,8 +53,8 @@ def make_schedule(
 ) -> Callable[[int], int]:
     """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule.
 
-    By default the horizon is the schedule's, and POPD grows every 1/30 of the run, by as much as reaches the
-    budget at 2/3 of it. Growth and interval are our choice; those of the paper are not known.
+    By default the horizon is the schedule's, and POPD's grows every 1/30 of the run, by an amount with which
+    it reaches the budget at 2/3 of the run. This is our choice; growth and interval of the paper are unknown.
     """
     schedule = SCHEDULES[name]
     if name == "full" and horizon == "auto":

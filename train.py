@@ -31,7 +31,7 @@ from support.scores import score_answers
 
 
 # knob(default, help, limits). A numeric flag also accepts `word`; `group` starts a section of --help.
-# The defaults are the preset qwen; PRESET of support/toy.py or words.py replaces some, flags replace both.
+# The defaults are the preset qwen; PRESET of support/toy.py or words.py overrides some; flags override both.
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")
@@ -388,8 +388,8 @@ def main() -> int | None:
         from extras.ranks import join
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
-    knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # flags over preset, or a resumed run's
-    # What touches the models. With torchrun, functions of the same names share the work among processes.
+    knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
+    # The functions that use the models. With torchrun, those of the same names divide the work.
     own = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
     engine = ranks.start(knobs) if ranks else own
     horizon_at = schedule_of(knobs)
@@ -434,7 +434,7 @@ def main() -> int | None:
     run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
     with run.open(knobs, longest=max(map(horizon_at, range(knobs.steps)))):
         inputs = run_folder.training_inputs(knobs, problems, test)
-        run_folder.write_config(folder, asdict(knobs), device, inputs)  # refused if a resumed run's differ
+        run_folder.write_config(folder, asdict(knobs), device, inputs)  # raises if a resumed run's differ
         if knobs.tracker:
             from extras import tracker
 
