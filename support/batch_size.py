@@ -9,7 +9,7 @@ from support.cli import BadInput
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be used."""
+    """Bytes that may still be used, the free blocks of PyTorch's allocator included."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -37,7 +37,7 @@ class Shape:
         try:
             sizes = {name: getattr(c, name, None) for name in names}
             sizes |= {name: getattr(c, name, None) or 0 for name in optional}
-        except RuntimeError:  # transformers' answer where a setting differs from layer to layer
+        except RuntimeError:  # raised by transformers if a setting differs from layer to layer
             sizes = {"sizes": "that differ from layer to layer"}
         unknown = [f"{name} {str(size)[:40]}" for name, size in sizes.items() if not isinstance(size, int)]
         if unknown:

@@ -83,9 +83,9 @@ class CheckpointedRun(run_folder.Run):
 
     @contextmanager
     def open(self, knobs, longest: int) -> Iterator[None]:
-        """Hold the folder. Faults of memory, disk and processes end in one line.
+        """Hold the folder's lock; turn errors of memory, disk and processes into a one-line Stopped.
 
-        `longest` is the largest horizon. Raises BadInput if the student cannot be saved; Stopped.
+        `longest` is the largest horizon. Raises BadInput if the student cannot be saved.
         """
         workload = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
         with run_folder.exclusive(self.folder, fresh=not knobs.resume):
@@ -159,7 +159,7 @@ class CheckpointedRun(run_folder.Run):
     def stop_on_fault(self, error: Exception, workload: str) -> None:
         """Raise Stopped with one line if memory, disk or another process is the cause; else return.
 
-        A BadInput on the way, of a sampler that fails for example, has its own line: the state is saved.
+        After a BadInput, which has its own line (a sampler that fails, for example), the state is saved.
         """
         if isinstance(error, BadInput):
             self.save_last()
@@ -177,7 +177,7 @@ class CheckpointedRun(run_folder.Run):
             raise Stopped(1, f"{what} and {remedy}") from error
 
     def save_last(self) -> None:
-        """Save the state after the last step, if it still exists: an update of the next one replaces it."""
+        """Save the state after the last step, unless the update of the next step has begun to replace it."""
         self.optimizer.zero_grad()
         updates = max((int(state.get("step", 0)) for state in self.optimizer.state.values()), default=0)
         if 0 < self.step == updates:  # before the first update there is nothing to save
@@ -208,13 +208,13 @@ class CheckpointedRun(run_folder.Run):
             old.unlink()
 
     def checkpoints(self) -> list[Path]:
-        """Those of the folder, the newest first."""
+        """The checkpoint files of the folder, the newest first."""
         return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
 
     def load(self, total: int) -> None:
         """Restore the newest intact checkpoint, if there is one.
 
-        Raises BadInput if all are damaged, or if one is of another run.
+        Raises BadInput if all are damaged, or if one belongs to another run.
         """
         self.run_id = run_folder.run_id_of(self.folder)
         for path in self.checkpoints():

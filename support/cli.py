@@ -78,7 +78,7 @@ def parse(knobs_class: type, description: str, argv: list[str] | None = None) ->
 
 
 def recorded(knobs_class: type, values: dict[str, Any]) -> dict[str, Any]:
-    """All settings, from a file that holds them or most, checked as if given as flags. Raises BadInput."""
+    """All settings, from a file that has all or most of them, checked like given flags. Raises BadInput."""
     argv = []
     hints = get_type_hints(knobs_class)
     fields = dataclasses.fields(knobs_class)
@@ -157,7 +157,7 @@ def number_or(word: str, kind: type) -> Callable[[str], Any]:
 class Output:
     """A text stream whose failure does not end the program: its reader may be gone, or its disk full.
 
-    `error` is the first failure; what is written after it is dropped. None stands for a closed stream.
+    `error` is the first failure; what is written after it is dropped. `stream` is None if it is closed.
     """
 
     def __init__(self, stream: TextIO | None):
@@ -181,7 +181,7 @@ class Output:
         except OSError as error:
             self.error = self.error or error
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.stream.fileno())  # takes what the buffer still holds
+            os.dup2(null, self.stream.fileno())  # discards what the buffer still holds
             os.close(null)
 
 
@@ -207,7 +207,7 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def exit_code(main: Callable[[], int | None]) -> int | None:
-    """What `main` returns; for wrong input, a run that was stopped, and Ctrl-C a line and a code."""
+    """What `main` returns; after wrong input, a stopped run or Ctrl-C, print a line and return its code."""
     try:
         return main()
     except SystemExit as stop:
@@ -226,5 +226,5 @@ def exit_code(main: Callable[[], int | None]) -> int | None:
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters other than newline and tab as \x1b: a terminal would obey them."""
+    r"""The text with control characters but newline and tab written as \x1b: a terminal would obey them."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -1,7 +1,7 @@
-r"""Data: problems of files and of hub data sets, and the order in which steps use them.
+r"""Data: problems from files and hub data sets, and the order in which steps use them.
 
-The columns that are found by name; with a value in none of them, or in two question columns that differ, the
-row is refused. `--question-column` and `--answer-column` name others; `a.b` is field b of column a.
+These columns are found by name. A row is refused if none of them has a value, or if two question columns have
+different values. `--question-column` and `--answer-column` name others; `a.b` is field b of column a.
 
 | data set | question | answer: the first column with a value |
 |---|---|---|
@@ -12,8 +12,8 @@ row is refused. `--question-column` and `--answer-column` name others; `a.b` is 
 | MetaMathQA | query | response, after "The answer is:" |
 | prompts without answers | any of the above | none: enough to train on, not to be evaluated on |
 
-Text and numbers are read, nothing else; 5.0 is read as 5. Null, NaN, an empty list and blank text count as
-missing. A CSV file has no types: its cells are text, and only an empty one is missing, not "None" or "nan".
+Only text and numbers are read; 5.0 is read as 5. Null, NaN, an empty list and blank text count as missing.
+A CSV file has no types: its cells are text, and only an empty one is missing, not "None" or "nan".
 """
 
 import csv
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where questions and answers stand, found by name if empty, and whether bad rows are skipped."""
+    """The columns of questions and answers, found by name if empty, and whether bad rows are skipped."""
 
     question_column: str = ""
     answer_column: str = ""
@@ -72,8 +72,8 @@ def read_problems(
 ) -> list[Problem]:
     """Problems of a file (JSONL, JSON, CSV, parquet), a folder holding `split`.*, or a hub data set.
 
-    A hub data set may name its configuration: `openai/gsm8k:main`. Rows that cannot be read are skipped if
-    the layout says so, and named. Raises BadInput.
+    A hub data set may name its configuration: `openai/gsm8k:main`. If the layout says so, rows that cannot be
+    read are skipped, and the first three are printed. Raises BadInput.
     """
     name, rows = read_rows(source, split)
     problems, bad = [], []
@@ -143,7 +143,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 row = json.loads(text) if text else {}
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
-            except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or brackets nested too deeply
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
                 text, row = "bad", BadRow(f"cannot be read ({error}): {line[:40]!r}")
             if text:
                 yield f"line {number}", row
@@ -173,7 +173,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a CSV file with a header. All cells are text, and 5.0 is 5."""
+    """The rows of a CSV file with a header. All cells are text; 5.0 becomes 5."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         header = next(reader, [])
@@ -208,7 +208,7 @@ def hub_rows(source: str, split: str) -> Iterator[tuple[str, Row]]:
 
 
 def to_problem(row: Row, place: str, layout: Layout, need_answer: bool) -> Problem:
-    """Raises BadRow; for an answer that cannot be read only if it is needed."""
+    """The problem of a row. Raises BadRow; if an answer cannot be read, only if it is needed."""
     if isinstance(row, BadRow):
         raise row
     question = question_of(row, layout.question_column)
@@ -293,8 +293,8 @@ def to_text(value: Any, column: str) -> str:
 def final_answer(text: str, column: str) -> str:
     r"""The final answer in a text: after #### or "The answer is:" at its end, or in its last \boxed{}.
 
-    Text without any of these is the answer itself. Raises BadRow if it is a whole solution, and if two of
-    them differ.
+    Text without any of these is the answer itself. Raises BadRow if such a text is a whole solution, or if
+    two of these answers differ.
     """
     before, last = ["", *filter(str.strip, text.split("\n"))][-2:]
     line, *phrase = re.split(r"(?i)the (?:final )?answer is:", last)
@@ -337,7 +337,7 @@ def words_of(problem: Problem) -> str:
 
 
 def distinct(problems: list[Problem], source: str) -> list[Problem]:
-    """Problems to evaluate on, without repeats: the same words and answer, which are no further evidence."""
+    """Problems to evaluate on, without repeats of the same words and answer, which would count twice."""
     found: dict[tuple, Problem] = {}
     for problem in problems:
         found.setdefault((words_of(problem), problem.answer), problem)
@@ -349,7 +349,7 @@ def distinct(problems: list[Problem], source: str) -> list[Problem]:
 
 
 def subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
-    """`limit` problems, all if 0, chosen at random by `seed`: a file may start with its easy part."""
+    """`limit` problems (0: all), chosen at random by `seed`, as a file may start with its easy ones."""
     if not limit or limit >= len(problems):
         return problems
     return random.Random(seed).sample(problems, limit)

@@ -1,18 +1,18 @@
 r"""Whether an extracted answer equals the gold answer: by text, by exact number, then with math-verify.
 
-Where mathematics does not decide, this table does:
+Conventions, where mathematics does not decide:
 
 | kind | rule |
 |---|---|
-| units | one that is left out is accepted, on either side; two must be the same; none is converted |
-| percent | 50\% is 50 and 1/2; without a sign, 50 is not 1/2 |
+| units | either side may leave its unit out; two units must be the same; none is converted |
+| percent | 50\% equals 50 and 1/2; without a percent sign, 50 is not 1/2 |
 | decimals | equal an irrational number within 1e-6 of its value, and a fraction exactly |
 | lists, sets | in any order, "or" and "and" are commas; tuples, intervals and matrices in their order |
 | names | in x = 5, f(x) = 2x, x \in (0, 1) the name may be left out, but two names must be the same |
-| choices | the letter decides, as in (B) 12; where one has no letter, the text after it |
+| choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
 | bases | 101_2 needs its base, and is not converted |
 | a:b | the fraction a/b; longer ratios are compared as text |
-| words | compared as text, upper and lower case alike; so is all that math-verify cannot read whole |
+| words | compared as text, ignoring case; so is everything that math-verify cannot read completely |
 | gold unreadable | the texts differ, and math-verify cannot read the gold: not correct, and reported |
 | several boxes | the first that is not blank counts; `correct_last` shows the last |
 | reasoning | only what follows the last </think> is graded; an unclosed <think> has no answer |
@@ -30,7 +30,7 @@ LONGEST_RESPONSE = 200_000  # characters of a response; what follows is not sear
 SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations unknown to math-verify
     (r"^[\s=*]+|[\s.,;*]+$", ""),
     (r"^\$(.*)\$$", r"\1"),
-    ("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),  # NFKC makes 5 of a raised 5
+    ("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),  # NFKC would turn a superscript 5 into 5
     ("[₀-₉]+", r"_{\g<0>}"),
     ("[¼-¾⅐-⅞]", r" \g<0>"),
     (r"[^\x00-\x7f]+", lambda found: unicodedata.normalize("NFKC", found[0])),
@@ -93,7 +93,7 @@ def without_reasoning(response: str) -> str:
 
 
 def is_blank(answer: str) -> bool:
-    r"""Whether it only marks where an answer goes: \boxed{?}, \boxed{\phantom{2}}, \boxed{answer}."""
+    r"""Whether it is a placeholder for an answer: \boxed{?}, \boxed{\phantom{2}}, \boxed{answer}."""
     return BLANK.fullmatch(answer) is not None
 
 
@@ -109,7 +109,7 @@ def without_prose(sentence: str) -> str | None:
 
 
 def compare(found: str, gold: str) -> str:
-    """'right', 'wrong' or 'gold unreadable'. It may take forever, and math-verify may raise anything."""
+    """'right', 'wrong' or 'gold unreadable'. It may never return, and math-verify may raise any exception."""
     verdict, found, gold = compare_quickly(found, gold)
     return verdict or compare_formulas(found, gold)
 
@@ -186,7 +186,7 @@ def number(text: str) -> Fraction | None:
 
 
 def plain(text: str) -> str:
-    """The same text for answers with the same number or the same formula, for a vote."""
+    """A text that is the same for answers with the same number or the same formula, to count votes."""
     if len(text) > LONGEST_ANSWER:
         return text
     text = split_unit(NAME.sub("", tidy(text)))[0].rstrip("%\\ ")
@@ -205,7 +205,7 @@ def compare_formulas(found: str, gold: str) -> str:
 
 @lru_cache(maxsize=1000)  # golds recur
 def read(text: str):
-    """The sympy object of a formula, decimals as fractions; None where latex2sympy cannot read all of it."""
+    """The sympy object of a formula, decimals as fractions; None if latex2sympy cannot read all of it."""
     import sympy
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
 

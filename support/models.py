@@ -1,4 +1,4 @@
-"""Loading and saving of models and tokenizers, and what has to be true of them before training starts."""
+"""Loading and saving of models and tokenizers, and the checks that they must pass before training starts."""
 
 import shutil
 import time
@@ -36,7 +36,7 @@ LOADING_ERRORS += (SafetensorError,)
 
 
 def load(auto_class: type, name: str, **options: Any) -> Any:
-    """An object of a folder or of the hub; no code from there is executed. Raises BadInput."""
+    """An object from a folder or from the hub; no code from there is executed. Raises BadInput."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise BadInput(f"model folder {name} does not exist: give a folder, or the name of a hub model")
     logging.disable_progress_bar()
@@ -57,10 +57,10 @@ def load_tokenizer(name: str):
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, bits: str = ""):
-    """A causal LM in evaluation mode, weights from safetensors only; with `bits`, 8 or 4, by bitsandbytes.
+    """A causal LM in evaluation mode, with weights from safetensors only.
 
-    Its embedding and output head keep `dtype`. Raises BadInput if a weight is missing, NaN or infinite, or if
-    the architecture is not supported.
+    With `bits`, "8" or "4", bitsandbytes quantises all but its embedding and output head, which keep `dtype`.
+    Raises BadInput if a weight is missing, NaN or infinite, or if the architecture is not supported.
     """
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if bits:
@@ -74,7 +74,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, bits: str = 
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
             raise BadInput(f"{name} has NaN or infinite weights, in {weight}: download or train it again")
-    if not bits:  # quantised weights are where they were made
+    if not bits:  # quantised weights are on the device already
         model = model.to(device)
     model.eval()
     check_architecture(model)
@@ -113,16 +113,16 @@ def check_architecture(model) -> None:
 
 @torch.no_grad()
 def check_cache(model) -> None:
-    """Raises BadInput if the model does not keep a KV cache: it would sample each token without its text.
+    """Raises BadInput if the model keeps no KV cache: it would sample tokens without the text before them.
 
-    A model that knows no argument `cache` ignores it.
+    A model without an argument `cache` ignores it.
     """
     name = type(model).__name__
     try:
         cache = DynamicCache(config=model.config)
         model(input_ids=torch.tensor([[1, 2]], device=model.device), cache=cache, use_cache=True)
         length = cache.get_seq_length()
-    except (AttributeError, LookupError, TypeError, ValueError) as error:  # of the cache's own kinds
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # models with their own cache
         raise BadInput(
             f"{name} does not take a KV cache ({first_line(error)}): name another model"
         ) from error
@@ -146,7 +146,7 @@ def save_model(model, tokenizer, folder: Path, state_dict: dict[str, Tensor] | N
 
 
 def valid_generation_config(config: GenerationConfig) -> GenerationConfig:
-    """The config without settings of sampling if it says not to sample: transformers refuses to save both."""
+    """The config, without sampling settings if it does not sample: transformers refuses to save those."""
     valid = deepcopy(config)
     if not valid.do_sample:
         valid.update(**dict.fromkeys(SAMPLING))
@@ -203,7 +203,7 @@ def move_head(head: Any, device: torch.device) -> Any:
 
 
 def print_notes(student, teacher, dtype: torch.dtype) -> None:
-    """Print what a user may not expect of a pair."""
+    """Print what may surprise a user about a pair."""
     if student.device.type != "cuda" and dtype == torch.bfloat16:
         what = f"bf16 on {student.device.type}: logits are rounded to bf16, see RESULTS.md"
         print(f"{what}; --dtype float32 avoids it", flush=True)
@@ -211,7 +211,7 @@ def print_notes(student, teacher, dtype: torch.dtype) -> None:
         print("the teacher is smaller than the student: fine if it is the better one", flush=True)
 
 
-# The largest mean difference of two ways to compute the same log-probabilities, in nats. Correct ones were
+# The largest mean difference of two ways to compute the same log-probabilities, in nats. Correct models were
 # below 2e-5 in fp32 and 0.033 in bf16, wrong ones above 2e-3 (110 families at random weights, and SmolLM2).
 SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -221,9 +221,9 @@ def check_sampler(
 ) -> None:
     """Compare the log-probabilities recorded while sampling with those of one pass over the text, (N,) each.
 
-    They are the same numbers, unless cache, padding or positions are wrong, or the model is random. Raises
-    BadInput, naming the model's class. NaN is not compared. `dtype_name` is that of the matmuls, if the
-    weights have another one.
+    They are the same numbers unless cache, padding or positions are wrong, or the model's forward is random.
+    Raises BadInput, naming the model's class. NaN is not compared. `dtype_name` is that of the matmuls, if
+    the weights have another one.
     """
     gap = (sampled.float() - scored.float()).abs()
     gap = gap[gap.isfinite()]
@@ -288,7 +288,7 @@ def end_of_turn(tokenizer) -> int | None:
     chat = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "An answer."}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError:  # a template for other roles
+    except TemplateError:  # the template has other roles
         return None
     after = tokenizer(text.rpartition("An answer.")[2], add_special_tokens=False)["input_ids"]
     return after[0] if after and after[0] in tokenizer.all_special_ids else None

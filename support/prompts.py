@@ -1,7 +1,7 @@
 """Prompts: the ids that a model gets for a problem, rendered by the tokenizer and read back to check them.
 
 A prompt contains control tokens, such as <|im_end|> or <think>, only where the chat template writes them: in
-a problem they are plain text. Added tokens that are nothing but space are no control tokens.
+a problem they are plain text. Added tokens that consist of spaces alone are not control tokens.
 
 A prompt is correct if its ids, decoded, give its text. Spaces and control characters may differ (a leading
 space, a token that swallows a line break), and so may compatible forms of a character (NFKC) and a bos token
@@ -86,8 +86,8 @@ def apply_template(tokenizer, content: str, system_prompt: str, thinking: bool) 
 class Encoder:
     """Encodes a user's text within `text_around`; control tokens in the user's text are plain text.
 
-    A text that contains one is encoded by a copy of the tokenizer in which control tokens have other names,
-    and these names stand in the text around the user's.
+    A text that contains one is encoded by a copy of the tokenizer in which control tokens have other names;
+    the text around the user's is written with these names.
     """
 
     def __init__(self, tokenizer, text_around: Callable[[str], str], bos: bool):
@@ -134,7 +134,7 @@ class Encoder:
             what = f"the tokenizer of {self.tokenizer.name_or_path} cannot read control tokens as plain text"
             raise BadInput(f"{what}: remove the problems that contain one")
         plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        plain.encode_special_tokens = True  # special tokens are not looked for, and now all of them are
+        plain.encode_special_tokens = True  # special tokens are not looked for; now all controls are special
         plain.add_special_tokens([AddedToken(t.content, special=True) for t in self.controls.values()])
         for i, token in self.controls.items():
             how = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": token.normalized}

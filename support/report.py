@@ -1,4 +1,4 @@
-"""What a run shows: an answer with the teacher's gap on each token, a table, what it means, and a curve."""
+"""What a run shows: an answer with the teacher's gap on each token, a table of scores, advice, a curve."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def offending_rows(tokenizer, rollouts, statistics: dict[str, Tensor]) -> dict[s
 
 
 def finish(folder: Path, summary: dict) -> None:
-    """summary.json, curve.png, the table, and what it means."""
+    """Write summary.json and curve.png; print the table, the advice, and the first and last answer shown."""
     rows = read_csv(folder / "metrics.csv")
     summary |= {"response_tokens": sum(int(row["response_tokens"]) for row in rows), "steps": len(rows)}
     if summary["before"]:
@@ -128,7 +128,7 @@ def mean_by_position(values: Tensor, positions: Tensor, length: int) -> Tensor:
 
 
 def table(summary: dict) -> str:
-    """Three rows: student before, student after, teacher; and what it cost."""
+    """Three rows, student before, student after and teacher, and what the run cost."""
     tokens, minutes = summary["response_tokens"], summary["seconds"] / 60
     cost = f"{tokens:,} tokens sampled in {summary['steps']} steps, {minutes:.1f} minutes"
     if not summary["before"]:

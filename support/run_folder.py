@@ -54,9 +54,8 @@ SAFE = (
 def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
     """The settings of a new or resumed training run, and its folder. Raises BadInput.
 
-    Given flags take precedence over those of the preset, and these over the defaults. Without --preset the
-    toy is chosen only where no model and no data are named: its settings would ruin a real model within a few
-    steps.
+    Given flags take precedence over the preset's, and these over the defaults. Without --preset the toy is
+    chosen only if no model and no data are named: its settings would ruin a real model within a few steps.
     """
     if "resume" in given:
         knobs = knobs_class(**resumed(knobs_class, given, SAFE))
@@ -99,8 +98,8 @@ def preset_of(given: dict[str, Any], default: str) -> str:
 def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[str, Any]:
     """The settings in the config.json of the folder given["resume"], and those of `safe` that are given.
 
-    One that is newer than the run takes its default, and a line says so. Raises BadInput if the file is
-    missing, not that of such a run, or was edited, and for a flag that would change the run.
+    A setting that is newer than the run takes its default, and a line says so. Raises BadInput if the file is
+    missing, was edited or is not that of such a run, and for a flag that would change the run.
     """
     path = Path(given["resume"], "config.json")
     if not given["resume"] or not path.is_file():
@@ -161,7 +160,7 @@ def check_file(path: Path, flag: str) -> None:
 
 
 def world_preset(preset: str, world: str) -> dict[str, Any]:
-    """The settings of a preset whose models are built here; none for another."""
+    """The settings of a preset whose models are built here; empty for another preset."""
     if preset == "toy":
         return toy.preset(world)
     if preset == "words":
@@ -172,8 +171,9 @@ def world_preset(preset: str, world: str) -> dict[str, Any]:
 
 
 def build_world(knobs, sampler: Callable) -> None:
-    """Build the world of the preset, which takes minutes: first read what is named besides it.
+    """Build the world of the preset, if it has one.
 
+    It takes minutes, so the other data and models that are named are read first, to find errors in them.
     `sampler` is `rollout.rollout`, with which the preset words samples what its teacher learns from.
     """
     own = world_preset(knobs.preset, knobs.world)
@@ -198,9 +198,10 @@ def build_world(knobs, sampler: Callable) -> None:
 
 @contextmanager
 def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
-    """Create the folder and hold its lock until the process ends. Disk and memory errors become one line.
+    """Create the folder, and hold its lock within the block.
 
-    Raises BadInput if another run is in the folder or, where this one is `fresh`, was there; Stopped.
+    Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. Errors of disk
+    and memory become a Stopped.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -214,7 +215,7 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
             try:
                 yield
             finally:
-                if fresh:  # while the lock is held: without it the folder is another run's
+                if fresh:  # while the lock is held: afterwards another run may use the folder
                     remove_if_empty(folder, created)
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
@@ -239,7 +240,7 @@ def remove_if_empty(folder: Path, created: list[Path]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, of Python, or of a CPU, where torch raises a plain RuntimeError."""
+    """Whether a GPU, Python, or a CPU is out of memory; for a CPU torch raises a plain RuntimeError."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
@@ -299,7 +300,7 @@ def input_hashes(contents: dict[str, Any], names: Iterable[str]) -> dict[str, st
 
 
 def training_inputs(knobs, problems: list, test: list) -> dict[str, str]:
-    """Those of a training run, which reads the questions alone of the `problems` that it trains on."""
+    """The `input_hashes` of a training run. Of the `problems` to train on it uses the questions alone."""
     contents = {f"training problems of {knobs.data}": [problem.question for problem in problems]}
     contents |= {f"held-out problems of {knobs.eval_data or knobs.data}": test}
     return input_hashes(contents, (knobs.student, knobs.teacher))
@@ -324,7 +325,7 @@ def hash_of_weights(name: str) -> str | None:
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
-    """Raises BadInput, naming them, if inputs are not those with which the run in `folder` was started."""
+    """Raises BadInput, naming what changed, if the run in `folder` was started with other inputs."""
     path = folder / "config.json"
     before = json.loads(path.read_text(encoding="utf-8")).get("inputs") if path.exists() else inputs
     known = before if isinstance(before, dict) else {}
@@ -383,7 +384,7 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write the whole file; floats keep 6 digits."""
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # keeps a symbolic link
     part = path.with_name(f"{path.name}.new")
     with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -397,7 +398,7 @@ def rounded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def drop_rows_after(folder: Path, step: int, total: int) -> None:
-    """Drop what a run of `total` steps wrote after `step`, where it continues: it will be written again."""
+    """Drop what a run of `total` steps wrote after `step`, from which it continues and writes again."""
     for path in (folder / "metrics.csv", folder / "positions.csv"):
         if path.exists():
             whole = [row for row in read_csv(path) if None not in row.values() and row["step"].isdecimal()]
@@ -425,9 +426,9 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
 def whole_batches(path: Path, indices: list[int]) -> list[dict[str, Any]]:
     """What a stopped evaluation left: the records of the batches that it finished.
 
-    `indices` are those of the problems of all answers, in order. An incomplete line, and the batch that it
+    `indices` has the index of each answer's problem, in order. An incomplete line, and the batch that it
     belongs to, are removed from the file: that batch is sampled again. Raises BadInput if a line is not the
-    answer that stands there.
+    answer that belongs there.
     """
     content = path.read_bytes() if path.exists() else b""
     if not content.rpartition(b"\n")[0].strip():
@@ -452,7 +453,7 @@ def whole_batches(path: Path, indices: list[int]) -> list[dict[str, Any]]:
 
 
 class Run:
-    """What surrounds the training loop: steps, timers, rows. This one keeps the rows in memory.
+    """What surrounds the training loop: steps, timers, rows. This class keeps the rows in memory.
 
     `checkpoint.CheckpointedRun` writes them to a run folder, saves and resumes.
     """
@@ -499,7 +500,7 @@ class Run:
         return row
 
     def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
-        """Show an answer of this step; not here."""
+        """Show an answer of this step; this class does not."""
 
     def stop_non_finite(
         self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
@@ -508,4 +509,4 @@ class Run:
         raise Stopped(1, f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --lr")
 
 
-PLACES = ("row", "position")  # where a token stands; their means say nothing
+PLACES = ("row", "position")  # where a token is; their means have no meaning

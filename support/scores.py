@@ -27,11 +27,11 @@ def by_problem(records: list[dict]) -> dict[int, list[dict]]:
 
 
 def score_answers(records: list[dict]) -> dict:
-    """The scores of a run of one answer or more.
+    """The scores of one answer or more.
 
     The n problems are the sample, so the standard error is that of a mean over problems, however many answers
-    each has. The 95 % interval is Wilson's, for the number of independent answers with that standard error.
-    pass@k is the unbiased estimate (Chen et al. 2021); maj@K is the vote of the K answers, equal in text.
+    each has. The 95 % interval is Wilson's, for the number of independent answers that would have this error.
+    pass@k is the unbiased estimate (Chen et al. 2021); maj@K is the majority vote of K answers, by text.
     """
     groups = list(by_problem(records).values())
     means = [statistics.fmean(r["correct"] for r in group) for group in groups]

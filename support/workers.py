@@ -1,7 +1,7 @@
 """Worker processes that grade: an answer that hangs or kills one costs that answer alone.
 
-No signal interrupts a computation in C, so a worker that takes too long is killed: it has the only clock. No
-torch is imported, so that workers start fast.
+No signal interrupts a computation in C, so a worker that takes too long is killed; there is no other time
+limit. No torch is imported, so that workers start fast.
 """
 
 import json
@@ -25,7 +25,7 @@ LOST = ("timed out", "worker died", "failed")  # verdicts about the grader, not 
 class Grader:
     """Verdicts from worker processes: an answer that hangs or kills a worker costs that answer alone.
 
-    The processes start when an answer first needs one: text and number decide most. `extract(response,
+    A process starts when an answer first needs one; most are decided as text or number. `extract(response,
     last_box)` gives the answer of a response or None; `has_box(response)` says whether it has a \\boxed{}.
     """
 
@@ -121,7 +121,7 @@ def work() -> None:
     for line in sys.stdin:
         try:
             verdict = grading.compare(*json.loads(line))
-        except Exception:  # whatever goes wrong in math-verify says nothing about the answer
+        except Exception:  # an error of math-verify says nothing about the answer
             verdict = "failed"
         print(json.dumps(verdict), flush=True)
 
