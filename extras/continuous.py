@@ -21,7 +21,7 @@ from support.models import first_line
 from support.run_folder import is_out_of_memory
 
 PAGE = 256  # tokens of a row in one page of the cache
-MOST_TOKENS = 2048  # in one pass: without flash attention, its mask has as many rows, of the cache's length
+MOST_TOKENS = 2048  # in one pass: without flash attention its mask is this number x the cache's length
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def engine_config(model, prompts: list[list[int]], horizon: int, seed: int) -> C
         page_size=PAGE,
         num_blocks=sum(pages),
         max_batch_tokens=min(MOST_TOKENS, sum(map(len, prompts))),
-        safety_margin=0.0,  # so no row has to wait for room
+        safety_margin=0.0,  # no row has to wait for free pages
         return_logprobs=True,
         seed=seed,
         # Without flash attention the library does not use CUDA graphs unless told to.
@@ -101,14 +101,14 @@ def engine_config(model, prompts: list[list[int]], horizon: int, seed: int) -> C
 def generate(model, prompts: list, sampling: GenerationConfig, engine: ContinuousBatchingConfig) -> list:
     """A GenerationOutput for each prompt, in their order. Raises BadInput if the engine fails.
 
-    `model.generate_batch` is not used: it starts the engine's thread first and adds the rows then, so which
-    rows the first pass has, and with it the sample, depends on the threads' speed.
+    `model.generate_batch` is not used: it starts the engine's thread before it adds the rows, so the rows of
+    the first pass, and with them the sample, depend on the threads' speed.
     """
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # errors are reported below
     model.destroy_cached_continuous_batching_manager()  # it would be used in place of a fresh one
     try:
         manager = model.init_continuous_batching(sampling, engine)
-    # Of a family's own kind, or a flash attention that is installed and does not load.
+    # Errors of single families, or a flash attention package that is installed but does not load.
     except (AttributeError, LookupError, TypeError, ValueError, ImportError, OSError) as error:
         raise refusal(model, first_line(error)) from error
     names = manager.add_requests(prompts)

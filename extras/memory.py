@@ -1,6 +1,6 @@
 """`--dry-run`: how much memory a run needs, estimated before anything is loaded.
 
-From the shapes alone, in bytes. What is counted is written where it is counted. The sum of the tensors is
+The estimate is in bytes, from the shapes alone; the comments say what is counted. The sum of the tensors is
 tested; the CUDA context and the fragmentation are allowances, measured on one card (results/gpu_first.csv).
 """
 
@@ -16,15 +16,15 @@ from support.cli import BadInput
 
 # What the driver, its libraries and their kernels take of a GPU beside PyTorch's allocator: on an H200.
 CONTEXT = 900_000_000
-FRAGMENTATION = 0.07  # of the tensors: free blocks of the allocator that nothing fits into; 0.06, 0.08 there
+FRAGMENTATION = 0.07  # of the tensors: blocks of the allocator that nothing fits into; measured: 0.06, 0.08
 CHUNK = 128  # tokens whose logits exist at a time: the default of opd.opd_backward
 
 
 def layer_bytes(shape: Shape, tokens: int) -> int:
     """What one layer keeps for its backward.
 
-    Of each token the inputs of two norms in fp32, their normalised values and outputs, attention's inputs and
-    output, and four tensors inside the MLP.
+    For each token: the inputs of two norms in fp32, their normalised values and outputs, attention's inputs
+    and output, and four tensors inside the MLP.
     """
     numbers = 4 * shape.width + 2 * shape.heads_width + 2 * shape.cached_width + 4 * shape.inner
     return tokens * (2 * 4 * shape.width + shape.item * numbers)
@@ -59,9 +59,9 @@ def parameters(config, low_memory: bool) -> tuple[int, int]:
 def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -> dict[str, int]:
     """Bytes of each part of a training run; `prompt` is the length of the longest prompt.
 
-    `tensors` is their peak, and `peak` that of the device, with the allowances above. The first occurs while
-    sampling, where there are no gradients, in the loss, or in backward, where gradients replace the
-    activations: of the first micro-batch, and next to the gradients of the earlier ones in later ones.
+    `tensors` is the peak of the tensors, and `peak` that of the device, with the allowances above. The former
+    occurs while sampling (without gradients), in the loss, or in backward, where gradients replace
+    activations. From the second micro-batch on, the gradients of the earlier ones exist as well.
     """
     item = getattr(torch, knobs.dtype).itemsize
     parameters_, trained = parameters(student_config, knobs.low_memory)
@@ -105,7 +105,7 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
 
 
 def place(device: str) -> tuple[str, int]:
-    """Type and number of a device; without a name a GPU."""
+    """Type and number of a device; by default a GPU."""
     named = torch.device(device or "cuda")
     return named.type, named.index or 0
 
@@ -116,7 +116,7 @@ def is_elsewhere(knobs) -> bool:
 
 
 def weights_bytes(knobs, config, shape: Shape) -> int:
-    """Of the teacher's weights, quantised or not."""
+    """The bytes of the teacher's weights, quantised or not."""
     total = parameters(config, low_memory=False)[0]
     if not knobs.teacher_bits:
         return total * shape.item
@@ -126,7 +126,7 @@ def weights_bytes(knobs, config, shape: Shape) -> int:
 
 
 def format_estimate(found: dict[str, int], free: int) -> str:
-    """The parts, and whether they fit; what is free on a GPU is so beside the context of this process."""
+    """The parts, and whether they fit; `free` on a GPU already excludes this process's CUDA context."""
     lines = [f"{name:20}{bytes_ / 1e9:7.2f} GB" for name, bytes_ in found.items()]
     remedy = "lower --micro-batch, --batch-size or --max-new-tokens, or add --low-memory"
     needed = found["tensors"] + found["fragmentation"]
@@ -138,7 +138,7 @@ def format_estimate(found: dict[str, int], free: int) -> str:
 def dry_run(knobs, problems: list, test: list, horizon: int, device: torch.device) -> str:
     """The estimate for these settings, from the configs, the tokenizer and the prompts. Raises BadInput.
 
-    With --horizon auto that of its profile, which are full rollouts.
+    With --horizon auto it is that of the profile, which takes full rollouts.
     """
     horizon = knobs.max_new_tokens if knobs.horizon == "auto" else horizon
     knobs = replace(knobs, device=str(device))

@@ -1,23 +1,24 @@
-"""A teacher with another tokenizer: it reads the student's text, and scores it at the student's boundaries.
+"""A teacher with another tokenizer: it reads the student's text, and scores it where student tokens end.
 
 The student's tokens y spell a text; z are the teacher's tokens of the same text, after the teacher's own
-prompt. F(o) estimates the teacher's log-probability of the first o bytes. For the end o of a student token,
-let z_1..z_j be the teacher's tokens that end before o. Then
+prompt. F(o) estimates the teacher's log-probability of the first o bytes. Let o be the end of the student's
+token y_i, and z_1..z_j the teacher's tokens that end before o. Then
 
     F(o) = log q(z_1..z_j) + log sum_{t in I} q(t | z_1..z_j)
 
-where I holds the token z_{j+1} if it ends at o, and each token that begins with y_{a+1}..y_i in the student's
-spelling of it, if the student's token a ends where z_j does. The student's spelling of a token is the
-student's token of the same bytes, else its tokenization of them. Where I is empty, the student's token is
-joined with the next one. A chunk of tokens from o to o' has the advantage A = F(o') - F(o) - log p(chunk),
-detached, and the loss is the mean of -A log p(y) over the scored tokens. All ends of a side are one event.
+The set I contains the teacher's tokens that agree with the text up to o: z_{j+1} if it ends at o and, if a
+student's token y_a ends where z_j does, every token whose spelling begins with y_{a+1}..y_i. The spelling of
+a teacher's token is the student's token of the same bytes, or else the student's tokenization of them. If I
+is empty, y_i is joined with the next token. A chunk of the student's tokens from o to o' has the advantage
+A = F(o') - F(o) - log p(chunk), detached, and the loss is the mean of -A log p(y) over the scored tokens. All
+eos tokens of a model count as one event.
 
-What holds: with equal tokenizers, and one end, this is `opd.sampled_reverse_kl`. With a student whose tokens
-are bytes, the gradient is that of the reverse KL to the teacher's distribution of texts, if the teacher's
-tokens up to a place do not depend on what follows the next one. Otherwise it is biased: z depends on the
-whole text, so a boundary can tell the teacher what comes next, and other tokenizations are left out. The
-largest expected gradient of a logit where both models have the same distribution of texts, which should be
-0, by enumeration for a teacher with the tokens {a, b, ab}:
+With equal tokenizers and one eos token this is `opd.sampled_reverse_kl`. With a student whose tokens are
+bytes, the gradient is that of the reverse KL to the teacher's distribution of texts, if the teacher's tokens
+up to a place do not depend on the text after the next token. Otherwise the gradient is biased: z depends on
+the whole text, so that a boundary in z can reveal what comes next, and other tokenizations of the text are
+left out. If both models have the same distribution of texts, the expected gradient should be 0; its largest
+component for a logit is, by enumeration for a teacher with the tokens {a, b, ab}:
 
     student                 {a, b}   {a, b, ba}   {a, b, bb}
     this                         0         0.18         0.11
@@ -44,12 +45,12 @@ from support.cli import BadInput
 
 CHUNK = 128  # states whose logits exist at a time, as in opd.opd_backward
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # GPT-2's names of the bytes
-# A text that normalisation, or a vocabulary without every byte, would change.
+# A text that is changed by normalisation, or by a vocabulary that lacks a byte.
 PROBE = " a  b\r\n\te\u0301\u00e9\ufb01 \U0001f600\u65e5 <|endoftext|>"
 
 
 class Vocabulary:
-    """A tokenizer in bytes: the piece of text of every id, and the ids of a text that is left as it is."""
+    """A tokenizer in bytes: the bytes of every id, and the ids of a text, which is not normalised."""
 
     def __init__(self, tokenizer):
         name = tokenizer.name_or_path
@@ -87,7 +88,7 @@ class Vocabulary:
 
 
 def unchanging(state: dict) -> dict:
-    """A tokenizer's state without normalisation of the text, and without a space in front of it."""
+    """A tokenizer's state that neither normalises the text nor puts a space in front of it."""
     normalizer = state["normalizer"] or {}
     parts = [part for part in normalizer.get("normalizers", [normalizer]) if part.get("type") == "Replace"]
     pre_tokenizer = state["pre_tokenizer"] or {}
@@ -101,9 +102,9 @@ def unchanging(state: dict) -> dict:
 
 @dataclass(frozen=True)
 class Alignment:
-    """What the teacher reads of one response, and where both sides can be compared."""
+    """What the teacher reads of one response, and where both models can be compared."""
 
-    tokens: list[list[int]]  # z, one id each, and if the response has ended all ends of the teacher together
+    tokens: list[list[int]]  # z, one id each; if the response has ended, then all eos ids of the teacher
     # (i, j, I): after i of the student's tokens F is log q(z_1..z_j), plus log sum_{t in I} q(t) if I is not
     # empty. The first is (0, 0, []); tokens after the last one are not scored.
     bounds: list[tuple[int, int, list[int]]]
@@ -129,9 +130,9 @@ class Aligner:
         return [t for _, t in found]
 
     def __call__(self, tokens: list[int], ended: bool, ends: list[int], room: int) -> Alignment:
-        """Align a response of the student with a teacher that has these ends and reads up to `room` tokens.
+        """Align a student's response with a teacher that has the eos ids `ends` and reads `room` tokens.
 
-        The text ends at the first control token within it, and at the first byte that is not UTF-8.
+        The text ends at the first control token within it, or at the first byte that is not UTF-8.
         """
         pieces = [self.student.pieces.get(i, b"") for i in tokens[: len(tokens) - ended]]
         until = pieces.index(b"") if b"" in pieces else len(pieces)
@@ -221,7 +222,7 @@ def advantages(row: Alignment, gain: list[float], logp: list[float]) -> tuple[li
 
 
 def end_or_token_logp(logp: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
-    """log p of each token, or of all ends together where it is one: (C, V), (C,), (E,) -> (C,)."""
+    """log p of each token; of an eos token, that of all eos ids together: (C, V), (C,), (E,) -> (C,)."""
     ends = ends[ends < logp.shape[-1]]
     return torch.where(torch.isin(tokens, ends), logp[:, ends].logsumexp(-1), token_logp(logp, tokens))
 
@@ -262,11 +263,11 @@ def weighted_backward(
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores rollouts as `train.score` does with `sampled_reverse_kl`, with a teacher of other tokens."""
+    """Scores rollouts as `train.score` does with `sampled_reverse_kl`; the teacher has another tokenizer."""
 
     align: Aligner
-    prompts: dict[tuple[int, ...], list[int]]  # the teacher's rendering, by the student's
-    ends: list[int]  # of the teacher
+    prompts: dict[tuple[int, ...], list[int]]  # the teacher's ids of a prompt, by the student's ids
+    ends: list[int]  # eos ids of the teacher
     hidden_states: Callable  # train.hidden_states
 
     def __call__(
@@ -281,9 +282,9 @@ class Scorer:
     ) -> tuple[float, dict[str, Tensor]]:
         """The loss and statistics of all response tokens. Raises ValueError for a loss mask.
 
-        `teacher_logp` and `reverse_kl` are estimates: log p plus and minus A / length of a scored token's
-        chunk; the others have a difference of 0. `scored` is 1 or 0; `chunk_length`, in tokens, and
-        `log_ratio_per_byte`, (log q - log p) / bytes, are the same number for every token.
+        `teacher_logp` and `reverse_kl` are estimates: log p + A / length and -A / length, with the length of
+        the token's chunk; A is 0 for tokens that are not scored. `scored` is 1 or 0; `chunk_length`, in
+        tokens, and `log_ratio_per_byte`, (log q - log p) / bytes, are the same number for every token.
         """
         if loss_mask is not None:
             raise ValueError("with another tokenizer the loss is over all tokens: drop the loss mask")
@@ -346,7 +347,7 @@ class Scorer:
 
 
 def teacher_rollouts(prompts: list[list[int]], aligned: list[Alignment], like: Tensor) -> Rollout:
-    """The responses as the teacher reads them; an end is its first one, which predicts nothing."""
+    """The responses as the teacher reads them, an end as its first eos id, which predicts nothing."""
     width = max(len(row.tokens) for row in aligned)
     padded = [[t[0] for t in row.tokens] + [0] * (width - len(row.tokens)) for row in aligned]
     mask = [[True] * len(row.tokens) + [False] * (width - len(row.tokens)) for row in aligned]
@@ -357,7 +358,7 @@ def teacher_rollouts(prompts: list[list[int]], aligned: list[Alignment], like: T
 def coverage(
     align: Aligner, encode: Callable[[str], list[int] | None], texts: list[str]
 ) -> tuple[float, float]:
-    """The share of the student's tokens of these texts that is scored, and the mean length of a chunk."""
+    """The fraction of the student's tokens of these texts that are scored, and the mean chunk length."""
     encoded = (encode(text) for text in texts)
     ids = [tokens for tokens in encoded if tokens is not None]  # without texts whose bytes are not kept
     rows = [align(tokens, False, [], 1 << 30) for tokens in ids]

@@ -8,7 +8,7 @@ are broadcast before the next answers are sampled.
 
 The noise of an answer depends on seed, step and row, and not on N: in fp32 any N samples the same tokens, and
 trains the same student up to the order of sums. In bf16 logits depend on the other rows of a batch: the
-distribution is the same, the tokens are not.
+distribution is the same, but the tokens differ.
 
 Messages are pickled by torch.distributed and go over gloo, which notices at once that a process has ended.
 Weights and gradients on GPUs go over NCCL.
@@ -40,7 +40,7 @@ LONG = timedelta(days=30)  # rank 0 may evaluate or save for hours between two m
 
 
 class Messages:
-    """Objects sent between rank 0 and the others. ProcessEnded: the other process has ended."""
+    """Objects sent between rank 0 and the others. Raises ProcessEnded if the other process has ended."""
 
     def __init__(self):
         self.group = dist.new_group(backend="gloo", timeout=LONG)
@@ -104,7 +104,7 @@ class Worker:
     def sum_gradients(self, names: list[str]) -> None:
         """Add the fp32 gradients of all ranks into rank 0's masters."""
         for master in map(self.pair.masters.get, names):
-            if master.grad is None:  # of an expert that no token of this rank chose, for example
+            if master.grad is None:  # an expert that no token of this rank chose, for example
                 master.grad = torch.zeros_like(master)
             dist.reduce(master.grad, 0)
             if dist.get_rank() > 0:
@@ -118,7 +118,7 @@ class Leader:
         self.worker = worker
         self.messages = messages
         self.size = dist.get_world_size()
-        self.waiting = False  # whether another rank may be sending what will not be received
+        self.waiting = False  # whether another rank may be sending a result that will not be received
         atexit.register(self.close)
 
     def start(self, knobs) -> "Leader":
@@ -159,15 +159,15 @@ class Leader:
     def everywhere(self, method: str, shares: list[tuple], **options: Any) -> list[Any]:
         """Call a method of the first len(shares) workers, each with its arguments: the results, by rank.
 
-        Raises the first error: when all have answered, or at once where ranks wait for each other. An ended
-        process is a ProcessEnded.
+        Raises the first error, when all have answered, or at once for a method of `collective`. A process
+        that has ended is a ProcessEnded.
         """
         self.waiting = True
         for rank, share in enumerate(shares[1:], 1):
             self.messages.send(rank, (method, share, options))
         results = [attempt(getattr(self.worker, method), *shares[0], **options)]
         if isinstance(results[0], Exception) and method in self.worker.collective:
-            raise results[0]  # the others may not come out of it
+            raise results[0]  # the others may be waiting for this rank forever
         results += [attempt(self.messages.receive, rank) for rank in range(1, len(shares))]
         self.waiting = False
         for result in results:
@@ -196,7 +196,7 @@ class Leader:
         return moved(interleaved(prompts, self.everywhere("sample", shares, **options)), model.device)
 
     def dealt(self, rollouts: Rollout) -> list[list[int]]:
-        """The rows that each rank scores, from the longest to the shortest, so that shares are alike."""
+        """The rows that each rank scores, dealt out from the longest to the shortest for similar shares."""
         lengths = [len(p) + n for p, n in zip(rollouts.prompts, rollouts.response_mask.sum(1).tolist())]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         return [order[r :: self.size] for r in range(min(self.size, len(order)))]
@@ -226,7 +226,7 @@ class Leader:
         return CheckpointedRun(*arguments)
 
     def close(self) -> None:
-        """Let the other ranks end; one that may still wait for this one notices that the connection ends."""
+        """Let the other ranks end; one that may be waiting for this rank notices that the connection ends."""
         if not self.waiting:
             for rank in range(1, self.size):
                 with suppress(ProcessEnded):
@@ -235,7 +235,7 @@ class Leader:
 
 
 def join(load_pair: Callable, score: Callable, adamw: Callable) -> Leader:
-    """Meet the other processes that torchrun started. Returns on rank 0; the others work, and exit.
+    """Connect to the other processes that torchrun started. Returns on rank 0; the others work, and exit.
 
     Raises BadInput if this process was not started by torchrun.
     """
@@ -255,7 +255,7 @@ def join(load_pair: Callable, score: Callable, adamw: Callable) -> Leader:
 
 
 def work(worker: Worker, messages: Messages) -> NoReturn:
-    """Serve rank 0, silently, then exit. A signal that all processes get is rank 0's to handle."""
+    """Serve rank 0, silently, then exit. Signals reach all processes, and rank 0 handles them."""
     interrupts = []
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -287,7 +287,7 @@ def serve(worker: Worker, messages: Messages) -> None:
             continue
         result = portable(attempt(getattr(worker, method), *arguments, **(options or {})))
         if isinstance(result, Exception) and method in worker.collective:
-            raise result  # other ranks may wait in the collective: that this one ends, ends it
+            raise result  # other ranks may wait in the collective, which fails when this one ends
         if options is not None:
             messages.send(0, result)
 
@@ -300,7 +300,7 @@ def connected(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        raise ProcessEnded(f"{what} has ended, or is not reached any more") from error
+        raise ProcessEnded(f"{what} has ended, or cannot be reached any more") from error
 
 
 def attempt(function: Callable, *arguments: Any, **options: Any) -> Any:
@@ -313,7 +313,7 @@ def attempt(function: Callable, *arguments: Any, **options: Any) -> Any:
 
 
 def portable(result: Any) -> Any:
-    """The result; an exception as one that can be pickled, and that keeps its kind or its traceback."""
+    """The result; an exception becomes one that can be pickled and that keeps its kind or its traceback."""
     if not isinstance(result, Exception) or isinstance(result, (BadInput, ProcessEnded)):
         return result
     where = f"process {dist.get_rank()}"

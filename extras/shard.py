@@ -2,11 +2,11 @@
 
 The student's shards are fp32 and take the place of the masters: FSDP gathers a layer in the dtype of the
 matmuls when it is needed, and sums its gradients over the processes in fp32. For sampling, a model is
-gathered once and kept until the next answers are scored. Each layer is a collective, so all processes make
-the same number of passes, some of them over a row without a loss.
+gathered once and kept until the next answers are scored. Gathering a layer is a collective, so all processes
+make the same number of passes, some of them over a row without a loss.
 
-In bf16, the gradients of the output head are summed over the chunks of a micro-batch in bf16, where the
-hand-made masters sum them in fp32.
+In bf16, the gradients of the output head are summed over the chunks of a micro-batch in bf16; without
+--shard they are summed in fp32.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from support.cli import BadInput
 
 
 class ShardedWorker(Worker):
-    """What every rank does with its share, and with its shards."""
+    """What every rank does with its share of the answers and its shards of the models."""
 
     collective = ("divide", "prepare", "score", "sum_gradients", "clip", "step", "state", "weights")
     whole: str | None = None  # the model that is gathered
@@ -55,7 +55,7 @@ class ShardedWorker(Worker):
         self.pair = replace(self.pair, masters=dict(self.pair.student.named_parameters()))
 
     def prepare(self, model: str) -> None:
-        """Gather a model for sampling, which then communicates no more."""
+        """Gather a model for sampling, which then needs no communication."""
         if self.whole != model:
             self.reshard()
             self.whole = model
@@ -109,7 +109,7 @@ class ShardedWorker(Worker):
         return replace(self.pair, student_head=heads[0], teacher_head=heads[1])
 
     def sum_gradients(self, names: list[str]) -> None:
-        """FSDP has averaged them: make it the sum."""
+        """FSDP has averaged the gradients: turn the mean into the sum."""
         for master in self.pair.masters.values():
             if master.grad is not None:
                 master.grad.mul_(dist.get_world_size())
@@ -148,7 +148,7 @@ class ShardedWorker(Worker):
 
     @torch.no_grad()
     def restore(self, name: str, values: dict[str, Tensor]) -> None:
-        """Take this rank's shards of a weight and of AdamW's state."""
+        """Set this rank's shards of a weight and of AdamW's state."""
         self.reshard()  # a gathered model would keep the old weights
         master = self.pair.masters[name]
         for key, value in values.items():
@@ -162,7 +162,7 @@ class ShardedWorker(Worker):
 
 
 class ShardedLeader(Leader):
-    """Rank 0's side. What it does with the models, all ranks do."""
+    """Rank 0's side. All ranks do what it does with the models."""
 
     def __init__(self, leader: Leader, knobs):
         plain = leader.worker
@@ -221,7 +221,7 @@ class ShardedRun(CheckpointedRun):
         self.leader.everywhere("restore", [(name, values)] * self.leader.size)
 
     def save_last(self) -> None:
-        """Nothing: after a fault the ranks are at different places, and cannot gather their shards."""
+        """Do nothing: after a fault the ranks are in different calls, and cannot gather their shards."""
 
 
 def sharded(model) -> list[FSDPModule]:
@@ -230,7 +230,7 @@ def sharded(model) -> list[FSDPModule]:
 
 @torch.no_grad()
 def shard(model, **options: Any) -> None:
-    """Divide each layer, then the rest. A first pass shows FSDP its root: the module that is called first."""
+    """Divide each layer, then the rest. FSDP's root is the module called first, so call the whole model."""
     for module in list(model.modules()):
         if isinstance(module, GradientCheckpointingLayer):
             fully_shard(module, **options)

@@ -3,10 +3,10 @@
     python -m extras.trace                                         the toy models
     python -m extras.trace --student A --teacher B --question "What is 2 + 2?"
 
-For every sampled token: what both models expected, the sampled estimator, and the reverse KL. For the one
-with the largest gradient and the one with the largest KL, or with --every for all: the terms of the sum, its
-gradient by formula, by autograd and by the estimator, and two losses that look like it but are wrong. Then
-one update, and the same tokens again.
+For every sampled token it prints what both models predicted, the sampled estimator, and the reverse KL. For
+the tokens with the largest gradient and the largest KL, or with --every for all, it prints the terms of the
+KL, its gradient by formula, by autograd and by the estimator, and the gradients of two similar losses that
+are wrong. Then it makes one update, and prints the same tokens again.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Knobs:
     instruction: str = knob("", "text after the question, for example train.py's own")
     tokens: int = knob(8, "tokens of the answer", least=1)
     top: int = knob(5, "tokens of each distribution that are shown", least=2)
-    every: bool = knob(False, "terms and gradients of every token, not of the one or two that tell most")
+    every: bool = knob(False, "terms and gradients of every token, not of one or two alone")
     seed: int = knob(0, "of the sampling", least=0, most=2**32)
     lr: float = knob(1e-3, "of the one update, by AdamW", least=0)
 
@@ -95,7 +95,7 @@ class Names:
 
 
 def answer_table(names: Names, tokens: Tensor, student: Tensor, teacher: Tensor, top: int) -> str:
-    """One line for each token with the numbers, two lines with what the models expected."""
+    """One line for each token with the numbers, two lines with what the models predicted."""
     lines = []
     for i, token in enumerate(tokens.tolist()):
         kl = opd.reverse_kl(student[i : i + 1], teacher[i : i + 1], tokens[i : i + 1]).item()
@@ -132,9 +132,9 @@ To check by hand, for token {number}: in each column but the last two multiply p
 products, those of the other tokens included, sum to the reverse KL, {kl:.6f} nats. The gradient of a logit is
 its own product minus p times that sum: for {name!r} {term:.6f} - {p:.6f} * {kl:.6f} = {gradient:.6f}.
 It is {sign}, so the update {moves} this logit. Where p is almost 1, the gradient is almost 0, however large
-the KL is: the student never samples what the teacher would prefer. It changes when an earlier token does.
+the KL is: the student never samples what the teacher would prefer. Only other earlier tokens can change it.
 k1 = log p(y) - log q(y) has the right value, but its gradient is zero on average: as a loss it teaches
-nothing. The gradient of k3 is p - q, that of the forward KL: another objective."""
+nothing. The gradient of k3 is p - q, that of the forward KL, which is another objective."""
 
 
 def hand_check(names: Names, student: Tensor, teacher: Tensor, number: int) -> str:

@@ -1,8 +1,8 @@
 """`--tracker tensorboard` or `wandb`: the numbers of every step, and the final scores, also go there.
 
 Both are optional: `pip install tensorboard` or `pip install wandb`. TensorBoard's files are in
-RUN/tensorboard, those of wandb in RUN/wandb; its own environment variables say what it sends where, such as
-WANDB_MODE=offline. A resumed run continues its curves.
+RUN/tensorboard, those of wandb in RUN/wandb. Wandb's own environment variables, such as WANDB_MODE=offline,
+decide what it sends where. A resumed run continues its curves.
 """
 
 from collections.abc import Callable

@@ -2,9 +2,9 @@
 
     python -m extras.view RUN            writes RUN/view.html; RUN is a finished run
 
-To each of a few held-out problems: the answer of the student before training and of the student after it,
-and with --teacher the teacher's own. All answers to a problem are sampled with the same noise, at the
-temperature of training and at full length, and every token is scored by all three models.
+For a few held-out problems it shows the answers of the student before and after training, and with --teacher
+the teacher's own. All answers to a problem are sampled with the same noise, at the temperature of training
+and at full length, and every token is scored by all three models.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Knobs:
 
 
 def visible(text: str) -> str:
-    """`text` with each character that would not show, or would act on others, replaced by a visible one."""
+    """`text` with each character that is invisible, or acts on others, replaced by visible ones."""
     return "".join(SIGNS.get(c) or (c if c.isprintable() else f"\u27e8U+{ord(c):04X}\u27e9") for c in text)
 
 
@@ -57,7 +57,7 @@ class Texts:
         return self.index.setdefault(visible(text), len(self.index))
 
     def add_token(self, token: int) -> int:
-        """A token on its own; one that is no whole character is shown with its id."""
+        """Add the text of a token on its own; one that is not a whole character is shown with its id."""
         text = self.tokenizer.decode([token])
         return self.add(f"{text} id {token}" if "\ufffd" in text else text)
 
