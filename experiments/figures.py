@@ -112,7 +112,7 @@ def draw(path: Path, results: Results, curves: Curves, arms: tuple[str, ...], se
             figure.suptitle(text, fontsize=8, color=VERMILION)
         drawn.append(save(figure, path.with_name(f"{path.stem}{suffix}.png")))
     if not drawn:
-        raise BadInput(f"{path} holds no run of an arm that is drawn: run the comparison first")
+        raise BadInput(f"{path} has no run of an arm in these figures: run the comparison first")
     return drawn
 
 

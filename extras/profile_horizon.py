@@ -89,5 +89,5 @@ def choose(score: Callable, pair, prompts: list[list[int]], knobs) -> float:
     rows = int(tokens["row"].max()) + 1
     what = f"the first {n} tokens hold 45 % of the reverse KL of {rows} rollouts"
     mean, length = tokens["reverse_kl"].mean().item(), len(tokens["row"]) / rows
-    print(f"horizon {n}: {what} ({mean:.3f} nats a token, {length:.0f} tokens long)", flush=True)
+    print(f"horizon {n}: {what} ({mean:.3f} nats per token, {length:.0f} tokens each)", flush=True)
     return n if n > 1 else 1 / knobs.max_new_tokens  # --horizon 1 would mean the whole budget

@@ -189,7 +189,7 @@ def main() -> None:
     if out.is_dir() or not out.parent.is_dir():
         raise BadInput(f"--out {out} is a folder, or in a folder that does not exist: name a file")
     if out.exists() and not (out.is_file() and out.suffix == ".html"):
-        raise BadInput(f"--out {out} exists and is no page: name a file that ends in .html")
+        raise BadInput(f"--out {out} exists and is not a page: name a file that ends in .html")
     device = models.find_device(knobs.device)
     layout = data.Layout(run.question_column, run.answer_column, run.skip_bad_rows)
     if knobs.data:

@@ -280,12 +280,12 @@ def to_text(value: Any, column: str) -> str:
     """Text as it is, a number in its shortest form. Raises BadRow for anything else."""
     if isinstance(value, str):
         if re.search("[\ud800-\udfff]", value):
-            raise BadRow(f"has half of a surrogate pair in {column}, which is no valid Unicode")
+            raise BadRow(f"has half of a surrogate pair in {column}, which is not valid Unicode")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise BadRow(f"has a {type(value).__name__} in {column} where text or a number is needed")
     if not math.isfinite(value):
-        raise BadRow(f"has {value} in {column}, which is no finite number")
+        raise BadRow(f"has {value} in {column}, which is not a finite number")
     is_exact = abs(value) < 2**53 and value == int(value)
     return str(int(value) if is_exact else value)
 
@@ -385,7 +385,7 @@ def train_and_test(
         return rest, test
     if len(problems) <= limit:
         raise BadInput(
-            f"{source} has {len(problems)} problems, none left after {limit} held out: lower --eval-limit"
+            f"{source} has {len(problems)} problems, none left if {limit} are held out: lower --eval-limit"
         )
     answered = distinct([problem for problem in problems if problem.answer is not None], source)
     if len(answered) < limit:
@@ -401,6 +401,6 @@ def without(test: list[Problem], problems: list[Problem], source: str) -> list[P
     questions = set(map(words_of, test))
     rest = [problem for problem in problems if words_of(problem) not in questions]
     if not rest:
-        what = f"{source} repeats the held-out problems, none is left to train on"
+        what = f"{source} repeats the held-out problems, so none is left to train on"
         raise BadInput(f"{what}: give other problems by --eval-data")
     return rest

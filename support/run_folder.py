@@ -91,7 +91,7 @@ def preset_of(given: dict[str, Any], default: str) -> str:
     named = given.keys() & {"student", "teacher", "data", "eval_data"}
     preset = given.get("preset") or ("qwen" if named else default)
     if "world" in given and preset != "toy":
-        raise BadInput(f"--world {given['world']} is of the toy only: drop it, or add --preset toy")
+        raise BadInput(f"--world {given['world']} applies to the toy only: drop it, or add --preset toy")
     return preset
 
 
@@ -149,14 +149,14 @@ def check_creatable(path: Path, flag: str) -> None:
     path = path.absolute()
     above = next(folder for folder in (path.parent, *path.parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise BadInput(f"cannot create {path} ({above} is no folder, or read-only): name another {flag}")
+        raise BadInput(f"cannot create {path} ({above} is not a folder or is read-only): name another {flag}")
 
 
 def check_file(path: Path, flag: str) -> None:
     """Raises BadInput if the file `path` cannot be written, as far as can be seen without trying."""
     check_creatable(path, flag)
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-        raise BadInput(f"{path} is no file that can be written: name another {flag}")
+        raise BadInput(f"{path} is not a writable file: name another {flag}")
 
 
 def world_preset(preset: str, world: str) -> dict[str, Any]:

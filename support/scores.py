@@ -161,7 +161,7 @@ def regrade(file: str, extract: Callable[..., str | None], has_box: Callable[[st
     for place, record in data.jsonl_rows(path):
         for name, kinds in RECORD.items():
             if not isinstance(record.get(name), kinds):
-                what = f"{file} {place} is no graded answer, its {name} is {record.get(name)!r:.40}"
+                what = f"{file} {place} is not a graded answer, its {name} is {record.get(name)!r:.40}"
                 raise BadInput(f"{what}: name a JSONL file that an evaluation wrote, or restore the line")
     with Grader(extract, has_box) as grader:
         verdicts = grader.grade([r["response"] for r in records], [r["gold"] for r in records])

@@ -107,7 +107,7 @@ ANSWERS = [  # a gold answer as it is written, and as it is read
     (" ", BadInput("has an empty answer")),
     ([], BadInput("has an empty answer")),
     (float("nan"), BadInput("has an empty answer")),
-    (float("inf"), BadInput("inf in answer, which is no finite number")),
+    (float("inf"), BadInput("inf in answer, which is not a finite number")),
     (True, BadInput("has a bool in answer")),
     ({"value": 5}, BadInput("has a dict in answer")),
     ([["1"], ["2"]], BadInput("has a list in answer")),
