@@ -43,6 +43,14 @@ SCHEDULES = {
 }
 
 
+def first_horizon(horizon: float, budget: int) -> int:
+    """H0 in tokens, at least 1, from a fraction up to 1 or a number of tokens above 1. Raises BadInput."""
+    if not 0 < horizon <= budget or (horizon > 1 and horizon != int(horizon)):
+        what = f"horizon {horizon:g} is neither a fraction above 0 and up to 1 nor a number of tokens up to"
+        raise BadInput(f"{what} --max-new-tokens {budget}: give one of the two")
+    return int(horizon) if horizon > 1 else max(1, round(horizon * budget))
+
+
 def make_schedule(
     name: str,
     budget: int,
@@ -57,23 +65,26 @@ def make_schedule(
     it reaches the budget at 2/3 of the run. This is our choice; growth and interval of the paper are unknown.
     """
     schedule = SCHEDULES[name]
-    if name == "full" and horizon == "auto":
-        raise BadInput("--horizon auto chooses where to stop, and full does not stop: use esr or topd")
-    if not schedule.grows and (growth, interval) != (None, None):
-        raise BadInput(f"--popd-growth and --popd-interval do not apply to {name}: drop them, or use popd")
+    if horizon is None:
+        horizon = schedule.horizon
     if horizon == "auto":
+        if name == "full":
+            raise BadInput("--horizon auto chooses where to stop, and full does not stop: use esr or topd")
         horizon = min(schedule.horizon, budget)  # until it is measured
-    start = first_horizon(schedule.horizon if horizon is None else horizon, budget)
+    start = first_horizon(horizon, budget)
     if name == "full" and start < budget:
         raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")
     if schedule.grows:
-        interval = max(1, steps // 30) if interval is None else interval
+        if interval is None:
+            interval = max(1, steps // 30)
         if growth is None:
-            additions = max(1, steps * 2 // 3 // max(1, interval))
-            growth = math.ceil((budget - start) / additions)
+            increases = max(1, steps * 2 // 3 // max(1, interval))
+            growth = math.ceil((budget - start) / increases)
         if growth <= 0 or not 0 < interval < steps:
             what = f"{name} from {start} to {budget} tokens in {steps} steps, {growth} more every {interval}"
             raise BadInput(f"{what}, never grows: start lower, grow by more or more often, or raise --steps")
+    elif growth is not None or interval is not None:
+        raise BadInput(f"--popd-growth and --popd-interval do not apply to {name}: drop them, or use popd")
     else:
         growth = 0
         interval = 1
@@ -84,14 +95,6 @@ def make_schedule(
             what = f"{name} gives the horizon {tokens!r} at step {step}"
             raise BadInput(f"{what}: its formula must return a whole number from 1 to the budget, {budget}")
     return horizon_at
-
-
-def first_horizon(horizon: float, budget: int) -> int:
-    """H0 in tokens, at least 1, from a fraction up to 1 or a number of tokens above 1. Raises BadInput."""
-    if not 0 < horizon <= budget or (horizon > 1 and horizon != int(horizon)):
-        what = f"horizon {horizon:g} is neither a fraction above 0 and up to 1 nor a number of tokens up to"
-        raise BadInput(f"{what} --max-new-tokens {budget}: give one of the two")
-    return int(horizon) if horizon > 1 else max(1, round(horizon * budget))
 
 
 def main() -> None:
