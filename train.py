@@ -120,22 +120,10 @@ class Pair:
                 weight.copy_(self.masters[name])
 
 
-def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
-    """A pair of loaded models; casts the student in place. Raises BadInput if a head is not supported."""
-    student_head = OutputHead.of(student, vocab_size)
-    teacher_head = OutputHead.of(teacher, vocab_size)
-    models.check_head(student, hidden_states, student_head)
-    models.check_head(teacher, hidden_states, teacher_head)
-    teacher_head = models.move_head(teacher_head, student.device)  # the two distributions are compared there
-    masters = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
-    for name, weight in student.named_parameters():
-        if name in masters and dtype != torch.float32:
-            masters[name] = torch.nn.Parameter(weight.detach().float())
-            # Called in backward, each time that autograd has added to the weight's gradient.
-            weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
-        # In place: the head holds the same Parameter. Buffers stay in fp32, which rotary frequencies need.
-        weight.data = weight.data.to(dtype)
-    return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
+def hidden_states(model, ids: Tensor) -> Tensor:
+    """The final hidden states, input of the output head: (M, L) -> (M, L, D), on the device of `ids`."""
+    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    return hidden.to(ids.device)
 
 
 def move_gradient(master: Tensor, weight: Tensor) -> None:
@@ -147,10 +135,24 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
     weight.grad = None
 
 
-def hidden_states(model, ids: Tensor) -> Tensor:
-    """The final hidden states, input of the output head: (M, L) -> (M, L, D), on the device of `ids`."""
-    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    return hidden.to(ids.device)
+def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
+    """A pair of loaded models; casts the student in place. Raises BadInput if a head is not supported."""
+    student_head = OutputHead.of(student, vocab_size)
+    teacher_head = OutputHead.of(teacher, vocab_size)
+    models.check_head(student, hidden_states, student_head)
+    models.check_head(teacher, hidden_states, teacher_head)
+    teacher_head = models.move_head(teacher_head, student.device)  # the two distributions are compared there
+    masters = {}
+    for name, weight in student.named_parameters():
+        if weight.requires_grad and dtype == torch.float32:
+            masters[name] = weight
+        elif weight.requires_grad:
+            masters[name] = torch.nn.Parameter(weight.detach().float())
+            # Called in backward, each time that autograd has added to the weight's gradient.
+            weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
+        # In place: the head holds the same Parameter. Buffers stay in fp32, which rotary frequencies need.
+        weight.data = weight.data.to(dtype)
+    return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
 
 
 def score(
