@@ -406,16 +406,16 @@ def main() -> int | None:
         return None
 
     # 2. The models, and what depends on their tokenizers.
-    # The exact divergences sum over one vocabulary; `sampled` allows two.
+    # The exact divergences sum over one vocabulary; `sampled` allows a teacher with another tokenizer.
     differ = models.tokenizers_differ(knobs.student, knobs.teacher, allowed=knobs.divergence == "sampled")
     pair, prompts, held_out = load_with_prompts(engine.load_pair, knobs, device, differ, problems, test)
-    teacher_held_out = held_out
-    sampler = engine.rollout  # of training, which --sampler may replace; evaluation keeps engine.rollout
-    scorer = engine.score
+    sampler = engine.rollout
     if knobs.sampler == "continuous":
         from extras.continuous import continuous_rollout
 
-        sampler = continuous_rollout
+        sampler = continuous_rollout  # in training alone: `grade` keeps engine.rollout
+    scorer = engine.score
+    teacher_held_out = held_out
     if differ:
         from extras.other_tokenizer import prepare
 
