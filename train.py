@@ -292,15 +292,15 @@ def load_pair(
     device: torch.device,
     checkpointing: bool = False,
     low_memory: bool = False,
-    differ: bool = False,  # whether the teacher has its own tokenizer
+    two_tokenizers: bool = False,  # the teacher has its own
     teacher_device: str = "",  # default: `device`
     teacher_bits: str = "",
 ) -> Pair:
-    """Load both models. Raises BadInput if one cannot be loaded, or if tokenizers differ without `differ`."""
+    """Load both models. Raises BadInput if that fails, or if tokenizers differ without `two_tokenizers`."""
     tokenizer = models.load_tokenizer(student_name)
-    vocab_size = models.shared_vocabulary(student_name, teacher_name, differ)
+    vocab_size = models.shared_vocabulary(student_name, teacher_name, two_tokenizers)
     dtype = getattr(torch, dtype_name)
-    # In fp32, which the masters need; with LoRA these weights are not trained.
+    # In fp32, for the masters; with LoRA only the adapters are trained, so only they have masters.
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
     place = models.find_device(teacher_device) if teacher_device else device
     teacher = models.load_model(teacher_name, dtype, place, teacher_bits).requires_grad_(False)
@@ -312,7 +312,7 @@ def load_pair(
     if checkpointing:
         models.enable_checkpointing(student)
     # The teacher may end its answers with an id that the student's list lacks; the student learns to use it.
-    with_eos = [student] if differ else [student, teacher]
+    with_eos = [student] if two_tokenizers else [student, teacher]
     eos_ids = models.eos_ids(tokenizer, *with_eos)
     student.generation_config.eos_token_id = sorted(eos_ids)
     return make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
@@ -322,7 +322,7 @@ def load_with_prompts(
     load: Callable[..., Pair],  # `load_pair`, or with torchrun that of extras/ranks.py
     knobs: Knobs,
     device: torch.device,
-    differ: bool,
+    two_tokenizers: bool,
     problems: list[data.Problem],
     test: list[data.Problem],
 ) -> tuple[Pair, list[list[int]], HeldOut]:
@@ -334,7 +334,7 @@ def load_with_prompts(
         device,
         checkpointing=knobs.checkpointing,
         low_memory=knobs.low_memory,
-        differ=differ,
+        two_tokenizers=two_tokenizers,
         teacher_device=knobs.teacher_device,
         teacher_bits=knobs.teacher_bits,
     )
@@ -407,8 +407,11 @@ def main() -> int | None:
 
     # 2. The models, and what depends on their tokenizers.
     # The exact divergences sum over one vocabulary; `sampled` allows a teacher with another tokenizer.
-    differ = models.tokenizers_differ(knobs.student, knobs.teacher, allowed=knobs.divergence == "sampled")
-    pair, prompts, held_out = load_with_prompts(engine.load_pair, knobs, device, differ, problems, test)
+    allowed = knobs.divergence == "sampled"
+    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
+    pair, prompts, held_out = load_with_prompts(
+        engine.load_pair, knobs, device, two_tokenizers, problems, test
+    )
     sampler = engine.rollout
     if knobs.sampler == "continuous":
         from extras.continuous import continuous_rollout
@@ -416,7 +419,7 @@ def main() -> int | None:
         sampler = continuous_rollout  # in training alone: `grade` keeps engine.rollout
     scorer = engine.score
     teacher_held_out = held_out
-    if differ:
+    if two_tokenizers:
         from extras.other_tokenizer import prepare
 
         scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)

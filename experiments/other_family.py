@@ -131,7 +131,7 @@ def measure(knobs: Knobs) -> list[dict]:
     rows = []
     text = None
     for name in (knobs.student, *knobs.trained):
-        pair = train.load_pair(name, knobs.teacher, "float32", device, differ=True)
+        pair = train.load_pair(name, knobs.teacher, "float32", device, two_tokenizers=True)
         prompts = data.render(pair.tokenizer, test, knobs.instruction)
         parts = answers_of(pair, prompts, knobs.max_new_tokens)
         curve = Path(name).parent.name if name in knobs.trained else "before"

@@ -175,12 +175,12 @@ class Leader:
                 raise result
         return results
 
-    def load_pair(self, *arguments: Any, differ: bool, **options: Any):
+    def load_pair(self, *arguments: Any, two_tokenizers: bool, **options: Any):
         """As `train.load_pair`, in every rank. Raises Stopped if one ends."""
-        if differ:
+        if two_tokenizers:
             print("the teacher has another tokenizer: process 0 alone scores the answers", flush=True)
         try:
-            self.everywhere("load", [arguments] * self.size, differ=differ, **options)
+            self.everywhere("load", [arguments] * self.size, two_tokenizers=two_tokenizers, **options)
         except ProcessEnded as error:
             raise Stopped(1, f"{error} while it loaded the models: start again") from error
         return self.worker.pair

@@ -171,11 +171,11 @@ class ShardedLeader(Leader):
         self.dtype = getattr(torch, knobs.dtype)
         self.begin("shard")  # the other ranks replace their workers as well
 
-    def load_pair(self, *arguments: Any, differ: bool, **options: Any):
-        if differ:
+    def load_pair(self, *arguments: Any, two_tokenizers: bool, **options: Any):
+        if two_tokenizers:
             what = "--shard needs one tokenizer, and the teacher has another"
             raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")
-        super().load_pair(*arguments, differ=differ, **options)
+        super().load_pair(*arguments, two_tokenizers=two_tokenizers, **options)
         self.everywhere("divide", [(self.dtype, models.find_device(self.knobs.device))] * self.size)
         return self.worker.pair
 

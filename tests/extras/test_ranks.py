@@ -235,7 +235,7 @@ def test_settings_that_do_not_work_with_several_processes(monkeypatch, settings,
 def test_shards_need_one_tokenizer():
     leader = shard.ShardedLeader.__new__(shard.ShardedLeader)
     with pytest.raises(cli.BadInput, match="--shard needs one tokenizer, and the teacher has another: drop"):
-        leader.load_pair(differ=True)
+        leader.load_pair(two_tokenizers=True)
 
 
 def test_a_divergence_that_cannot_be_sent_is_refused(monkeypatch):
@@ -259,7 +259,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4], [5, 6], [7, 7, 7, 7],
 ENDS = {END, *range(20, 30)}
 
 
-def load(student, teacher, dtype, device, differ):
+def load(student, teacher, dtype, device, two_tokenizers):
     return pair_of(tiny(), tiny(seed=1), getattr(torch, dtype), ENDS)
 
 
@@ -291,7 +291,7 @@ def compare_with_one(dtype, tolerance):
 def compare(leader, dtype, divided, tolerance):
     """Rollouts and scores of all processes against those of this one."""
     leader = leader.start(train.Knobs(batch_size=7, clip=1e9, dtype=dtype, shard=divided, device="cpu"))
-    pair = leader.load_pair("", "", dtype, torch.device("cpu"), differ=False)
+    pair = leader.load_pair("", "", dtype, torch.device("cpu"), two_tokenizers=False)
     one = load("", "", dtype, "", "")
     noise = sampling_noise(range(len(PROMPTS)), 9)
     alone = rollout(one.student, PROMPTS, 9, ENDS, noise, temperature=0.7)
