@@ -192,8 +192,8 @@ def score(
             teacher_temperature=teacher_temperature,
         )
         loss += batch_loss.item()
-        row, position = loss_mask[rows].nonzero().T  # (N,) each: where in the micro-batch the tokens stand
-        row = row.new_tensor(rows)[row]  # its number in `rollouts`
+        place, position = loss_mask[rows].nonzero().T  # (N,) each: the place of a row in the micro-batch
+        row = place.new_tensor(rows)[place]  # its number in `rollouts`
         statistics.append(batch_statistics | {"row": row, "position": position})
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
 
