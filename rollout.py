@@ -29,11 +29,12 @@ def sampling_noise(keys: Iterable[object], horizon: int) -> Tensor:
     """One uniform number in [0, 1) per row and token, (B, H). Each row has a generator seeded by its own key.
 
     Training uses the key (seed, step, row): a row's sample depends neither on the other rows of the batch nor
-    on the horizon, and no generator state has to be saved. A key is read as text, by its `repr`.
+    on the horizon, and no generator state has to be saved.
     """
     rows = []
     for key in keys:
-        generator = torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
+        seed = random.Random(repr(key)).getrandbits(32)  # of the text; `hash` differs between processes
+        generator = torch.Generator().manual_seed(seed)
         rows.append(torch.rand(horizon, generator=generator))
     return torch.stack(rows)
 
@@ -157,11 +158,12 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
 
     The hidden state at place i predicts the token at place i + 1: the state of the last prompt token predicts
     the first response token. `hidden[predicts]` has the order of `rollouts.tokens[rows][loss_mask[rows]]`.
-    Padding is on the right, where causal attention never looks, so no attention mask is needed. An example:
+    Padding is on the right, where causal attention never looks, so no attention mask is needed. An example,
+    the prompt 1 2 with the response 7 8 9:
 
-        prompt 1 2, response 7 8 9    ids       1  2  7  8    9 predicts nothing
-                                      predicts  .  x  x  x
-                                                   7  8  9    are predicted there
+        ids        1  2  7  8    without 9, which predicts nothing
+        predicts   .  x  x  x
+        predicted     7  8  9
     """
     ids = []
     predicts = []
