@@ -85,11 +85,17 @@ def after_hashes(text: str) -> list[str]:
 def after_phrase(text: str) -> list[str]:
     """What follows "the answer is", "answer:" or "answer =", up to the end of the sentence."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
-    phrases = islice(re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I), 100)
+    phrases = re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I)
+    # A full stop, the end of a line, or a comma before a word; stars are Markdown's bold type.
     end = re.compile(r"\.\s|\.?\*{0,9}[ \t]{0,20}$|\n|,\s(?=[a-z]{2})", re.M)
-    pieces = [text[phrase.end() : phrase.end() + 240] for phrase in phrases]
-    found = [without_prose(piece[: end.search(piece).start()].lstrip(" *").rstrip(" *.")) for piece in pieces]
-    return [answer for answer in found if answer and len(answer) <= 200]
+    found = []
+    for phrase in islice(phrases, 100):
+        rest = text[phrase.end() : phrase.end() + 240]
+        sentence = rest[: end.search(rest).start()].lstrip(" *").rstrip(" *.")
+        answer = without_prose(sentence)
+        if answer and len(answer) <= 200:
+            found.append(answer)
+    return found
 
 
 def last_number(text: str) -> list[str]:
@@ -183,7 +189,7 @@ def evaluate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
     records = run_folder.whole_batches(path, [i for i, _ in keys])
-    # A resumed evaluation keeps its batch size, as another one rounds differently; it may only get smaller.
+    # Another batch size rounds differently: a resumed evaluation keeps its own, or takes a smaller one.
     size = min(batch_size, records[0]["batch_size"]) if records else batch_size
     bar = tqdm(total=len(keys), initial=len(records), desc=path.stem, unit="answer", leave=False)
     with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, has_box) as grader, bar:
@@ -197,7 +203,7 @@ def evaluate(
                 model, batch_prompts, max_new_tokens, eos_ids, noise, temperature=temperature, top_p=top_p
             )
             models.check_finite(model, rollouts.logp, [problem.question for problem in batch_problems])
-            if not records:
+            if not records:  # the first batch
                 check_sampling(model, rollouts, temperature, top_p)
             answers = decode_answers(rollouts, tokenizer)
             seconds = (time.perf_counter() - began) / len(answers)
