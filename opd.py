@@ -53,8 +53,8 @@ def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float 
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., arXiv 2306.13649).
 
     beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. The derivatives
-    through m cancel, so m needs no gradient. - p + p.detach() adds zero to the value, and makes the gradient
-    in log p equal to (1 - beta) p (log p - log m): where p = q, zero up to the rounding of log m.
+    through m cancel, so m needs no gradient. The terms - p + p.detach() add zero to the value, and make the
+    gradient in log p equal to (1 - beta) p (log p - log m): where p = q, zero up to the rounding of log m.
     """
     with torch.no_grad():
         mixture_logp = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log(1 - beta))
