@@ -99,12 +99,15 @@ def make_schedule(
 
 def main() -> None:
     parse(NoKnobs, __doc__)
+    budget = 1024
+    steps = 60
     for name in SCHEDULES:
-        horizon_at = make_schedule(name, budget=1024, steps=60)
-        horizons = [horizon_at(step) for step in range(60)]
-        print(f"\n{name}: {sum(horizons) / 60 / 1024:.0%} of the tokens of full rollouts")
-        for step in range(0, 60, 6):
-            print(f"  step {step:2d} {'#' * (horizons[step] // 16):<64} {horizons[step]}")
+        horizon_at = make_schedule(name, budget, steps)
+        horizons = [horizon_at(step) for step in range(steps)]
+        print(f"\n{name}: {sum(horizons) / (steps * budget):.0%} of the tokens of full rollouts")
+        for step in range(0, steps, 6):
+            bar = "#" * (64 * horizons[step] // budget)
+            print(f"  step {step:2d} {bar:<64} {horizons[step]}")
 
 
 if __name__ == "__main__":
