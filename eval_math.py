@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import torch
@@ -301,6 +302,8 @@ def settings(given: dict) -> tuple[Knobs, Path]:
     knobs = Knobs(**(run_folder.resumed(Knobs, given) if "resume" in given else given))
     if not knobs.model or not knobs.benchmark + knobs.data:
         raise BadInput("nothing to evaluate: give a --model, and a --benchmark or --data")
+    if len(knobs.model) > len(ascii_uppercase):
+        raise BadInput(f"{len(knobs.model)} models are too many for one comparison: give at most 26")
     if knobs.samples > 1 and knobs.temperature == 0:
         raise BadInput(f"{knobs.samples} greedy answers are all the same: add --temperature 0.7, for example")
     if knobs.top_p < 1 and knobs.temperature == 0:
@@ -321,8 +324,8 @@ def main() -> int | None:
     for title, benchmark in benchmarks.items():
         found = data.distinct(data.read_problems(benchmark.source, benchmark.split, layout), title)
         problems[title] = data.subset(found, knobs.limit, knobs.seed)
-    # Two models may have the same name, so each gets a letter: A, B, ..., Z, A1, B1, ...
-    labels = [f"{chr(65 + i % 26)}{i // 26 or ''}-{Path(name).name}" for i, name in enumerate(knobs.model)]
+    # Two models may have the same name, so each gets a letter.
+    labels = [f"{letter}-{Path(name).name}" for letter, name in zip(ascii_uppercase, knobs.model)]
     with run_folder.exclusive(folder, fresh=not knobs.resume):
         contents = {f"problems of {title}": found for title, found in problems.items()}
         inputs = run_folder.input_hashes(contents, knobs.model)

@@ -302,8 +302,8 @@ def load_pair(
     dtype = getattr(torch, dtype_name)
     # In fp32, for the masters; with LoRA only the adapters are trained, so only they have masters.
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
-    place = models.find_device(teacher_device) if teacher_device else device
-    teacher = models.load_model(teacher_name, dtype, place, teacher_bits).requires_grad_(False)
+    teacher_place = models.find_device(teacher_device) if teacher_device else device
+    teacher = models.load_model(teacher_name, dtype, teacher_place, teacher_bits).requires_grad_(False)
     models.print_notes(student, teacher, dtype)
     if low_memory:
         from extras import lora

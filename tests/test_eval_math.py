@@ -48,7 +48,7 @@ def test_two_models_are_compared_on_the_same_problems(world, tmp_path, monkeypat
 
 
 def test_every_model_has_a_label_of_its_own(world, tmp_path, monkeypatch):
-    """Those after the 26th were dropped in silence."""
+    """Also models of one name. There are 26 letters, and no model is dropped in silence."""
     labels = []
 
     def record(name, label, *args):
@@ -58,10 +58,13 @@ def test_every_model_has_a_label_of_its_own(world, tmp_path, monkeypatch):
         return {"test": [answer | dict.fromkeys(("correct", "correct_strict", "correct_last"), True)]}
 
     monkeypatch.setattr(eval_math, "evaluate_model", record)
-    models = ["--model", world / "teacher"] * 28
-    main(monkeypatch, *models, "--data", world / "test.jsonl", "--out", tmp_path / "out")
-    assert labels[:2] + labels[25:] == ["A-teacher", "B-teacher", "Z-teacher", "A1-teacher", "B1-teacher"]
-    assert len(set(labels)) == 28
+    models = ["--model", world / "teacher"] * 26
+    flags = ["--data", world / "test.jsonl", "--out", tmp_path / "out"]
+    main(monkeypatch, *models, *flags)
+    assert labels[:2] + labels[25:] == ["A-teacher", "B-teacher", "Z-teacher"]
+    assert len(set(labels)) == 26
+    with pytest.raises(cli.BadInput, match="27 models are too many for one comparison: give at most 26"):
+        main(monkeypatch, *models, "--model", "another", *flags)
 
 
 def test_a_stopped_run_resumes_to_the_same_scores(world, tmp_path, monkeypatch, request):
