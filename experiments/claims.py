@@ -208,6 +208,17 @@ def interval(mean: float, se: float, seeds: int) -> Interval:
     return Interval(mean, se, mean - spread, mean + spread)
 
 
+def interval_of(values: Collection[float]) -> Interval | None:
+    """That of a mean over seeds; None with fewer than MIN_SEEDS."""
+    if len(values) < MIN_SEEDS:
+        return None
+    return interval(statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5, len(values))
+
+
+def shown(found: Interval | None, form: str = ".0%") -> str:
+    return f"{found.mean:{form}} [{found.low:{form}} to {found.high:{form}}]" if found else "no interval"
+
+
 def verdict(found: Interval, low: float, high: float) -> str:
     """Whether the interval lies within the limits: YES; outside: NO; neither: OPEN."""
     if low < found.low and found.high < high:
@@ -280,14 +291,13 @@ def speed(claim: Claim, results: Results, curves: Curves) -> tuple[str, str]:
         never[arm] = [str(seed) for seed, (_, reached) in zip(seeds, found) if not reached]
         texts.append(f"{arm} {statistics.fmean(costs[arm]):,.1f} in {len(looks)} looks")
     ratios = [ours / theirs for ours, theirs in zip(*costs.values())]
-    found = interval(statistics.fmean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5, len(ratios))
+    found = interval_of(ratios)
     texts += [f"{arm} never with seed {', '.join(which)}" for arm, which in never.items() if which]
     outcome = verdict(found, claim.low, claim.high)
     # A run that never reaches the target counts with its whole cost, which is too little.
     if (never[claim.arm] and outcome == YES) or (never[claim.other] and outcome == NO):
         outcome = OPEN
-    numbers = f"{found.mean:.2f} [{found.low:.2f} to {found.high:.2f}] until {target:.1%}"
-    return outcome, "; ".join([numbers, *texts])
+    return outcome, "; ".join([f"{shown(found, '.2f')} until {target:.1%}", *texts])
 
 
 def not_worse(arm: str) -> Claim:

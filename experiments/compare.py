@@ -13,7 +13,7 @@ runs. Left out: checkpoints within a run (a stop costs one run), several answers
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import claims
 import figures
-from arms import ARMS, GROUPS, History
+from arms import ARMS, GROUPS, Arm, History
 
 import train
 from eval_math import HeldOut, evaluate
@@ -98,21 +98,36 @@ def settings_of(knobs: Knobs) -> dict[str, str]:
 
 
 class Setup(NamedTuple):
-    """What all runs share: the models, the prompts to train on, and the held-out problems."""
+    """What a run needs: the models, the prompts to train on, the held-out problems, and the settings."""
 
     pair: train.Pair
     prompts: list[list[int]]
     held_out: HeldOut
+    knobs: Knobs
 
-    def answers(self, model, temperature: float, knobs: Knobs) -> list[dict]:
+    def answers(self, model, temperature: float) -> list[dict]:
         """A graded answer of `model` to each held-out problem, in their order."""
-        length = knobs.max_new_tokens
-        batch = batch_that_fits(model, self.held_out.prompts, length, knobs.eval_batch)
-        how = {"seed": knobs.seed, "temperature": temperature}
+        length = self.knobs.max_new_tokens
+        batch = batch_that_fits(model, self.held_out.prompts, length, self.knobs.eval_batch)
+        how = {"seed": self.knobs.seed, "temperature": temperature}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "answers.jsonl")
             records = evaluate(model, self.held_out, path, length, batch, **how)
         return sorted(records, key=lambda record: record["index"])
+
+    def scores(self, model, *more: str) -> dict:
+        """Columns: scores of sampled and greedy answers to the same problems; `more` are of the sampled."""
+        sampled = self.answers(model, self.knobs.eval_temperature)
+        greedy = self.answers(model, 0.0)
+        scores = score_answers(sampled)
+        row = {key: scores[key] for key in ("accuracy", "last_box", "truncated", "mean_length", *more)}
+        row |= {"greedy": score_answers(greedy)["accuracy"], "n": len(sampled)}
+        return row | {"correct": correct_digits(sampled), "correct_greedy": correct_digits(greedy)}
+
+
+def correct_digits(records: list[dict]) -> str:
+    """A digit per problem, 1 if the answer is correct: what paired differences need."""
+    return "".join("01"[record["correct"]] for record in records)
 
 
 def load(knobs: Knobs) -> Setup:
@@ -121,28 +136,25 @@ def load(knobs: Knobs) -> Setup:
     device = models.find_device(knobs.device)
     layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
-    return Setup(*train.load_with_prompts(train.load_pair, knobs, device, False, problems, test))
+    return Setup(*train.load_with_prompts(train.load_pair, knobs, device, False, problems, test), knobs)
 
 
 class ArmRun(run_folder.Run):
-    """One run of an arm: its costs, the history of the adaptive horizon, and the scores along the way.
+    """One run of an arm: its costs, the history of the adaptive horizon, and the looks along the way."""
 
-    `score_point` is called at each curve point with the part of the run that is done and the costs so far.
-    """
-
-    def __init__(self, device: torch.device, knobs: Knobs, arm: str, bar: tqdm, score_point: Callable):
-        super().__init__(device)
-        self.knobs = knobs
-        self.arm = arm
-        self.bar = bar
-        self.score_point = score_point
+    def __init__(self, setup: Setup):
+        super().__init__(setup.pair.student.device)
+        self.setup = setup
         self.history: History = []
+        self.looks: list[dict] = []
         self.next_step = 0
 
     def steps(self, total: int) -> Iterator[int]:
         """With --minutes increasing numbers by the clock: schedules and learning rate come to their ends."""
-        while self.next_step < total:
-            yield self.next_step
+        with tqdm(total=total, unit="step", leave=False) as bar:
+            while self.next_step < total:
+                yield self.next_step
+                bar.update(self.next_step - bar.n)
 
     def costs(self) -> dict[str, float]:
         sums = {name: sum(row[name] for row in self.rows) for name in claims.COSTS[1:]}
@@ -154,64 +166,55 @@ class ArmRun(run_folder.Run):
         row["loss_tokens"] = len(tokens["row"])
         late = tokens["position"] >= row["horizon"] // 2
         self.history.append((row["horizon"], tokens["reverse_kl"][late].mean().item()))
-        costs = self.costs()
-        total, points = self.knobs.steps, self.knobs.curve_points
+        knobs = self.setup.knobs
         self.next_step = row["step"] + 1
-        if self.knobs.minutes:
-            by_clock = int(costs["seconds"] / (60 * self.knobs.minutes) * total)
+        if knobs.minutes:
+            by_clock = int(self.costs()["seconds"] / (60 * knobs.minutes) * knobs.steps)
             self.next_step = max(self.next_step, by_clock)
-        self.bar.set_postfix({"arm": self.arm, "seed": self.knobs.seed, "step": f"{self.next_step}/{total}"})
-        point = self.next_step * points // total
-        if row["step"] * points // total < point < points:  # a curve point lies between the two steps
-            self.score_point(point / points, costs)
+        point = self.next_step * knobs.curve_points // knobs.steps
+        if row["step"] * knobs.curve_points // knobs.steps < point < knobs.curve_points:
+            self.look(point / knobs.curve_points)  # a curve point lies between the two steps
         return row
 
+    def look(self, part: float) -> None:
+        """Score the student after this part of the run."""
+        costs = self.costs()
+        records = self.setup.answers(self.setup.pair.student, self.setup.knobs.eval_temperature)
+        row = {"part": part} | {key: costs[key] for key in ("steps_done", "response_tokens", "seconds")}
+        row |= {"accuracy": score_answers(records)["accuracy"], "correct": correct_digits(records)}
+        self.looks.append(row)
 
-def train_arm(setup: Setup, name: str, knobs: Knobs, bar: tqdm, score_point: Callable, arms=ARMS) -> ArmRun:
-    """Train the student as the arm `name` says."""
-    run = ArmRun(setup.pair.student.device, knobs, name, bar, score_point)
-    arms[name].train(setup.pair, setup.prompts, knobs, run)
+
+def train_arm(setup: Setup, arm: Arm) -> ArmRun:
+    """Train the student as the arm says."""
+    run = ArmRun(setup)
+    arm.train(setup.pair, setup.prompts, setup.knobs, run)
     return run
 
 
-def correct_digits(records: list[dict]) -> str:
-    """A digit per problem, 1 if the answer is correct: what paired differences need."""
-    return "".join("01"[record["correct"]] for record in records)
+def each_from_start(pair: train.Pair, runs: Iterable) -> Iterator:
+    """The runs, before each of which the student gets the weights that it has now."""
+    start = {name: weight.detach().clone() for name, weight in pair.masters.items()}
+    for run in runs:
+        for name, weight in pair.masters.items():
+            weight.data.copy_(start[name])
+        pair.copy_masters_to_weights()
+        yield run
 
 
-def scores_of(setup: Setup, model, knobs: Knobs, *more: str) -> dict:
-    """Columns: scores of sampled and greedy answers to the same problems, and `more` of the sampled ones."""
-    sampled = setup.answers(model, knobs.eval_temperature, knobs)
-    greedy = setup.answers(model, 0.0, knobs)
-    scores = score_answers(sampled)
-    row = {key: scores[key] for key in ("accuracy", "last_box", "truncated", "mean_length", *more)}
-    row |= {"greedy": score_answers(greedy)["accuracy"], "n": len(sampled)}
-    return row | {"correct": correct_digits(sampled), "correct_greedy": correct_digits(greedy)}
-
-
-def run_once(setup: Setup, name: str, knobs: Knobs, bar: tqdm) -> tuple[dict, list[dict]]:
+def run_once(setup: Setup, name: str) -> tuple[dict, list[dict]]:
     """Train an arm, or only score the student or the teacher: a row for the CSV, and those of the curve."""
-    model = setup.pair.teacher if name == "teacher" else setup.pair.student
-    run = {"arm": name, "seed": knobs.seed}
-    curve = []
-
-    def score_point(part: float, costs: dict) -> None:
-        records = setup.answers(model, knobs.eval_temperature, knobs)
-        row = run | {"part": part}
-        row |= {key: costs[key] for key in ("steps_done", "response_tokens", "seconds")}
-        row |= {"accuracy": score_answers(records)["accuracy"], "correct": correct_digits(records)}
-        curve.append(row)
-
-    costs = dict.fromkeys(claims.COSTS, 0)
+    run = {"arm": name, "seed": setup.knobs.seed}
+    costs, looks = dict.fromkeys(claims.COSTS, 0), []
     if name in ARMS:
-        costs = train_arm(setup, name, knobs, bar, score_point).costs()
-    return run | costs | scores_of(setup, model, knobs), curve
+        found = train_arm(setup, ARMS[name])
+        costs, looks = found.costs(), found.looks
+    model = setup.pair.teacher if name == "teacher" else setup.pair.student
+    return run | costs | setup.scores(model), [run | look for look in looks]
 
 
-def compare(knobs: Knobs, path: Path) -> None:
-    """Make the missing runs, seed by seed, so that an unfinished comparison is one too. Raises BadInput."""
-    run_folder.check_file(path, "--csv")
-    shared = settings_of(knobs)
+def missing_runs(knobs: Knobs, path: Path, shared: claims.Row) -> list[tuple[str, int]]:
+    """Arm and seed of the runs that the file lacks, seed by seed. Raises BadInput for other settings."""
     curves = claims.curves_path(path)
     if curves.exists() and not path.exists():
         raise BadInput(f"{curves} belongs to {path}, which does not exist: remove it, or name another --csv")
@@ -221,7 +224,16 @@ def compare(knobs: Knobs, path: Path) -> None:
     # None for a setting that is not known here.
     claims.check_settings(path, rows, dict.fromkeys(settings) | shared)
     names = (*claims.ENDS, *knobs.arms)
-    wanted = [(name, s) for s in range(knobs.seeds) for name in names if s not in results.get(name, {})]
+    return [
+        (name, seed) for seed in range(knobs.seeds) for name in names if seed not in results.get(name, {})
+    ]
+
+
+def compare(knobs: Knobs, path: Path) -> None:
+    """Make the missing runs. Raises BadInput."""
+    run_folder.check_file(path, "--csv")
+    shared = settings_of(knobs)
+    wanted = missing_runs(knobs, path, shared)
     for name in knobs.arms:
         ARMS[name].check(knobs)
     if not wanted:
@@ -234,21 +246,14 @@ def compare(knobs: Knobs, path: Path) -> None:
     if knobs.keep:
         with tempfile.TemporaryDirectory() as folder:
             check_saving(setup.pair, train.save_student, Path(folder))
-    start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
-    with tqdm(total=len(wanted), unit="run", mininterval=0.5) as bar:
-        for name, seed in wanted:
-            for key, weight in setup.pair.masters.items():
-                weight.data.copy_(start[key])
-            setup.pair.copy_masters_to_weights()
-            row, curve = run_once(setup, name, replace(knobs, seed=seed), bar)
-            if curve:  # first: a curve without its run, which a stop in between leaves, is ignored
-                run_folder.append_csv(curves, curve)
-            run_folder.append_csv(path, [row | shared])
-            if knobs.keep and name in ARMS:
-                train.save_student(setup.pair, Path(knobs.keep, f"{name}-{seed}"))
-            line = f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s"
-            bar.write(line, file=sys.stdout)
-            bar.update()
+    for name, seed in tqdm(each_from_start(setup.pair, wanted), total=len(wanted), unit="run"):
+        row, curve = run_once(setup._replace(knobs=replace(knobs, seed=seed)), name)
+        if curve:  # first: a curve without its run, which a stop in between leaves, is ignored
+            run_folder.append_csv(claims.curves_path(path), curve)
+        run_folder.append_csv(path, [row | shared])
+        if knobs.keep and name in ARMS:
+            train.save_student(setup.pair, Path(knobs.keep, f"{name}-{seed}"))
+        tqdm.write(f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s")
 
 
 def main() -> None:

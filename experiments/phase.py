@@ -18,8 +18,8 @@ import math
 import statistics
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +28,10 @@ sys.path.insert(0, str(ROOT))
 import arms
 import sweep
 from arms import Arm, by_schedule
-from claims import NO, OPEN, YES, Interval, interval, verdict
+from claims import NO, OPEN, YES, Interval, Row, interval, interval_of, shown, verdict
+from compare import Setup
 from figures import VERMILION, plt, save
-from sweep import CACHE, ENDS, SWEEP_SEED, Row, Unit, World, mean_of, shown
+from sweep import CACHE, ENDS, SWEEP_SEED, Sweep, Unit
 
 from support import toy
 from support.cli import BadInput, knob, parse, run_main
@@ -51,27 +52,38 @@ MARKERS = (
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(Sweep):
     seeds: int = knob(5, "worlds of each place", least=1)
     steps: int = knob(5, "of training; few, so that full is short of its ceiling", least=2)
     problems: int = knob(100, "held-out, sampled once at temperature 1", least=2, most=100)
     csv: str = knob(str(ROOT / "results" / "phase.csv"), "results; the figure is written next to it")
     report: bool = knob(False, "train nothing: table and figure of the rows in the CSV")
 
-    def sweep(self) -> sweep.Sweep:
+    column = "q"
+    place_of = float
+    tuning = tuple(CORNERS)
+    rates = RATES
+    least_teacher = LEAST_TEACHER
+
+    def settings(self) -> Row:
         """`worlds` is a hash of how toy.py makes them."""
         worlds = toy.folder_of("toy", toy.Recipe(), CACHE).name
-        return sweep.Sweep(
-            path=Path(self.csv),
-            settings=sweep.settings_of(toy.PRESET, steps=self.steps, problems=self.problems, worlds=worlds),
-            column="q",
-            place_of=float,
-            tuning=CORNERS,
-            rates=RATES,
-            load=partial(load, knobs=self),
-            measure=measure,
-            least_teacher=LEAST_TEACHER,
-        )
+        return sweep.settings_of(toy.PRESET, steps=self.steps, problems=self.problems, worlds=worlds)
+
+    def load(self, place: float, seed: int, arm: str) -> Setup:
+        ours = {"steps": self.steps, "eval_limit": self.problems, "seed": seed}
+        return sweep.load(build(place, seed), toy.PRESET, **ours)
+
+    def measure(self, setup: Setup, place: float, arm: str, lr: str, student: Row) -> Row:
+        places = {"announced": "", "auto": ""}
+        if arm == "student":
+            places = {"announced": announced(setup, place), "auto": sweep.horizon_auto(setup)}
+        tokens = 0
+        if arm in ARMS:
+            tokens = sweep.train_arm(setup, ARMS[arm], lr, student["auto"]).costs()["response_tokens"]
+        model = setup.pair.teacher if arm == "teacher" else setup.pair.student
+        records = setup.answers(model, setup.knobs.eval_temperature)
+        return {"response_tokens": tokens, "accuracy": score_answers(records)["accuracy"]} | places
 
 
 # The world.
@@ -104,45 +116,23 @@ def build(q: float, seed: int) -> Path:
         return toy.build(key, toy.Recipe(seed), CACHE)
 
 
-def load(unit: Unit, knobs: Knobs) -> World:
-    ours = {"steps": knobs.steps, "eval_limit": knobs.problems, "seed": unit.seed}
-    return sweep.load(unit.place, build(unit.place, unit.seed), toy.PRESET, **ours)
-
-
-def places_in_tokens(world: World) -> dict[str, float]:
-    """Where the announcement starts, on average, and the horizon that `--horizon auto` suggests."""
-    q, setup, settings = world
+def announced(setup: Setup, q: float) -> float:
+    """How many tokens precede the first that differs between a right and a wrong answer, on average."""
     encode = setup.pair.tokenizer.encode
     starts = []
-    for problem in toy.all_problems(toy.Recipe(settings.seed))[:100]:
+    for problem in toy.all_problems(toy.Recipe(setup.knobs.seed))[:100]:
         right, wrong = (encode(answer(*problem, q, correct)[0]) for correct in (True, False))
         starts.append(next(i for i, (a, b) in enumerate(zip(right, wrong)) if a != b))
-    return {"announced": statistics.fmean(starts), "auto": sweep.horizon_auto(world)}
-
-
-# The runs.
-
-
-def measure(world: World, arm: str, lr: str, student: Row) -> dict[str, float | str]:
-    """Train the student as the arm says, or only score the student or the teacher."""
-    _, setup, settings = world
-    places = places_in_tokens(world) if arm == "student" else {"announced": "", "auto": ""}
-    tokens = 0
-    if arm in ARMS:
-        tokens = sweep.train_arm(world, ARMS, arm, lr, student["auto"]).costs()["response_tokens"]
-    model = setup.pair.teacher if arm == "teacher" else setup.pair.student
-    records = setup.answers(model, settings.eval_temperature, settings)
-    return {"response_tokens": tokens, "accuracy": score_answers(records)["accuracy"]} | places
+    return statistics.fmean(starts)
 
 
 def run_all(knobs: Knobs) -> None:
     """The learning rates, then the cells; of several processes each takes the worlds that are free."""
-    both = knobs.sweep()
     tried = ENDS + [(arm, lr) for arm in ARMS for lr in RATES]
-    both.run([Unit(f"{q:g}-{SWEEP_SEED}", q, SWEEP_SEED, tried) for q in CORNERS])
+    knobs.run([Unit(q, SWEEP_SEED, tried) for q in CORNERS])
     chosen = ENDS + list(cells_of(knobs).rates.items())
     seeds = range(1, knobs.seeds + 1)
-    both.run([Unit(f"{q:g}-{seed}", q, seed, chosen) for q in PLACES for seed in seeds])
+    knobs.run([Unit(q, seed, chosen) for q in PLACES for seed in seeds])
 
 
 # What the rows show.
@@ -150,16 +140,26 @@ def run_all(knobs: Knobs) -> None:
 
 def cells_of(knobs: Knobs) -> "Cells":
     """Raises BadInput if a learning rate has not been tried."""
-    rows = knobs.sweep().finished()
-    rates = knobs.sweep().chosen_rates(rows, ARMS)
+    rows = knobs.finished()
+    rates = knobs.chosen_rates(rows, ARMS)
     if lacking := [arm for arm in ARMS if arm not in rates]:
         raise BadInput(f"the learning rates of {', '.join(lacking)} are not all tried: run without --report")
-    return Cells(rows, rates, knobs.sweep().unusable(rows))
+    return Cells(knobs.chosen(rows, rates), rates, knobs.unusable(rows))
 
 
-class Cells(sweep.Cells):
+class Cells(NamedTuple):
+    """What the rows say with the chosen learning rates."""
+
+    rows: dict[tuple[float, str], dict[int, Row]]  # by place and arm those of the seeds
+    rates: dict[str, str]
+    unusable: dict[tuple[float, int], str]
+
     def places(self) -> list[float]:
-        return sorted({q for q, seed, _, _ in self.rows if seed != SWEEP_SEED})
+        return sorted({q for q, _ in self.rows})
+
+    def values(self, q: float, arm: str, name: str = "accuracy") -> dict[int, float]:
+        """A number per seed."""
+        return {seed: float(row[name]) for seed, row in self.rows.get((q, arm), {}).items()}
 
     def gains(self, q: float, arm: str) -> list[tuple[float, float]]:
         """The accuracies of the arm and of full, minus that of the student, for the seeds with all three."""
@@ -174,12 +174,12 @@ class Cells(sweep.Cells):
         fewer than MIN_SEEDS seeds, or where full is not shown to gain.
         """
         gains = self.gains(q, arm)
-        of_full = mean_of([full for _, full in gains])
+        of_full = interval_of([full for _, full in gains])
         if not of_full or of_full.low <= 0:
             return None
         share = statistics.fmean(ours for ours, _ in gains) / of_full.mean
         residuals = [(ours - share * full) / of_full.mean for ours, full in gains]
-        return interval(share, mean_of(residuals).se, len(gains))
+        return interval(share, interval_of(residuals).se, len(gains))
 
     def missing(self, knobs: Knobs) -> str:
         """The places that lack seeds, with how many there are."""
@@ -203,7 +203,7 @@ def report(cells: Cells, knobs: Knobs) -> str:
                 f"  {name:10} {statistics.fmean(values):.1f} tokens, {min(values):g} to {max(values):g}"
             ]
         for arm in ("student", "teacher", "full"):
-            lines += [f"  {arm:10} accuracy {shown(mean_of(cells.values(q, arm).values()))}"]
+            lines += [f"  {arm:10} accuracy {shown(interval_of(cells.values(q, arm).values()))}"]
         for arm in list(ARMS)[1:]:
             share = cells.share(q, arm)
             word = words[verdict(share, KEPT, math.inf) if share else OPEN]

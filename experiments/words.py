@@ -20,9 +20,9 @@ import math
 import statistics
 import sys
 import textwrap
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -30,17 +30,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import claims
-import compare
 import probe
 import sweep
 from arms import ARMS
-from claims import MARGIN, OPEN, Results, verdict
+from claims import MARGIN, OPEN, Results, Row, interval_of, shown, verdict
+from compare import Setup
 from figures import STYLES, VERMILION, plt, save
-from sweep import ENDS, SWEEP_SEED, Cells, Row, Unit, World, mean_of, shown
+from sweep import ENDS, SWEEP_SEED, Sweep, Unit
 
 from eval_math import extract, has_box
 from rollout import rollout
-from support import data, run_folder, scores, words
+from support import data, run_folder, words
 from support.cli import BadInput, knob, parse, run_main
 from support.workers import Grader
 
@@ -54,8 +54,7 @@ WRITERS = {  # whose rollouts the reverse KL is measured on
     "own": "on each student's own rollouts",
 }
 DRAWN = ("student", "full", "topd-0.1", "esr")  # their reverse KL by position
-LOOKED_AT = [f"accuracy_{i}" for i in range(3)]
-OF_RUN = ("grad_norm_mean", "grad_norm_max", *LOOKED_AT)
+OF_RUN = ("grad_norm_mean", "grad_norm_max", "accuracy_0", "accuracy_1", "accuracy_2")
 TENTHS = range(10)
 PREFIXES = "0 10 25 50 75"
 BATCH = 250  # answers sampled together
@@ -83,7 +82,7 @@ LOOKS["teacher"] = {"color": "#555555", "marker": "", "linestyle": "--"}
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(Sweep):
     arms: tuple[str, ...] = knob((), "may be repeated; default: all", choices=RUN)
     seeds: int = knob(8, "worlds, besides that of the learning rates", least=1)
     steps: int = knob(words.PRESET["steps"], "of training", least=1)
@@ -94,71 +93,57 @@ class Knobs:
     decay: bool = knob(False, "only measure the decay of the teacher in all other worlds, into ..._decay.csv")
     report: bool = knob(False, "train nothing: table, verdicts and figure of the rows in the CSV")
 
-    def chosen(self) -> tuple[str, ...]:
+    def chosen_arms(self) -> tuple[str, ...]:
         return tuple(arm for arm in RUN if arm in (self.arms or RUN))
 
     def preset(self) -> dict:
         return words.PRESET | {"eval_batch": BATCH, "eval_limit": self.problems, "steps": self.steps}
 
-    def sweep(self) -> sweep.Sweep:
+    column = "world"
+    place_of = str
+    tuning = (WORLD,)
+    rates = RATES
+
+    def settings(self) -> Row:
         """`worlds` is a hash of how the worlds are made."""
         source = Path(words.__file__).read_bytes()
         own = {"worlds": f"words-{sha256(source).hexdigest()[:8]}", "steps": self.steps}
         own |= {"problems": self.problems, "rollouts": self.rollouts}
-        return sweep.Sweep(
-            path=Path(self.csv),
-            settings=sweep.settings_of(self.preset(), **own),
-            column="world",
-            place_of=str,
-            tuning=(WORLD,),
-            rates=RATES,
-            load=partial(load, knobs=self),
-            measure=partial(measure, rollouts=self.rollouts),
-        )
+        return sweep.settings_of(self.preset(), **own)
+
+    def load(self, place: str, seed: int, arm: str) -> Setup:
+        low_memory = arm in ARMS and ARMS[arm].low_memory
+        ours = {"seed": seed, "eval_temperature": 1.0, "low_memory": low_memory}
+        return sweep.load(build(seed), self.preset(), **ours)
+
+    def measure(self, setup: Setup, place: str, arm: str, lr: str, student: Row) -> Row:
+        start = deepcopy(setup.pair.student)
+        trained = arm in ARMS
+        whole = setup.knobs.seed != SWEEP_SEED  # other runs only choose a learning rate
+        row = dict.fromkeys(claims.COSTS, 0)
+        of_run = dict.fromkeys(OF_RUN, "")
+        if trained:
+            run = sweep.train_arm(setup, ARMS[arm], lr, student["auto"], looks=4 if whole else 1)
+            row = run.costs()
+            norms = [step["grad_norm"] for step in run.rows]
+            of_run |= {f"accuracy_{round(4 * look['part']) - 1}": look["accuracy"] for look in run.looks}
+            of_run |= {"grad_norm_mean": statistics.fmean(norms), "grad_norm_max": max(norms)}
+        model = setup.pair.teacher if arm == "teacher" else setup.pair.student
+        row |= setup.scores(model, "repeating") | of_run
+        row |= {"auto": sweep.horizon_auto(setup) if arm == "student" else ""}
+        for name, writer in zip(WRITERS, (start, setup.pair.teacher, setup.pair.student)):
+            found = dict.fromkeys(TENTHS, "")
+            if arm == "student" or (trained and whole):
+                how = {"writer": writer, "rollouts": self.rollouts}
+                tokens = sweep.reverse_kl(setup, setup.held_out.prompts, **how)
+                found = by_tenth(tokens, setup.knobs.max_new_tokens)
+            row |= {f"kl_{name}_{i}": value for i, value in found.items()}
+        return row
 
 
 def build(seed: int) -> Path:
     """The folder of the world, built if it does not exist."""
     return words.build(rollout, words.Recipe(seed))
-
-
-def load(unit: Unit, knobs: Knobs) -> World:
-    arm = ARMS.get(unit.runs[0][0])
-    ours = {"seed": unit.seed, "eval_temperature": 1.0, "low_memory": bool(arm and arm.low_memory)}
-    return sweep.load(unit.place, build(unit.seed), knobs.preset(), **ours)
-
-
-# A run.
-
-
-def measure(world: World, arm: str, lr: str, student: Row, rollouts: int) -> dict:
-    """Train the student as the arm says, or only score the student or the teacher: columns of a row."""
-    _, setup, settings = world
-    start = deepcopy(setup.pair.student)
-    costs, of_run = dict.fromkeys(claims.COSTS, 0), dict.fromkeys(OF_RUN, "")
-    auto = sweep.horizon_auto(world) if arm == "student" else ""
-    if arm in ARMS:
-        looks: dict[str, float | str] = dict.fromkeys(LOOKED_AT, "")
-
-        def look(part: float, costs: dict) -> None:
-            records = setup.answers(setup.pair.student, settings.eval_temperature, settings)
-            looks[f"accuracy_{round(4 * part) - 1}"] = scores.score_answers(records)["accuracy"]
-
-        points = 1 if settings.seed == SWEEP_SEED else 4
-        run = sweep.train_arm(world, ARMS, arm, lr, student["auto"], look, points)
-        costs = run.costs()
-        norms = [row["grad_norm"] for row in run.rows]
-        of_run = looks | {"grad_norm_mean": statistics.fmean(norms), "grad_norm_max": max(norms)}
-    model = setup.pair.teacher if arm == "teacher" else setup.pair.student
-    row = costs | compare.scores_of(setup, model, settings, "repeating") | of_run | {"auto": auto}
-    measured = arm == "student" or (arm in ARMS and settings.seed != SWEEP_SEED)
-    for name, writer in zip(WRITERS, (start, setup.pair.teacher, setup.pair.student)):
-        found = dict.fromkeys(TENTHS, "")
-        if measured:
-            tokens = sweep.reverse_kl(world, setup.held_out.prompts, writer=writer, rollouts=rollouts)
-            found = by_tenth(tokens, settings.max_new_tokens)
-        row |= {f"kl_{name}_{i}": value for i, value in found.items()}
-    return row
 
 
 def by_tenth(tokens: dict, length: int) -> dict[int, float | str]:
@@ -168,38 +153,36 @@ def by_tenth(tokens: dict, length: int) -> dict[int, float | str]:
     return {i: part.mean().item() if len(part) else "" for i, part in parts.items()}
 
 
-def unit(seed: int, arm: str, lr: str) -> Unit:
-    return Unit(f"{WORLD}-{seed}-{arm}-{lr}", WORLD, seed, [(arm, lr)])
-
-
 def run_all(knobs: Knobs) -> None:
     """Several processes share the runs."""
-    both = knobs.sweep()
+
+    def run(seeds: Iterable[int], runs: Iterable[tuple[str, str]]) -> None:
+        knobs.run([Unit(WORLD, seed, [run]) for seed in seeds for run in runs])
+
     seeds = range(1, knobs.seeds + 1)
-    both.run([unit(seed, *run) for seed in (SWEEP_SEED, *seeds) for run in ENDS])
-    for arm in knobs.chosen():
+    run((SWEEP_SEED, *seeds), ENDS)
+    for arm in knobs.chosen_arms():
         if not knobs.rate:
-            both.run([unit(SWEEP_SEED, arm, lr) for lr in RATES])
-        rates = rates_of(knobs, both.read(), (arm,))
-        both.run([unit(seed, *run) for seed in seeds for run in rates.items()])
+            run((SWEEP_SEED,), [(arm, lr) for lr in RATES])
+        run(seeds, rates_of(knobs, knobs.read(), (arm,)).items())
 
 
 def rates_of(knobs: Knobs, rows: dict[sweep.Key, Row], arms: tuple[str, ...]) -> dict[str, str]:
     """--rate, or the best learning rate of each arm for which all have been tried."""
-    return dict.fromkeys(arms, knobs.rate) if knobs.rate else knobs.sweep().chosen_rates(rows, arms)
+    return dict.fromkeys(arms, knobs.rate) if knobs.rate else knobs.chosen_rates(rows, arms)
 
 
 # The teacher on the student's text.
 
 
-def decay(world: World) -> list[dict]:
+def decay(setup: Setup, problems: int) -> list[dict]:
     """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
-    _, setup, settings = world
+    pair, settings = setup.pair, setup.knobs
     knobs = probe.PrefixKnobs(prefixes=PREFIXES, max_new_tokens=settings.max_new_tokens, sample_batch=BATCH)
-    problems = data.subset(data.read_problems(settings.data, "test"), knobs.problems, knobs.seed)
-    prompts = data.render(setup.pair.tokenizer, problems, settings.instruction)
+    chosen = data.subset(data.read_problems(settings.data, "test"), problems, knobs.seed)
+    prompts = data.render(pair.tokenizer, chosen, settings.instruction)
     with Grader(extract, has_box) as grader:
-        return list(probe.decay(probe.Setup(setup.pair, None, problems, prompts, grader), knobs))
+        return list(probe.decay(probe.Setup(pair, None, chosen, prompts, grader), knobs))
 
 
 def decay_in_worlds(knobs: Knobs) -> str:
@@ -209,23 +192,23 @@ def decay_in_worlds(knobs: Knobs) -> str:
     """
     path = Path(knobs.csv).with_stem(f"{Path(knobs.csv).stem}_decay")
     run_folder.check_file(path, "--csv")
-    rates = knobs.sweep().chosen_rates(knobs.sweep().finished(), ("full",))
+    rates = knobs.chosen_rates(knobs.finished(), ("full",))
     if not rates:
         raise BadInput(f"{knobs.csv} has no learning rate of full: run words.py without --decay first")
     lr = rates["full"]
     rows = []
     for seed in range(1, knobs.seeds + 1):
-        world = load(unit(seed, "full", lr), knobs)
-        rows += [{"seed": seed, "student": "before"} | row for row in decay(world)]
-        sweep.train_arm(world, ARMS, "full", lr, auto=1)
-        rows += [{"seed": seed, "student": "after full"} | row for row in decay(world)]
-    settings = knobs.sweep().settings
+        setup = knobs.load(WORLD, seed, "full")
+        rows += [{"seed": seed, "student": "before"} | row for row in decay(setup, knobs.problems)]
+        sweep.train_arm(setup, ARMS["full"], lr, auto=1)
+        rows += [{"seed": seed, "student": "after full"} | row for row in decay(setup, knobs.problems)]
+    settings = knobs.settings()
     run_folder.write_csv(path, [*rows[0], *settings], [row | settings for row in rows])
     lines = []
     for key in dict.fromkeys((row["student"], row["curve"], row["at"]) for row in rows):
         values = [row["value"] for row in rows if (row["student"], row["curve"], row["at"]) == key]
         name = "{:10} {:20} {:>5}".format(*key)
-        lines.append(f"{name} {shown(mean_of(values), '.1%')}, {len(values)} worlds")
+        lines.append(f"{name} {shown(interval_of(values), '.1%')}, {len(values)} worlds")
     return "\n".join(lines)
 
 
@@ -234,15 +217,14 @@ def decay_in_worlds(knobs: Knobs) -> str:
 
 def results_of(knobs: Knobs) -> tuple[Results, dict[str, str]]:
     """By arm and seed the rows with the chosen learning rates, and these."""
-    rows = knobs.sweep().finished()
-    rates = rates_of(knobs, rows, knobs.chosen())
-    cells = Cells(rows, rates, ())
-    found = {arm: cells.of(WORLD, arm) for arm in (*claims.ENDS, *rates)}
-    return {arm: of_arm for arm, of_arm in found.items() if of_arm}, rates
+    rows = knobs.finished()
+    rates = rates_of(knobs, rows, knobs.chosen_arms())
+    found = knobs.chosen(rows, rates)
+    return {arm: found[WORLD, arm] for arm in (*claims.ENDS, *rates) if (WORLD, arm) in found}, rates
 
 
 def missing(results: Results, knobs: Knobs) -> str:
-    lacking = claims.missing(results, knobs.chosen(), knobs.seeds, first=1)
+    lacking = claims.missing(results, knobs.chosen_arms(), knobs.seeds, first=1)
     return f"missing: {'; '.join(lacking)}" if lacking else ""
 
 
@@ -257,7 +239,7 @@ def mean(results: Results, arm: str, name: str) -> float:
 
 def text_of(values: list[float], form: str = ".1%") -> str:
     """The mean with its interval; with too few seeds for one, how many there are."""
-    found = mean_of(values)
+    found = interval_of(values)
     if found:
         return shown(found, form)
     return f"{statistics.fmean(values or [math.nan]):{form}} ({len(values)} seeds)"
@@ -297,7 +279,8 @@ def verdicts(results: Results) -> list[str]:
             for kind, name in SCORES.items():
                 pairs = zip(*claims.paired(results, arm, other))
                 gaps = [float(ours[name]) - float(theirs[name]) for ours, theirs in pairs]
-                outcome = verdict(mean_of(gaps), low, math.inf) if mean_of(gaps) else OPEN
+                found = interval_of(gaps)
+                outcome = verdict(found, low, math.inf) if found else OPEN
                 texts.append(f"{kind} {outcome}, {text_of(gaps, '+.1%')}")
             lines.append(f"{arm} {text}: {'; '.join(texts)}")
     return lines
@@ -343,7 +326,7 @@ def draw_scores(axis, results: Results, name: str) -> None:
     tokens = {arm: mean(results, arm, "response_tokens") for arm in arms}
     for row, arm in enumerate(arms):
         gains = gains_of(results, arm, name)
-        found = mean_of(gains)
+        found = interval_of(gains)
         error = found.high - found.mean if found else None
         look = LOOKS.get(arm, {"color": "black", "marker": "o"}) | {"linestyle": "", "capsize": 3}
         axis.errorbar(statistics.fmean(gains or [math.nan]), row, xerr=error, **look)

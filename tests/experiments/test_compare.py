@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from conftest import END, pair_of, tiny
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import train
 from rollout import Rollout, rollout, sampling_noise
@@ -139,10 +138,11 @@ def run_tiny(name: str, **changes) -> tuple[dict, list[float]]:
     """The costs of a run with tiny models, and the parts of the run at which it was scored."""
     settings = {"max_new_tokens": 30, "steps": 4, "batch_size": 6, "esr_tokens": 5, "curve_points": 4}
     knobs = compare.Knobs(**(settings | {"lr": 1e-9} | changes))
-    setup = compare.Setup(pair_of(tiny(), tiny(seed=1)), PROMPTS, None)
+    setup = compare.Setup(pair_of(tiny(), tiny(seed=1)), PROMPTS, None, knobs)
     parts = []
-    with tqdm(disable=True) as bar:
-        run = compare.train_arm(setup, name, knobs, bar, lambda part, costs: parts.append(part))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.ArmRun, "look", lambda run, part: parts.append(part))
+        run = compare.train_arm(setup, arms.ARMS[name])
     return run.costs(), parts
 
 

@@ -48,7 +48,7 @@ def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
     knobs = replace(KNOBS, csv=str(path))
     wanted = [("student", ""), ("auto", "0.001"), ("topd-0.05", "0.001")]
     for _ in range(2):
-        knobs.sweep().run([sweep.Unit("0.5-1", 0.5, 1, wanted)])
+        knobs.run([sweep.Unit(0.5, 1, wanted)])
     rows = read_csv(path)
     assert [(row["arm"], row["lr"]) for row in rows] == wanted
     auto = int(rows[0]["auto"])
@@ -56,7 +56,7 @@ def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
     assert student == 0 and 0.5 < of_auto / (2 * 32 * auto) <= 1 and 0.5 < truncated / (2 * 32 * 6) <= 1
     assert 54 <= float(rows[0]["announced"]) <= 58 and 1 <= auto <= 128
     with pytest.raises(BadInput, match="steps '2' and '3'"):
-        replace(knobs, steps=3).sweep().read()
+        replace(knobs, steps=3).read()
 
 
 def test_the_committed_rows_are_read():
@@ -64,7 +64,7 @@ def test_the_committed_rows_are_read():
     path = Path(phase.Knobs().csv)
     columns = ["q", "seed", "arm", "lr", "response_tokens", "accuracy", "announced", "auto"]
     assert list(read_csv(path)[0]) == [*columns, "steps", "problems", "worlds", *sweep.SETTINGS]
-    assert len(phase.Knobs().sweep().read()) == len(read_csv(path))
+    assert len(phase.Knobs().read()) == len(read_csv(path))
 
 
 # Accuracies of three seeds at q = 0.5. The shares of topd-0.5: gains 0.3, 0.6, 0.6 of full's 0.6, 0.6, 0.6.
@@ -80,7 +80,7 @@ def made_up(folder) -> phase.Knobs:
 
     def add(q, seed, arm, lr, accuracy, announced="", auto=""):
         row = {"q": q, "seed": seed, "arm": arm, "lr": lr, "response_tokens": 0, "accuracy": accuracy}
-        rows.append(row | {"announced": announced, "auto": auto} | knobs.sweep().settings)
+        rows.append(row | {"announced": announced, "auto": auto} | knobs.settings())
 
     for q in phase.CORNERS:
         for arm in phase.ARMS:

@@ -27,6 +27,7 @@ def micro(tmp_path, monkeypatch) -> words.Knobs:
     """Settings of a sweep over worlds whose models are hardly trained, with one learning rate."""
     monkeypatch.setattr(sweep, "CACHE", tmp_path)
     monkeypatch.setattr(words, "RATES", ("0.001",))
+    monkeypatch.setattr(words.Knobs, "rates", ("0.001",))
     monkeypatch.setattr(profile_horizon, "measure", partial(profile_horizon.measure, rollouts=8))
     recipe = partial(toy.Recipe, pretrain_steps=1, posttrain_steps=1)
     monkeypatch.setattr(words, "build", lambda seed: toy.build("opening", recipe(seed), tmp_path))
@@ -109,7 +110,7 @@ def made_up(folder) -> words.Knobs:
             row = {"world": "words", "seed": seed, "arm": arm, "lr": lr, "accuracy": value}
             row |= {"greedy": value + 0.1} | dict.fromkeys(columns, 0.25) | {"response_tokens": 10**5}
             row |= {f"kl_own_{i}": 0.5 for i in words.TENTHS[:6]} | {"kl_own_9": ""}
-            rows.append(row | knobs.sweep().settings)
+            rows.append(row | knobs.settings())
     append_csv(Path(knobs.csv), rows)
     return knobs
 
