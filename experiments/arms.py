@@ -128,16 +128,21 @@ def noise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tenso
 
 
 def statistic(name: str) -> Callable:
-    """One of opd.token_statistics by row and position, 0 after the end: one more forward pass."""
+    """One of opd.token_statistics: one more forward pass."""
 
     @torch.no_grad()
     def values_of(pair: train.Pair, rollouts: Rollout, knobs, step: int) -> Tensor:
         _, tokens = train.score(pair, rollouts, temperature=knobs.temperature, micro_batch=knobs.micro_batch)
-        values = torch.zeros(rollouts.tokens.shape, device=rollouts.tokens.device)
-        values[tokens["row"], tokens["position"]] = tokens[name].to(values.dtype)
-        return values
+        return by_place(rollouts, tokens, name)
 
     return values_of
+
+
+def by_place(rollouts: Rollout, tokens: dict[str, Tensor], name: str) -> Tensor:
+    """A statistic of tokens by row and position, (B, R); 0 where there is none."""
+    values = torch.zeros(rollouts.tokens.shape, device=rollouts.tokens.device)
+    values[tokens["row"], tokens["position"]] = tokens[name].to(values.dtype)
+    return values
 
 
 def surprise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:

@@ -122,14 +122,10 @@ def teach(pair: train.Pair, worked: dict[str, str], recipe: Recipe) -> None:
     train.train(pair, optimizer, prompts, lambda step: longest, knobs, run, sampler=sampler)
 
 
-def folder_of(recipe: Recipe) -> Path:
-    key = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:8]
-    return CACHE / f"{recipe.seed}-{key}"
-
-
 def build(recipe: Recipe = Recipe()) -> Path:
     """The folder with student/, teacher/, train.jsonl and test.jsonl, made if it does not exist."""
-    folder = folder_of(recipe)
+    key = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:8]
+    folder = CACHE / f"{recipe.seed}-{key}"
     if folder.exists():
         return folder
     part = folder.with_suffix(".part")
@@ -146,15 +142,6 @@ def build(recipe: Recipe = Recipe()) -> Path:
 # The reverse KL on fixed rollouts.
 
 
-def fixed_rollouts(pair: train.Pair, prompts: list[list[int]]) -> dict[str, list[Rollout]]:
-    """Full rollouts to the same prompts, by the student before training and by the teacher."""
-    writers = {"student": pair.student, "teacher": pair.teacher}
-    return {
-        name: list(in_batches(model, pair, prompts, MAX_NEW_TOKENS, 1.0, name, BATCH))
-        for name, model in writers.items()
-    }
-
-
 def kl_rows(curve: str, pair: train.Pair, parts: list[Rollout]) -> Iterator[dict]:
     """The mean reverse KL of all tokens and of each tenth of the budget; intervals over rollouts."""
     tokens = scored(train.score, pair, parts)
@@ -167,13 +154,17 @@ def kl_rows(curve: str, pair: train.Pair, parts: list[Rollout]) -> Iterator[dict
 
 
 def score_students(folder: Path, names: tuple[str, ...], rollouts: int) -> list[dict]:
-    """The rows of the student before training and of each trained one."""
+    """The rows of the student before training and of each trained one, on the same rollouts."""
     problems = data.read_problems(str(folder), "test")[-rollouts:]
-    fixed = {}
+    fixed: dict[str, list[Rollout]] = {}  # by writer: the student before training, and the teacher
     rows = []
     for name in (str(folder / "student"), *names):
         pair = train.load_pair(name, str(folder / "teacher"), "float32", torch.device("cpu"))
-        fixed = fixed or fixed_rollouts(pair, data.render(pair.tokenizer, problems, INSTRUCTION))
+        if not fixed:
+            prompts = data.render(pair.tokenizer, problems, INSTRUCTION)
+            for writer, model in (("student", pair.student), ("teacher", pair.teacher)):
+                parts = in_batches(model, pair, prompts, MAX_NEW_TOKENS, 1.0, writer, BATCH)
+                fixed[writer] = list(parts)
         for writer, parts in fixed.items():
             rows += kl_rows(f"{Path(name).name} on the {writer}'s", pair, parts)
     return rows

@@ -11,16 +11,15 @@ over problems. A run that was stopped has a student as well.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from arms import by_place
 from probe import mean_of_tokens
 
 import train
@@ -48,16 +47,6 @@ class Knobs:
     texts: int = knob(32, "answers of the untrained student that all models score", least=2, most=BATCH)
     max_new_tokens: int = knob(256, "longest answer", least=1)
     csv: str = knob(str(ROOT / "results" / "other_family.csv"), "the table")
-
-
-class Text(NamedTuple):
-    """Fixed answers, and what the untrained student and the teacher say of them."""
-
-    rollouts: Rollout
-    scored: Tensor  # (B, R) 1 where the teacher scores the token, else 0
-    logp: Tensor  # (B,) of the untrained student on these tokens, nats
-    ratio: Tensor  # (B,) log q - log p, nats
-    bytes: Tensor  # (B,)
 
 
 def answers_of(pair: train.Pair, prompts: list[list[int]], horizon: int) -> list[Rollout]:
@@ -88,36 +77,15 @@ def rows_of_answers(
 
 
 @torch.no_grad()
-def fixed_text(pair: train.Pair, scorer, part: Rollout) -> Text:
-    """The teacher's score of the untrained student's answers."""
+def row_of_text(name: str, pair: train.Pair, scorer, part: Rollout) -> dict:
+    """(log q - log p) / bytes of the fixed answers, over the tokens that the teacher scores."""
     _, tokens = scorer(pair, part)
-    scored = by_place(part, tokens, "scored")
-    ratio = -by_place(part, tokens, "reverse_kl").sum(1)
-    sizes = [len(answer["response"].encode()) for answer in decode_answers(part, pair.tokenizer)]
-    return Text(part, scored, own_logp(pair, part, scored), ratio, torch.tensor(sizes))
-
-
-def by_place(part: Rollout, tokens: dict[str, Tensor], name: str) -> Tensor:
-    """A statistic by row and position, (B, R); 0 where there is no token."""
-    found = torch.zeros(part.tokens.shape)
-    found[tokens["row"], tokens["position"]] = tokens[name]
-    return found
-
-
-@torch.no_grad()
-def own_logp(pair: train.Pair, part: Rollout, scored: Tensor) -> Tensor:
-    """log p of the scored tokens of each of these answers by the pair's student, (B,) nats."""
-    alone = replace(pair, teacher=pair.student, teacher_head=pair.student_head)
-    _, tokens = train.score(alone, part)
-    return (by_place(part, tokens, "student_logp") * scored).sum(1)
-
-
-def row_of_text(name: str, pair: train.Pair, text: Text) -> dict:
-    """(log q - log p) / bytes of the fixed answers; log q is the same for every student."""
-    change = own_logp(pair, text.rollouts, text.scored) - text.logp
-    of_byte = ((text.ratio - change) / text.bytes).repeat_interleave(text.bytes)
-    answer = torch.arange(len(text.bytes)).repeat_interleave(text.bytes)
-    return mean_of_tokens(name, "log_ratio_per_byte", of_byte, answer, len(text.bytes))
+    ratio = -by_place(part, tokens, "reverse_kl").sum(1)  # (B,) nats
+    sizes = torch.tensor(
+        [len(answer["response"].encode()) for answer in decode_answers(part, pair.tokenizer)]
+    )
+    answer = torch.arange(len(sizes)).repeat_interleave(sizes)
+    return mean_of_tokens(name, "log_ratio_per_byte", (ratio / sizes)[answer], answer, len(sizes))
 
 
 def measure(knobs: Knobs) -> list[dict]:
@@ -127,23 +95,21 @@ def measure(knobs: Knobs) -> list[dict]:
             what = f"{name} and {knobs.teacher} have the same tokenizer"
             raise BadInput(f"{what}: name a teacher of another family, or use compare.py")
     _, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.problems, seed=0)
-    device = models.find_device("")
+    settings = train.Knobs(
+        teacher=knobs.teacher, instruction=knobs.instruction, max_new_tokens=knobs.max_new_tokens
+    )
     rows = []
-    text = None
+    fixed = None
     for name in (knobs.student, *knobs.trained):
-        pair = train.load_pair(name, knobs.teacher, "float32", device, two_tokenizers=True)
+        pair = train.load_pair(name, knobs.teacher, "float32", models.find_device(""), two_tokenizers=True)
         prompts = data.render(pair.tokenizer, test, knobs.instruction)
-        parts = answers_of(pair, prompts, knobs.max_new_tokens)
+        scorer, _ = prepare(pair, train.hidden_states, prompts, test, test, settings)
         curve = Path(name).parent.name if name in knobs.trained else "before"
+        parts = answers_of(pair, prompts, knobs.max_new_tokens)
         rows += rows_of_answers(curve, pair.tokenizer, parts, test)
-        if text is None:
-            settings = train.Knobs(
-                teacher=knobs.teacher, instruction=knobs.instruction, max_new_tokens=knobs.max_new_tokens
-            )
-            scorer, _ = prepare(pair, train.hidden_states, prompts, test, test, settings)
-            (scored,) = answers_of(pair, prompts[: knobs.texts], knobs.max_new_tokens)
-            text = fixed_text(pair, scorer, scored)
-        rows.append(row_of_text(curve, pair, text))
+        if fixed is None:
+            (fixed,) = answers_of(pair, prompts[: knobs.texts], knobs.max_new_tokens)
+        rows.append(row_of_text(curve, pair, scorer, fixed))
     return rows
 
 

@@ -31,7 +31,7 @@ from figures import draw_probe
 
 import train
 from eval_math import INSTRUCTION, extract, has_box
-from extras.profile_horizon import in_batches
+from extras.profile_horizon import in_batches, scored
 from rollout import Rollout
 from schedules import make_schedule
 from support import data, models, run_folder, scores, toy
@@ -328,24 +328,19 @@ def loop_start(tokens: list[int], width: int = 12, times: int = 3) -> int:
     return len(tokens)
 
 
-@torch.no_grad()
 def kl_by_position(pair: train.Pair, found: list[Rollout], knobs) -> tuple[Tensor, Tensor]:
     """Reverse KL of every token but those of loops, else 0, and whether there is one: (rows, T) each."""
-    rows = sum(len(part.prompts) for part in found)
-    kl = torch.zeros(rows, knobs.max_new_tokens, dtype=torch.double)
-    present = torch.zeros(rows, knobs.max_new_tokens, dtype=torch.bool)
-    done = 0
-    for part in found:
-        mask = part.response_mask.clone()
-        for row, tokens in enumerate(ids_of([part])):
-            mask[row, loop_start(tokens) :] = False
-        how = {"temperature": knobs.temperature, "micro_batch": knobs.micro_batch}
-        _, tokens = train.score(pair, part, mask, **how)
-        place = done + tokens["row"].cpu(), tokens["position"].cpu()
-        kl[place] = tokens["reverse_kl"].cpu().double()
-        present[place] = True
-        done += len(part.prompts)
-    return kl, present
+    how = {"temperature": knobs.temperature, "micro_batch": knobs.micro_batch}
+    tokens = scored(train.score, pair, found, **how)
+    answers = ids_of(found)
+    kl = torch.zeros(len(answers), knobs.max_new_tokens, dtype=torch.double)
+    present = torch.zeros_like(kl, dtype=torch.bool)
+    place = tokens["row"].cpu(), tokens["position"].cpu()
+    kl[place] = tokens["reverse_kl"].cpu().double()
+    present[place] = True
+    for row, answer in enumerate(answers):
+        present[row, loop_start(answer) :] = False
+    return kl * present, present
 
 
 def position_means(curve: str, kl: Tensor, present: Tensor) -> Iterator[dict]:
