@@ -152,6 +152,11 @@ def paired(results: Results, *arms: str) -> list[list[Row]]:
     return [[results[arm][seed] for seed in common_seeds(results, *arms)] for arm in arms]
 
 
+def gaps(results: Results, arm: str, other: str, column: str = "accuracy") -> list[float]:
+    """The arm's number minus the other's, of each seed that both have."""
+    return [float(ours[column]) - float(theirs[column]) for ours, theirs in zip(*paired(results, arm, other))]
+
+
 def mean_of(rows: list[Row], column: str) -> float:
     return statistics.fmean(float(row[column]) for row in rows)
 

@@ -54,28 +54,18 @@ def accuracy_and_se(results: Results, arm: str) -> tuple[float, float]:
     return claims.mean_and_se(claims.correct(list(results[arm].values())))
 
 
-def curve_of_arm(results: Results, curves: Curves, arm: str, column: str) -> tuple[list[float], list[float]]:
-    """Means over the seeds of `column` and of the accuracy, at each curve point that all seeds have."""
-    points = claims.points_of(results, curves, arm, list(results[arm])).values()
-    return tuple([claims.mean_of(rows, name) for rows in points] for name in (column, "accuracy"))
-
-
-def draw_ends(axis, results: Results) -> None:
-    """The student before training and the teacher as lines."""
+def draw_curves(axis, results: Results, curves: Curves, names: tuple[str, ...], column: str) -> None:
+    """Accuracy of the arms `names` against a cost, between lines of the untrained student and the teacher."""
     for name, (label, colour, width) in END_STYLES.items():
         if name in results:
             accuracy, _ = accuracy_and_se(results, name)
             axis.axhline(accuracy, color=colour, linestyle=":", label=label, linewidth=width)
-
-
-def draw_curves(axis, results: Results, curves: Curves, names: tuple[str, ...], column: str) -> None:
-    """Accuracy of the arms `names` against a cost."""
-    draw_ends(axis, results)
     costs = []
     for name, look in zip(names, STYLES):
         if name not in results:
             continue
-        x, y = curve_of_arm(results, curves, name, column)
+        points = claims.points_of(results, curves, name, list(results[name])).values()
+        x, y = ([claims.mean_of(rows, of) for rows in points] for of in (column, "accuracy"))
         axis.plot(x, y, **look, markersize=4, linewidth=1.3)
         _, se = accuracy_and_se(results, name)
         axis.errorbar(x[-1], y[-1], yerr=se, **look, markersize=8, capsize=3)
@@ -127,7 +117,7 @@ def read_probe(path: Path) -> list[dict]:
     try:
         rows = [row | {name: float(row[name]) for name in VALUES} for row in read_csv(path)]
         known = rows[0]["probe"] in PROBE_FIGURES
-    except (OSError, IndexError, KeyError, TypeError, ValueError):
+    except (IndexError, KeyError, TypeError, ValueError):
         known = False
     if not known:
         raise BadInput(f"{path} does not hold results of a probe: name a file of {', '.join(PROBE_FIGURES)}")
@@ -239,11 +229,12 @@ def draw_probe(path: Path) -> str:
     except (IndexError, KeyError) as error:
         raise BadInput(f"{path} lacks rows of the probe ({error}): run the probe again") from error
     shape = {"figsize": (8, 4.4), "layout": "constrained", "squeeze": False, "sharey": True}
-    figure, axes = plt.subplots(1, 2 if name == "cascade" else 1, **shape)
-    if name == "cascade":
-        draw_cascade(axes[0], rows)
+    curves = PROBE_FIGURES[name].curves
+    figure, axes = plt.subplots(1, 1 if curves else 2, **shape)
+    if curves:
+        draw_prefixes(axes[0, 0], rows, curves)
     else:
-        draw_prefixes(axes[0, 0], rows, PROBE_FIGURES[name].curves)
+        draw_cascade(axes[0], rows)
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)

@@ -92,11 +92,14 @@ class SwapKnobs(PrefixKnobs, TrainedKnobs):
 
 
 class Setup(NamedTuple):
+    """A problem and its prompt stand here once for each of its answers, which are neighbours."""
+
     before: train.Pair
     after: train.Pair | None  # the same teacher, the student after training
     problems: list[data.Problem]
     prompts: list[list[int]]
     grader: Grader | None
+    knobs: Knobs
 
 
 def complete(knobs_class: type, given: dict) -> Knobs:
@@ -138,14 +141,6 @@ def prefix_lengths(knobs: PrefixKnobs) -> str:
     return " ".join(map(str, sorted(lengths)))
 
 
-def check_results(path: Path, settings: dict[str, str]) -> None:
-    """Raises BadInput if `path` has results of other settings, which would be lost."""
-    if path.suffix != ".csv":
-        raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")
-    run_folder.check_file(path, "--out")
-    check_settings(path, run_folder.read_csv(path) if path.exists() else [], settings)
-
-
 def load(knobs: Knobs, grader: Grader | None) -> Setup:
     """Models, problems and prompts; trains the toy's student if the probe needs it. Raises BadInput."""
     if knobs.world:
@@ -153,13 +148,14 @@ def load(knobs: Knobs, grader: Grader | None) -> Setup:
     problems = data.subset(data.read_problems(knobs.data, "test"), knobs.problems, knobs.seed)
     if len(problems) < 2:
         raise BadInput(f"{knobs.data} has one problem: it needs two or more")
+    problems = [problem for problem in problems for _ in range(knobs.samples)]
     device = models.find_device(knobs.device)
     pair = train.load_pair(knobs.student, knobs.teacher, knobs.dtype, device)
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student.config, pair.teacher.config], prompts, knobs.max_new_tokens)
     batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, knobs.sample_batch)
     after = after_training(pair, knobs, device) if isinstance(knobs, TrainedKnobs) else None
-    return Setup(pair, after, problems, prompts, grader)
+    return Setup(pair, after, problems, prompts, grader, knobs)
 
 
 def after_training(pair: train.Pair, knobs: TrainedKnobs, device: torch.device) -> train.Pair:
@@ -169,8 +165,12 @@ def after_training(pair: train.Pair, knobs: TrainedKnobs, device: torch.device) 
     student = models.load_model(name, torch.float32, device).requires_grad_(not knobs.trained)
     dtype = getattr(torch, knobs.dtype)
     after = train.make_pair(student, pair.teacher, pair.tokenizer, pair.vocab_size, pair.eos_ids, dtype)
-    if not knobs.trained:
-        train_toy(after, knobs)
+    if not knobs.trained:  # as train.py does with the toy's preset, this horizon and this seed
+        changes = {"seed": knobs.seed, "max_new_tokens": knobs.max_new_tokens, "eval_every": 0}
+        settings = train.Knobs(**(toy.preset(knobs.world) | changes))
+        prompts = data.render(pair.tokenizer, data.read_problems(knobs.data, "train"), settings.instruction)
+        run = RunWithBar(device)
+        train.train(after, train.adamw(after, settings), prompts, lambda _: knobs.window(), settings, run)
     return after
 
 
@@ -179,61 +179,53 @@ class RunWithBar(run_folder.Run):
         yield from tqdm(super().steps(total), "training", total, leave=False)
 
 
-def train_toy(pair: train.Pair, knobs: TrainedKnobs) -> None:
-    """Train the pair's student as train.py does with the toy's preset, this horizon and this seed."""
-    changes = {"seed": knobs.seed, "max_new_tokens": knobs.max_new_tokens, "eval_every": 0}
-    settings = train.Knobs(**(toy.preset(knobs.world) | changes))
-    prompts = data.render(pair.tokenizer, data.read_problems(knobs.data, "train"), settings.instruction)
-    run = RunWithBar(pair.student.device)
-    train.train(pair, train.adamw(pair, settings), prompts, lambda step: knobs.window(), settings, run)
-
-
 # The probes.
 
 
-def decay(setup: Setup, knobs: PrefixKnobs) -> Iterator[dict]:
+def decay(setup: Setup) -> Iterator[dict]:
     """Off-policy teacher decay (ESR): the student writes k tokens, the teacher the rest; answers are graded.
 
     Control: the teacher continues k tokens of its own. It shows how much of a decline is due to the student's
     tokens. An answer counts if neither prefix has ended yet.
     """
-    which, texts = repeated(setup, knobs)
-    pair = setup.before
+    pair, knobs = setup.before, setup.knobs
     lengths = [int(k) for k in knobs.prefixes.split()]
     writers = {"student's prefix": pair.student, "own prefix": pair.teacher}
-    heads = {who: ids_of(sampled(setup, m, texts, max(lengths), knobs, who)) for who, m in writers.items()}
+    heads = {}
+    for who, model in writers.items():
+        heads[who] = ids_of(sampled(setup, model, setup.prompts, max(lengths), who))
     for k in lengths:
-        prefixes = {who: [tokens[:k] for tokens in heads[who]] for who in heads}
-        unfinished = [i for i in range(len(which)) if not any(ended(p[i], pair) for p in prefixes.values())]
-        of_problem = [which[i] for i in unfinished]
-        if len(set(of_problem)) < 2:
+        pairs = enumerate(zip(*heads.values()))
+        unfinished = [i for i, both in pairs if not any(ended(head[:k], pair) for head in both)]
+        if len({i // knobs.samples for i in unfinished}) < 2:
             return  # too few answers are that long
         records = {}
-        for who in prefixes:
-            part = [prefixes[who][i] for i in unfinished]
-            records[who] = finish(setup, pair.teacher, of_problem, part, k, knobs, f"{who}, k = {k}")
+        for who in writers:
+            part = {i: heads[who][i][:k] for i in unfinished}
+            records[who] = finish(setup, pair.teacher, part, k, f"{who}, k = {k}")
             yield accuracy(who, k, records[who])
         yield gain("difference", k, records["own prefix"], records["student's prefix"])
 
 
-def swap(setup: Setup, knobs: SwapKnobs) -> Iterator[dict]:
+def swap(setup: Setup) -> Iterator[dict]:
     """Prefix swap (ESR): of the base and the trained student one writes k tokens, the other one the rest.
 
     If training changed only how answers begin, the trained beginning alone brings the whole gain, and the
     trained rest after the base student's beginning brings none. Answers that end within k tokens stay.
     """
-    which, texts = repeated(setup, knobs)
-    length = knobs.max_new_tokens
+    knobs, length = setup.knobs, setup.knobs.max_new_tokens
     writers = {"base": setup.before.student, "trained": setup.after.student}
-    heads = {who: ids_of(sampled(setup, m, texts, length, knobs, who)) for who, m in writers.items()}
+    heads = {}
+    for who, model in writers.items():
+        heads[who] = ids_of(sampled(setup, model, setup.prompts, length, who))
     for who in writers:
-        yield accuracy(f"{who} alone", length, graded(setup, which, heads[who]))
+        yield accuracy(f"{who} alone", length, graded(setup, dict(enumerate(heads[who]))))
     for k in map(int, knobs.prefixes.split()):
         records = {}
         for first, then in (("trained", "base"), ("base", "trained")):
             name = f"{first}, then {then}"
-            prefixes = [tokens[:k] for tokens in heads[first]]
-            records[name] = finish(setup, writers[then], which, prefixes, k, knobs, f"{name}, k = {k}")
+            part = {i: tokens[:k] for i, tokens in enumerate(heads[first])}
+            records[name] = finish(setup, writers[then], part, k, f"{name}, k = {k}")
             yield accuracy(name, k, records[name])
         gap = gain("difference", k, records["base, then trained"], records["trained, then base"])
         yield gap
@@ -241,22 +233,21 @@ def swap(setup: Setup, knobs: SwapKnobs) -> Iterator[dict]:
             yield gap | {"curve": "at N"}
 
 
-def cascade(setup: Setup, knobs: TrainedKnobs) -> Iterator[dict]:
+def cascade(setup: Setup) -> Iterator[dict]:
     """Cascading alignment (ESR): training on the first N tokens lowers the reverse KL beyond N too.
 
     Exact reverse KL of the student before and after, on the same fixed rollouts of the base student, and on
     each student's own. Caution: what lies beyond N in the fixed ones follows a beginning by the base student,
     which the trained one may no longer write; on own ones, the two are compared on different texts.
     """
-    _, texts = repeated(setup, knobs)
+    knobs = setup.knobs
     n = knobs.window()
     if n >= knobs.max_new_tokens:
         raise BadInput(f"training reached all {n} tokens, none is beyond: lower --horizon")
     pairs = {"before": setup.before, "after": setup.after}
-    own = {
-        who: sampled(setup, pair.student, texts, knobs.max_new_tokens, knobs, who)
-        for who, pair in pairs.items()
-    }
+    own = {}
+    for who, pair in pairs.items():
+        own[who] = sampled(setup, pair.student, setup.prompts, knobs.max_new_tokens, who)
     for kind in ("fixed", "own"):
         found = {}
         for who, pair in pairs.items():
@@ -269,14 +260,9 @@ def cascade(setup: Setup, knobs: TrainedKnobs) -> Iterator[dict]:
 PROBES = {"decay": (decay, PrefixKnobs), "cascade": (cascade, TrainedKnobs), "swap": (swap, SwapKnobs)}
 
 
-def repeated(setup: Setup, knobs) -> tuple[list[int], list[list[int]]]:
-    """Of each answer the number of its problem, and its prompt; answers to one problem are neighbours."""
-    which = [i for i in range(len(setup.problems)) for _ in range(knobs.samples)]
-    return which, [setup.prompts[i] for i in which]
-
-
-def sampled(setup: Setup, model, texts: list[list[int]], horizon: int, knobs, stream: str) -> list[Rollout]:
+def sampled(setup: Setup, model, texts: list[list[int]], horizon: int, stream: str) -> list[Rollout]:
     """Rollouts of `model` after each text, in batches; every `stream` has random numbers of its own."""
+    knobs = setup.knobs
     key = f"{knobs.seed}/{stream}"
     batches = in_batches(model, setup.before, texts, horizon, knobs.temperature, key, knobs.sample_batch)
     return list(tqdm(batches, stream, -(-len(texts) // knobs.sample_batch), leave=False, unit="batch"))
@@ -291,25 +277,22 @@ def ended(tokens: list[int], pair: train.Pair) -> bool:
     return bool(tokens) and tokens[-1] in pair.eos_ids
 
 
-def finish(
-    setup: Setup, model, which: list[int], heads: list[list[int]], k: int, knobs, stream: str
-) -> list[dict]:
-    """Let `model` continue heads of k tokens up to T in all: graded records as in scores.py."""
-    answers = list(heads)  # those that have ended stay
-    unfinished = [i for i, head in enumerate(heads) if not ended(head, setup.before)]
-    texts = [setup.prompts[which[i]] + heads[i] for i in unfinished]
-    tails = ids_of(sampled(setup, model, texts, knobs.max_new_tokens - k, knobs, stream))
-    for i, tail in zip(unfinished, tails):
-        answers[i] = heads[i] + tail
-    return graded(setup, which, answers)
+def finish(setup: Setup, model, heads: dict[int, list[int]], k: int, stream: str) -> list[dict]:
+    """Let `model` continue heads of k tokens, by number of the answer, up to T in all: graded records."""
+    unfinished = {i: head for i, head in heads.items() if not ended(head, setup.before)}
+    texts = [setup.prompts[i] + head for i, head in unfinished.items()]
+    tails = ids_of(sampled(setup, model, texts, setup.knobs.max_new_tokens - k, stream))
+    whole = {i: head + tail for (i, head), tail in zip(unfinished.items(), tails)}
+    return graded(setup, heads | whole)
 
 
-def graded(setup: Setup, which: list[int], answers: list[list[int]]) -> list[dict]:
-    texts = [setup.before.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-    verdicts = setup.grader.grade(texts, [setup.problems[i].answer for i in which])
+def graded(setup: Setup, answers: dict[int, list[int]]) -> list[dict]:
+    """Records as in scores.py."""
+    texts = [setup.before.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers.values()]
+    verdicts = setup.grader.grade(texts, [setup.problems[i].answer for i in answers])
     records = []
-    for i, text, ids, verdict in zip(which, texts, answers, verdicts):
-        about = {"index": i, "response": text, "length": len(ids), "seconds": 0.0}
+    for (i, ids), text, verdict in zip(answers.items(), texts, verdicts):
+        about = {"index": i // setup.knobs.samples, "response": text, "length": len(ids), "seconds": 0.0}
         records.append(about | {"finished": ended(ids, setup.before)} | verdict)
     return records
 
@@ -412,11 +395,14 @@ def run_probe(name: str, argv: list[str]) -> str:
     knobs = complete(knobs_class, parse(knobs_class, __doc__, argv))
     path = Path(knobs.out or ROOT / "results" / f"probe_{name}.csv")
     settings = knobs.settings(name)
-    check_results(path, settings)
+    if path.suffix != ".csv":
+        raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")
+    run_folder.check_file(path, "--out")
+    check_settings(path, run_folder.read_csv(path) if path.exists() else [], settings)
     settings |= {"hardware": run_folder.environment(models.find_device(knobs.device))["hardware"]}
     try:
         with Grader(extract, has_box) as grader:
-            rows = [row | settings for row in probe(load(knobs, grader), knobs)]
+            rows = [row | settings for row in probe(load(knobs, grader))]
         if not rows:
             raise BadInput("all answers end within the shortest prefix: lower --prefixes")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ one with the highest mean accuracy. Several processes share the work by locks.
 """
 
 import statistics
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +73,10 @@ def settings_of(preset: dict, **own: Any) -> Row:
 
 
 class Sweep:
-    """What the settings of a sweep can do with its CSV file. Their class has the names that stand here."""
+    """What the settings of a sweep can do with its CSV file. Their class has the names that stand here.
+
+    `measure` trains the student as the arm says, or only scores the student or the teacher: columns of a row.
+    """
 
     csv: str
     column: str  # that of the place
@@ -81,21 +84,9 @@ class Sweep:
     tuning: Collection[Place]  # the places in which learning rates are tried
     rates: tuple[str, ...]
     least_teacher = 0.0  # accuracy; a world whose teacher is below it is left out
-
-    def settings(self) -> Row:
-        """The columns in which all rows agree."""
-        raise NotImplementedError
-
-    def load(self, place: Place, seed: int, arm: str) -> Setup:
-        """The world, with a student for this arm; built if it does not exist."""
-        raise NotImplementedError
-
-    def measure(self, setup: Setup, place: Place, arm: str, lr: str, student: Row) -> Row:
-        """Train the student as the arm says, or only score the student or the teacher: columns of a row.
-
-        `student` is the row of the untrained student.
-        """
-        raise NotImplementedError
+    settings: Callable[[], Row]  # the columns in which all rows agree
+    load: Callable[[Place, int, str], Setup]  # of place, seed and arm; builds the world if it does not exist
+    measure: Callable[[Setup, Place, str, str, Row], Row]  # arm, learning rate, the untrained student's row
 
     def run(self, units: list[Unit]) -> None:
         """First the units that no other process is at; then, once they are free, what the others lack."""

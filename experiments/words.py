@@ -177,12 +177,14 @@ def rates_of(knobs: Knobs, rows: dict[sweep.Key, Row], arms: tuple[str, ...]) ->
 
 def decay(setup: Setup, problems: int) -> list[dict]:
     """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
-    pair, settings = setup.pair, setup.knobs
-    knobs = probe.PrefixKnobs(prefixes=PREFIXES, max_new_tokens=settings.max_new_tokens, sample_batch=BATCH)
+    settings = setup.knobs
+    length = settings.max_new_tokens
+    knobs = probe.PrefixKnobs(prefixes=PREFIXES, max_new_tokens=length, sample_batch=BATCH)
     chosen = data.subset(data.read_problems(settings.data, "test"), problems, knobs.seed)
-    prompts = data.render(pair.tokenizer, chosen, settings.instruction)
+    chosen = [problem for problem in chosen for _ in range(knobs.samples)]
+    prompts = data.render(setup.pair.tokenizer, chosen, settings.instruction)
     with Grader(extract, has_box) as grader:
-        return list(probe.decay(probe.Setup(pair, None, chosen, prompts, grader), knobs))
+        return list(probe.decay(probe.Setup(setup.pair, None, chosen, prompts, grader, knobs)))
 
 
 def decay_in_worlds(knobs: Knobs) -> str:
@@ -277,8 +279,7 @@ def verdicts(results: Results) -> list[str]:
         for arm in [arm for arm in results if arm in ARMS and arm != other and other in results]:
             texts = []
             for kind, name in SCORES.items():
-                pairs = zip(*claims.paired(results, arm, other))
-                gaps = [float(ours[name]) - float(theirs[name]) for ours, theirs in pairs]
+                gaps = claims.gaps(results, arm, other, name)
                 found = interval_of(gaps)
                 outcome = verdict(found, low, math.inf) if found else OPEN
                 texts.append(f"{kind} {outcome}, {text_of(gaps, '+.1%')}")
@@ -311,12 +312,6 @@ def draw(results: Results, knobs: Knobs) -> Path:
     return save(figure, Path(knobs.csv).with_suffix(".png"))
 
 
-def gains_of(results: Results, arm: str, name: str) -> list[float]:
-    """In points, above the student before with the same seed."""
-    pairs = zip(*claims.paired(results, arm, "student"))
-    return [100 * (float(ours[name]) - float(student[name])) for ours, student in pairs]
-
-
 def draw_scores(axis, results: Results, name: str) -> None:
     """A row for each arm, with its tokens as a share of full's, and lines for student and teacher.
 
@@ -324,14 +319,18 @@ def draw_scores(axis, results: Results, name: str) -> None:
     """
     arms = [arm for arm in results if arm in ARMS]
     tokens = {arm: mean(results, arm, "response_tokens") for arm in arms}
+    gains = {
+        arm: [100 * gap for gap in claims.gaps(results, arm, "student", name)]
+        for arm in (*claims.ENDS, *arms)
+    }
+    means = {arm: statistics.fmean(of_arm or [math.nan]) for arm, of_arm in gains.items()}
     for row, arm in enumerate(arms):
-        gains = gains_of(results, arm, name)
-        found = interval_of(gains)
+        found = interval_of(gains[arm])
         error = found.high - found.mean if found else None
         look = LOOKS.get(arm, {"color": "black", "marker": "o"}) | {"linestyle": "", "capsize": 3}
-        axis.errorbar(statistics.fmean(gains or [math.nan]), row, xerr=error, **look)
+        axis.errorbar(means[arm], row, xerr=error, **look)
     for arm in claims.ENDS:
-        axis.axvline(statistics.fmean(gains_of(results, arm, name) or [math.nan]), **LOOKS[arm], label=arm)
+        axis.axvline(means[arm], **LOOKS[arm], label=arm)
     labels = [f"{arm}, {tokens[arm] / tokens.get('full', math.nan):.0%}" for arm in arms]
     axis.set_yticks(range(len(arms)), labels)
     axis.set_ylim(len(arms) - 0.5, -0.7)

@@ -1,6 +1,7 @@
 """The probes, on models whose text, distribution and reverse KL are known."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import figures
@@ -55,15 +56,23 @@ def knobs_of(knobs_class, **changes):
     return knobs_class(**(sizes | {"dtype": "float32", "world": ""} | changes))
 
 
+def repeated(prompts, knobs):
+    """Problems and prompts, each once for every answer."""
+    numbers = [i for i in range(len(prompts)) for _ in range(knobs.samples)]
+    return [data.Problem(f"q{i}", "7") for i in numbers], [prompts[i] for i in numbers]
+
+
 @pytest.fixture
 def wrong_student_right_teacher():
-    """The student takes the wrong way, the teacher and the trained student the right one."""
+    """The student takes the wrong way, the teacher and the trained student the right one.
+
+    Called with knobs, it gives the setup of a probe.
+    """
     pairs = [pair_of(chain(way[0]), chain(RIGHT[0])) for way in (WRONG, RIGHT)]
     for pair in pairs:
         object.__setattr__(pair, "tokenizer", Words())
     with Grader(extract, has_box, workers=1) as grader:
-        problems = [data.Problem(f"q{i}", "7") for i in range(3)]
-        yield probe.Setup(*pairs, problems, PROMPTS, grader)
+        yield lambda knobs: probe.Setup(*pairs, *repeated(PROMPTS, knobs), grader, knobs)
 
 
 def values(rows):
@@ -71,7 +80,7 @@ def values(rows):
 
 
 def test_prefixes_that_no_answer_reaches(wrong_student_right_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "load", lambda knobs, grader: wrong_student_right_teacher)
+    monkeypatch.setattr(probe, "load", lambda knobs, grader: wrong_student_right_teacher(knobs))
     argv = [
         f"--out={tmp_path}/decay.csv",
         "--device=cpu",
@@ -86,7 +95,7 @@ def test_prefixes_that_no_answer_reaches(wrong_student_right_teacher, tmp_path, 
 def test_decay_where_the_teacher_follows_any_beginning(wrong_student_right_teacher):
     """Right on its own and from the start, wrong after one wrong token; ended answers do not count."""
     knobs = knobs_of(probe.PrefixKnobs, prefixes="0 1 3 6")  # at 6 all answers have ended
-    found = values(probe.decay(wrong_student_right_teacher, knobs))
+    found = values(probe.decay(wrong_student_right_teacher(knobs)))
     assert {at for _, at in found} == {0, 1, 3}
     for k in (0, 1, 3):
         assert found["own prefix", k] == 1
@@ -99,10 +108,10 @@ def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "draw_probe", lambda path: path.read_text())
     out = tmp_path / "results" / "decay.csv"
 
-    def finished(setup, knobs):
+    def finished(setup):
         yield probe.point("mean", 1, 0.5, (0.4, 0.6), 3)
 
-    def stopped(setup, knobs):
+    def stopped(setup):
         yield probe.point("mean", 1, 0.7, (0.4, 0.6), 3)
         raise KeyboardInterrupt
 
@@ -120,7 +129,7 @@ def test_a_stopped_probe_leaves_the_results_before_it(tmp_path, monkeypatch):
 
 def test_swap_where_the_first_token_decides(wrong_student_right_teacher):
     knobs = knobs_of(probe.SwapKnobs, prefixes="0 2 7", horizon=2)
-    found = values(probe.swap(wrong_student_right_teacher, knobs))
+    found = values(probe.swap(wrong_student_right_teacher(knobs)))
     assert found["base alone", 9] == 0 and found["trained alone", 9] == 1
     for k, first_decides in ((0, 0), (2, 1), (7, 1)):  # at 7 all have ended, and stay as they are
         assert found["trained, then base", k] == first_decides
@@ -132,23 +141,27 @@ def test_swap_where_the_first_token_decides(wrong_student_right_teacher):
 def test_an_answer_that_is_finished_by_another_model_is_no_longer_than_the_budget(
     wrong_student_right_teacher,
 ):
-    setup, knobs = wrong_student_right_teacher, knobs_of(probe.PrefixKnobs, max_new_tokens=4)
-    records = probe.finish(setup, setup.after.student, [0, 2], [RIGHT[:2], [*RIGHT[:1], END]], 2, knobs, "")
-    assert [(r["length"], r["finished"]) for r in records] == [(4, False), (2, True)]
+    setup = wrong_student_right_teacher(knobs_of(probe.PrefixKnobs, max_new_tokens=4))
+    records = probe.finish(setup, setup.after.student, {0: RIGHT[:2], 5: [RIGHT[0], END]}, 2, "")
+    found = [(r["index"], r["length"], r["finished"]) for r in records]
+    assert found == [(0, 4, False), (2, 2, True)]
 
 
 @pytest.fixture
 def tiny_setup():
-    """Random models: base and trained student, one teacher."""
+    """Random models, base and trained student and one teacher: knobs -> setup."""
     teacher, ends = tiny(seed=1), (END, *range(20, 30))
     pairs = [pair_of(tiny(seed=seed), teacher, ends=ends) for seed in (0, 2)]
-    return probe.Setup(*pairs, [data.Problem(f"q{i}", "7") for i in range(3)], [[5, 6], [7], [8, 9, 4]], None)
+    prompts = [[5, 6], [7], [8, 9, 4]]
+    return lambda knobs: probe.Setup(*pairs, *repeated(prompts, knobs), None, knobs)
 
 
 def test_the_kl_by_position_is_the_trainers(tiny_setup):
     """Of ragged rows in several batches and micro-batches; 0 where there is no token."""
-    pair, knobs = tiny_setup.after, knobs_of(probe.TrainedKnobs, temperature=0.7)
-    found = list(in_batches(pair.student, pair, tiny_setup.prompts * 2, 9, 0.7, 0, 4))
+    knobs = knobs_of(probe.TrainedKnobs, temperature=0.7)
+    setup = tiny_setup(knobs)
+    pair = setup.after
+    found = list(in_batches(pair.student, pair, setup.prompts, 9, 0.7, 0, 4))
     kl, present = probe.kl_by_position(pair, found, knobs)
     done = 0
     for ro in found:
@@ -163,10 +176,10 @@ def test_the_kl_by_position_is_the_trainers(tiny_setup):
 def test_cascade_means_are_those_of_the_tokens(tiny_setup):
     """Each position's mean and error, and the change beyond N, against loops over single answers."""
     knobs = knobs_of(probe.TrainedKnobs, horizon=3, temperature=1.0)
-    rows = list(probe.cascade(tiny_setup, knobs))
-    texts = [p for p in tiny_setup.prompts for _ in range(2)]
-    pairs, length, means = {"before": tiny_setup.before, "after": tiny_setup.after}, 9, {}
-    own = {who: probe.sampled(tiny_setup, p.student, texts, length, knobs, who) for who, p in pairs.items()}
+    setup = tiny_setup(knobs)
+    rows = list(probe.cascade(setup))
+    pairs, length, means = {"before": setup.before, "after": setup.after}, 9, {}
+    own = {who: probe.sampled(setup, p.student, setup.prompts, length, who) for who, p in pairs.items()}
     for kind, who in (("fixed", "before"), ("fixed", "after"), ("own", "after")):
         at, beyond = {}, []
         for ro in own["before" if kind == "fixed" else who]:
@@ -196,11 +209,12 @@ def test_cascade_means_are_those_of_the_tokens(tiny_setup):
 def test_teacher_equal_to_student_has_no_gap():
     """Reverse KL 0 at each position."""
     pair = pair_of(tiny(), tiny())
-    setup = probe.Setup(pair, pair, [data.Problem("q", "7")] * 3, [[5, 6], [7], [8, 9, 4]], None)
-    rows = list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, horizon=3)))
+    knobs = knobs_of(probe.TrainedKnobs, horizon=3)
+    setup = probe.Setup(pair, pair, *repeated([[5, 6], [7], [8, 9, 4]], knobs), None, knobs)
+    rows = list(probe.cascade(setup))
     assert all(abs(row["value"]) < 1e-5 for row in rows if "change" not in row["curve"])
     with pytest.raises(BadInput, match="none is beyond"):
-        list(probe.cascade(setup, knobs_of(probe.TrainedKnobs, horizon=9)))
+        list(probe.cascade(setup._replace(knobs=replace(knobs, horizon=9))))
 
 
 def test_where_a_text_starts_to_loop():
@@ -213,7 +227,8 @@ def test_where_a_text_starts_to_loop():
 
 
 def test_loops_are_left_out_of_the_gap(tiny_setup):
-    pair, knobs = tiny_setup.before, knobs_of(probe.TrainedKnobs, max_new_tokens=30)
+    knobs = knobs_of(probe.TrainedKnobs, max_new_tokens=30)
+    pair = tiny_setup(knobs).before
     ro = next(in_batches(pair.student, pair, [[5, 6]], 30, 1.0, 0, 4))
     ro.tokens, ro.response_mask = torch.tensor([[7] * 30]), torch.ones(1, 30, dtype=torch.bool)
     _, present = probe.kl_by_position(pair, [ro], knobs)
@@ -268,7 +283,7 @@ def test_results_of_other_settings_are_not_touched(world, tmp_path, monkeypatch,
 
 def test_the_reading_of_known_answers(wrong_student_right_teacher, tmp_path):
     out, knobs = tmp_path / "decay.csv", knobs_of(probe.PrefixKnobs, prefixes="0 1 3")
-    rows = list(probe.decay(wrong_student_right_teacher, knobs))
+    rows = list(probe.decay(wrong_student_right_teacher(knobs)))
     append_csv(out, [row | knobs.settings("decay") for row in rows])
     said = figures.draw_probe(out)
     assert "continues 3 tokens by the student" in said and "difference -100.0% [-100.0% to -100.0%]" in said
