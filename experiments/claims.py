@@ -69,11 +69,9 @@ def check_settings(path: Path, rows: Iterable[Row], wanted: Row) -> None:
 
 def read(path: Path) -> Results:
     """The rows by arm and seed. Raises BadInput if the file is missing, damaged, or mixes settings."""
-    if not path.is_file():
-        raise BadInput(f"there is no {path}: run the comparison without --report first, or name --csv")
     rows = read_rows(path, ("arm", "seed"), COLUMNS)
     if not rows:
-        raise BadInput(f"{path} has no rows: run the comparison without --report first, or name --csv")
+        raise BadInput(f"there is no row in {path}: run the comparison without --report first, or name --csv")
     for row in rows.values():
         check_values(path, row)
     first = next(iter(rows.values()))
@@ -143,13 +141,21 @@ def correct(rows: list[Row], column: str = "correct") -> Tensor:
     return torch.tensor([[float(digit) for digit in row[column]] for row in rows], dtype=torch.float64)
 
 
-def common_seeds(results: Results, *arms: str) -> list[int]:
-    return sorted(set.intersection(*(set(results.get(arm, {})) for arm in arms)))
+def with_all(results: Results, *arms: str) -> Results:
+    """The rows of these arms for the seeds that all of them have."""
+    seeds = sorted(set.intersection(*(set(results.get(arm, {})) for arm in arms)))
+    return {arm: {seed: results[arm][seed] for seed in seeds} for arm in arms}
 
 
 def paired(results: Results, *arms: str) -> list[list[Row]]:
-    """The rows of each arm for the seeds that all of them have."""
-    return [[results[arm][seed] for seed in common_seeds(results, *arms)] for arm in arms]
+    """Their rows for the seeds that all of them have."""
+    shared = with_all(results, *arms)
+    return [list(shared[arm].values()) for arm in arms]
+
+
+def values(results: Results, arm: str, column: str = "accuracy") -> list[float]:
+    """The number of each seed, without empty cells."""
+    return [float(row[column]) for row in results.get(arm, {}).values() if row[column]]
 
 
 def gaps(results: Results, arm: str, other: str, column: str = "accuracy") -> list[float]:
@@ -344,8 +350,8 @@ def format_claims(results: Results, curves: Curves, arms: tuple[str, ...], closi
         if not {claim.arm, claim.other} <= {"full", *arms}:
             continue
         needed = tuple(dict.fromkeys(("student", "full", claim.arm, claim.other)))
-        seeds = common_seeds(results, *needed)
-        shared = {arm: {seed: results[arm][seed] for seed in seeds} for arm in needed}
+        shared = with_all(results, *needed)
+        seeds = shared["full"]
         if len(seeds) < MIN_SEEDS:
             found, numbers = OPEN, f"needs {MIN_SEEDS} seeds of {', '.join(needed)}"
         elif claim.measure is not accuracy and not full_gains(shared):

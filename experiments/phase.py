@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import arms
+import claims
 import sweep
 from arms import Arm, by_schedule
-from claims import NO, OPEN, YES, Interval, Row, interval, interval_of, shown, verdict
+from claims import NO, OPEN, YES, Interval, Results, Row, interval, interval_of, shown, verdict
 from compare import Setup
 from figures import VERMILION, plt, save
 from sweep import CACHE, ENDS, SWEEP_SEED, Sweep, Unit
@@ -144,28 +145,20 @@ def cells_of(knobs: Knobs) -> "Cells":
     rates = knobs.chosen_rates(rows, ARMS)
     if lacking := [arm for arm in ARMS if arm not in rates]:
         raise BadInput(f"the learning rates of {', '.join(lacking)} are not all tried: run without --report")
-    return Cells(knobs.chosen(rows, rates), rates, knobs.unusable(rows))
+    return Cells(dict(sorted(knobs.results(rows, rates).items())), rates, knobs.unusable(rows))
 
 
 class Cells(NamedTuple):
     """What the rows say with the chosen learning rates."""
 
-    rows: dict[tuple[float, str], dict[int, Row]]  # by place and arm those of the seeds
+    places: dict[float, Results]
     rates: dict[str, str]
     unusable: dict[tuple[float, int], str]
 
-    def places(self) -> list[float]:
-        return sorted({q for q, _ in self.rows})
-
-    def values(self, q: float, arm: str, name: str = "accuracy") -> dict[int, float]:
-        """A number per seed."""
-        return {seed: float(row[name]) for seed, row in self.rows.get((q, arm), {}).items()}
-
     def gains(self, q: float, arm: str) -> list[tuple[float, float]]:
         """The accuracies of the arm and of full, minus that of the student, for the seeds with all three."""
-        ours, full, student = (self.values(q, name) for name in (arm, "full", "student"))
-        seeds = sorted(ours.keys() & full.keys() & student.keys())
-        return [(ours[seed] - student[seed], full[seed] - student[seed]) for seed in seeds]
+        shared = claims.with_all(self.places[q], arm, "full", "student")
+        return list(zip(*(claims.gaps(shared, name, "student") for name in (arm, "full"))))
 
     def share(self, q: float, arm: str) -> Interval | None:
         """The share of full's gain that the arm keeps, which is the ratio of the mean gains.
@@ -183,7 +176,8 @@ class Cells(NamedTuple):
 
     def missing(self, knobs: Knobs) -> str:
         """The places that lack seeds, with how many there are."""
-        counts = {q: min(len(self.values(q, arm)) for arm in ("student", *ARMS)) for q in PLACES}
+        arms = ("student", *ARMS)
+        counts = {q: min(len(self.places.get(q, {}).get(arm, {})) for arm in arms) for q in PLACES}
         lacking = [f"q {q:g} ({n} of {knobs.seeds} seeds)" for q, n in counts.items() if n < knobs.seeds]
         return f"missing: {', '.join(lacking)}" if lacking else ""
 
@@ -195,15 +189,15 @@ def report(cells: Cells, knobs: Knobs) -> str:
     for (q, seed), teacher in cells.unusable.items():
         lines += [f"left out: q {q:g}, seed {seed}, whose teacher has an accuracy of {float(teacher):.0%}"]
     lines += ["learning rates: " + ", ".join(f"{arm} {lr}" for arm, lr in cells.rates.items())]
-    for q in cells.places():
+    for q, results in cells.places.items():
         lines += ["", f"q {q:g}, {len(cells.gains(q, 'full'))} seeds"]
         for name in ("announced", "auto"):
-            values = cells.values(q, "student", name).values()
+            values = claims.values(results, "student", name)
             lines += [
                 f"  {name:10} {statistics.fmean(values):.1f} tokens, {min(values):g} to {max(values):g}"
             ]
         for arm in ("student", "teacher", "full"):
-            lines += [f"  {arm:10} accuracy {shown(interval_of(cells.values(q, arm).values()))}"]
+            lines += [f"  {arm:10} accuracy {shown(interval_of(claims.values(results, arm)))}"]
         for arm in list(ARMS)[1:]:
             share = cells.share(q, arm)
             word = words[verdict(share, KEPT, math.inf) if share else OPEN]
@@ -221,11 +215,11 @@ def text_of(cells: Cells, q: float, arm: str) -> str:
 
 def draw_columns(axis, cells: Cells, arms: list[str], edges: list[float]) -> None:
     """The shares of these arms as colours and numbers, the places from below."""
-    shares = [[cells.share(q, arm) for arm in arms] for q in cells.places()]
+    shares = [[cells.share(q, arm) for arm in arms] for q in cells.places]
     numbers = [[share.mean if share else math.nan for share in row] for row in shares]
     rows = [row - 0.5 for row in range(len(shares) + 1)]
     axis.pcolormesh(edges, rows, numbers, vmin=0, vmax=1, edgecolors="white", cmap="viridis")
-    for row, q in enumerate(cells.places()):
+    for row, q in enumerate(cells.places):
         for number, arm in enumerate(arms):
             colour = "white" if numbers[row][number] < 0.5 else "black"
             look = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
@@ -242,14 +236,15 @@ def draw(cells: Cells, knobs: Knobs, path: Path) -> Path:
     draw_columns(others, cells, ["auto", "popd"], [1.0, 4.0, 16.0])
     axis.vlines(HORIZONS, *axis.get_ylim(), colors="white", linestyles=":", alpha=0.5)
     for name, label, marker, colour in MARKERS:
-        at = [(q, value) for q in cells.places() for value in cells.values(q, "student", name).values()]
+        found = [claims.values(results, "student", name) for results in cells.places.values()]
+        at = [(row - 0.25, value) for row, values in enumerate(found) for value in values]
         x = [(value + (name == "announced")) / toy.PRESET["max_new_tokens"] for _, value in at]
-        y = [cells.places().index(q) - 0.25 for q, _ in at]
+        y = [row for row, _ in at]
         axis.plot(x, y, marker=marker, color=colour, linestyle="", markersize=9, alpha=0.6, label=label)
     axis.set(xscale="log", xlim=(0.006, 2**0.5), xlabel="horizon of TOPD, as a fraction of T")
     axis.set_xticks([0.01, 0.02, *horizons], [0.01, 0.02, *HORIZONS, "full"])
     axis.set_xticks([], minor=True)
-    axis.set_yticks(range(len(cells.places())), [f"{q:g}" for q in cells.places()])
+    axis.set_yticks(range(len(cells.places)), [f"{q:g}" for q in cells.places])
     axis.set_ylabel("q: where in the countdown student and teacher part")
     others.set(xscale="log", xticks=[2.0, 8.0], xticklabels=["auto", "POPD"])
     others.set_xticks([], minor=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import compare
 from arms import Arm
-from claims import Row, check_settings, read_rows
+from claims import Results, Row, check_settings, read_rows
 from compare import Setup
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -155,11 +155,11 @@ class Sweep:
                 rates[arm] = max(means, key=means.get)
         return rates
 
-    def chosen(self, rows: dict[Key, Row], rates: dict[str, str]) -> dict[tuple[Place, str], dict[int, Row]]:
-        """By place and arm the row of each seed with these learning rates, without the unusable worlds."""
+    def results(self, rows: dict[Key, Row], rates: dict[str, str]) -> dict[Place, Results]:
+        """By place the rows with these learning rates, but those of SWEEP_SEED and of unusable worlds."""
         unusable = self.unusable(rows)
-        found: dict[tuple[Place, str], dict[int, Row]] = {}
+        found: dict[Place, Results] = {}
         for (place, seed, arm, lr), row in rows.items():
             if seed != SWEEP_SEED and (place, seed) not in unusable and lr == rates.get(arm, ""):
-                found.setdefault((place, arm), {})[seed] = row
+                found.setdefault(place, {}).setdefault(arm, {})[seed] = row
         return found

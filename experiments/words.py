@@ -221,8 +221,8 @@ def results_of(knobs: Knobs) -> tuple[Results, dict[str, str]]:
     """By arm and seed the rows with the chosen learning rates, and these."""
     rows = knobs.finished()
     rates = rates_of(knobs, rows, knobs.chosen_arms())
-    found = knobs.chosen(rows, rates)
-    return {arm: found[WORLD, arm] for arm in (*claims.ENDS, *rates) if (WORLD, arm) in found}, rates
+    results = knobs.results(rows, rates).get(WORLD, {})
+    return {arm: results[arm] for arm in (*claims.ENDS, *rates) if arm in results}, rates
 
 
 def missing(results: Results, knobs: Knobs) -> str:
@@ -230,13 +230,8 @@ def missing(results: Results, knobs: Knobs) -> str:
     return f"missing: {'; '.join(lacking)}" if lacking else ""
 
 
-def numbers(results: Results, arm: str, name: str) -> list[float]:
-    """Of each seed, without empty cells."""
-    return [float(row[name]) for row in results.get(arm, {}).values() if row[name]]
-
-
 def mean(results: Results, arm: str, name: str) -> float:
-    return statistics.fmean(numbers(results, arm, name) or [math.nan])
+    return statistics.fmean(claims.values(results, arm, name) or [math.nan])
 
 
 def text_of(values: list[float], form: str = ".1%") -> str:
@@ -258,7 +253,7 @@ def report(results: Results, rates: dict[str, str], knobs: Knobs) -> str:
     heads = "".join(f"{head:>10}" for head, _ in TABLE.values())
     lines += ["", f"{'arm':13}{'sampled':24}{'greedy':24}{'sd':>6}{heads}{'seeds':>6}"]
     for arm, of_arm in results.items():
-        values = [numbers(results, arm, name) for name in SCORES.values()]
+        values = [claims.values(results, arm, name) for name in SCORES.values()]
         spread = statistics.stdev(values[0]) if len(of_arm) > 1 else math.nan
         cells = "".join(cell(mean(results, arm, name), form) for name, (_, form) in TABLE.items())
         sampled, greedy = map(text_of, values)
@@ -298,7 +293,7 @@ def draw(results: Results, knobs: Knobs) -> Path:
         for arm in filter(results.get, DRAWN):
             means = [math.nan] * len(TENTHS)  # where a seed has no token: few answers are that long
             for i in TENTHS:
-                values = numbers(results, arm, f"kl_{writer}_{i}")
+                values = claims.values(results, arm, f"kl_{writer}_{i}")
                 if len(values) == len(results[arm]):
                     means[i] = statistics.fmean(values)
             axis.plot(middles, means, **LOOKS[arm], markersize=5, label=arm)
