@@ -104,6 +104,9 @@ class Knobs(Sweep):
     tuning = (WORLD,)
     rates = RATES
 
+    def chosen_rates(self, rows: dict[sweep.Key, Row], arms: tuple[str, ...]) -> dict[str, str]:
+        return dict.fromkeys(arms, self.rate) if self.rate else super().chosen_rates(rows, arms)
+
     def settings(self) -> Row:
         """`worlds` is a hash of how the worlds are made."""
         source = Path(words.__file__).read_bytes()
@@ -114,7 +117,7 @@ class Knobs(Sweep):
     def load(self, place: str, seed: int, arm: str) -> Setup:
         low_memory = arm in ARMS and ARMS[arm].low_memory
         ours = {"seed": seed, "eval_temperature": 1.0, "low_memory": low_memory}
-        return sweep.load(build(seed), self.preset(), **ours)
+        return sweep.load(words.build(rollout, words.Recipe(seed)), self.preset(), **ours)
 
     def measure(self, setup: Setup, place: str, arm: str, lr: str, student: Row) -> Row:
         start = deepcopy(setup.pair.student)
@@ -141,11 +144,6 @@ class Knobs(Sweep):
         return row
 
 
-def build(seed: int) -> Path:
-    """The folder of the world, built if it does not exist."""
-    return words.build(rollout, words.Recipe(seed))
-
-
 def by_tenth(tokens: dict, length: int) -> dict[int, float | str]:
     """The mean reverse KL of the tokens in each tenth of `length` positions; empty if there are none."""
     tenth = tokens["position"] * 10 // length
@@ -164,12 +162,7 @@ def run_all(knobs: Knobs) -> None:
     for arm in knobs.chosen_arms():
         if not knobs.rate:
             run((SWEEP_SEED,), [(arm, lr) for lr in RATES])
-        run(seeds, rates_of(knobs, knobs.read(), (arm,)).items())
-
-
-def rates_of(knobs: Knobs, rows: dict[sweep.Key, Row], arms: tuple[str, ...]) -> dict[str, str]:
-    """--rate, or the best learning rate of each arm for which all have been tried."""
-    return dict.fromkeys(arms, knobs.rate) if knobs.rate else knobs.chosen_rates(rows, arms)
+        run(seeds, knobs.chosen_rates(knobs.read(), (arm,)).items())
 
 
 # The teacher on the student's text.
@@ -220,7 +213,7 @@ def decay_in_worlds(knobs: Knobs) -> str:
 def results_of(knobs: Knobs) -> tuple[Results, dict[str, str]]:
     """By arm and seed the rows with the chosen learning rates, and these."""
     rows = knobs.finished()
-    rates = rates_of(knobs, rows, knobs.chosen_arms())
+    rates = knobs.chosen_rates(rows, knobs.chosen_arms())
     results = knobs.results(rows, rates).get(WORLD, {})
     return {arm: results[arm] for arm in (*claims.ENDS, *rates) if arm in results}, rates
 

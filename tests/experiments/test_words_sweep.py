@@ -29,8 +29,11 @@ def micro(tmp_path, monkeypatch) -> words.Knobs:
     monkeypatch.setattr(words, "RATES", ("0.001",))
     monkeypatch.setattr(words.Knobs, "rates", ("0.001",))
     monkeypatch.setattr(profile_horizon, "measure", partial(profile_horizon.measure, rollouts=8))
-    recipe = partial(toy.Recipe, pretrain_steps=1, posttrain_steps=1)
-    monkeypatch.setattr(words, "build", lambda seed: toy.build("opening", recipe(seed), tmp_path))
+
+    def build(sampler, recipe: words.words.Recipe) -> Path:
+        return toy.build("opening", toy.Recipe(recipe.seed, pretrain_steps=1, posttrain_steps=1), tmp_path)
+
+    monkeypatch.setattr(words.words, "build", build)
     preset = toy.PRESET | {"batch_size": 4, "max_new_tokens": 20}
     monkeypatch.setattr(words.words, "PRESET", preset)
     arms = ("esr", "lora-esr")
