@@ -1,4 +1,4 @@
-"""The arms of a comparison: who writes the rollouts, how long they are, and which tokens have which loss.
+"""The arms of a comparison: who writes the rollouts, how long they are, which tokens have a loss, and which.
 
 Shapes: B rows, R longest response, C tokens of a chunk, V vocabulary. T is `--max-new-tokens`, N = T / 10.
 A new arm is one entry of ARMS.
@@ -41,9 +41,9 @@ def by_schedule(name: str, horizon: float | None = None) -> Callable:
 def adaptive(knobs, history: History, span: int = 4) -> Callable[[int], int]:
     """H doubles when the reverse KL in its second half has stopped falling.
 
-    The criterion: of the last four steps at this H, the later two have more than 0.9 of the KL of the two
-    before. It is a ratio because the scale of the KL differs between pairs. This is a simple form, with
-    constants of our own, of the idea of arXiv 2605.28396 and 2607.29494.
+    The criterion: of the last four steps at this H, the later two have more than 0.9 times the KL of the
+    earlier two. It is a ratio because the scale of the KL differs between pairs. This is a simple form, with
+    our own constants, of the idea of arXiv 2605.28396 and 2607.29494.
     """
 
     def horizon_at(step: int) -> int:
@@ -122,7 +122,7 @@ def masked_tokens(knobs) -> int:
 
 
 def noise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
-    """Uniform random numbers that depend on seed, row and how many steps came before alone."""
+    """Uniform random numbers that depend only on the seed, the row and the number of earlier steps."""
     keys = [("mask", knobs.seed, step, row) for row in range(len(rollouts.prompts))]
     return sampling_noise(keys, rollouts.tokens.shape[1]).to(rollouts.tokens.device)
 
@@ -154,7 +154,7 @@ def surprise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Te
 
 
 def teachers_share(share: float) -> Callable:
-    """In each step the teacher writes all rollouts with this probability, which seed and step decide."""
+    """In each step the teacher writes all rollouts with this probability; seed and step decide."""
 
     def sampler_of(pair: train.Pair, knobs) -> Callable[..., Rollout]:
         steps = count()
@@ -182,8 +182,8 @@ class Arm(NamedTuple):
     lr_scale: float = 1.0
     sampler: Callable | None = None  # None: the student writes
     divergence: Divergence | None = None  # None: that of the knobs
-    sharpened: float | None = None  # the teacher is the student as it starts, at this temperature
-    low_memory: bool = False  # LoRA, with which the student must have been loaded
+    sharpened: float | None = None  # the teacher is a copy of the untrained student, at this temperature
+    low_memory: bool = False  # LoRA: the student must have been loaded with adapters
 
     def check(self, knobs) -> None:
         """Raises BadInput if the settings are not those of this arm."""
@@ -251,7 +251,7 @@ ARMS = {
     "top-kl": Arm(FULL, highest, statistic("reverse_kl")),
     "top-teacher-entropy": Arm(FULL, highest, statistic("teacher_entropy")),
     "top-student-entropy": Arm(FULL, highest, statistic("student_entropy")),
-    # Controls of the gain itself: what does it need a teacher, its distribution, or the student's text for?
+    # Controls of the gain itself: does it need a teacher, the teacher's distribution, the student's own text?
     "no-teacher": Arm(FULL, fifth, surprise, divergence=unlikelihood),  # arXiv 2608.31046
     "seqkd": Arm(FULL, sampler=TEACHER, divergence=nll),  # cross-entropy on the teacher's answers
     "self-teacher": Arm(FULL, sharpened=0.7),

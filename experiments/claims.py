@@ -1,6 +1,6 @@
 """What the rows of compare.py show: a table, and each claim with a verdict and the numbers behind it.
 
-Seeds and held-out problems are both samples, so a standard error is that of a mean over both. Arms are
+Seeds and held-out problems are both samples, so standard errors are those of a mean over both. Arms are
 compared on the same seeds and the same problems. RULE says how a verdict is reached.
 Shapes: S seeds, P problems.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from support.cli import BadInput
 from support.run_folder import read_csv
 
-ENDS = ("student", "teacher")  # scored without training: floor and ceiling
+ENDS = ("student", "teacher")  # scored without training: lower and upper reference
 COSTS = ("steps_done", "response_tokens", "loss_tokens", "seconds", "rollout_s")
 COLUMNS = ("arm", "seed", *COSTS, "accuracy", "last_box", "truncated", "mean_length", "greedy", "n")
 COLUMNS += ("correct", "correct_greedy")  # all other columns are settings, in which the rows agree
@@ -45,7 +45,7 @@ Curves = dict[str, dict[tuple[int, float], Row]]  # by arm, and seed with the pa
 
 
 def read_rows(path: Path, key: tuple[str, ...], columns: Collection[str] = ()) -> dict[tuple[str, ...], Row]:
-    """The rows of a CSV file by their key. Raises BadInput if one lacks a column or is there twice."""
+    """The rows of a CSV file by their key. Raises BadInput if one lacks a column or is repeated."""
     rows: dict[tuple[str, ...], Row] = {}
     for number, row in enumerate(read_csv(path) if path.exists() else [], 2):
         if None in row or None in row.values() or not {*key, *columns} <= row.keys():
@@ -98,7 +98,7 @@ def curves_path(path: Path) -> Path:
 
 
 def read_curves(path: Path) -> Curves:
-    """The curve points that belong to the comparison `path`; of a run that was repeated, the later ones."""
+    """The curve points of the comparison `path`; if a run was repeated, those of the later run."""
     curves: Curves = {}
     if curves_path(path).exists():
         for row in read_csv(curves_path(path)):
@@ -109,7 +109,7 @@ def read_curves(path: Path) -> Curves:
 
 
 def missing(results: Results, arms: tuple[str, ...], seeds: int, first: int = 0) -> list[str]:
-    """Each arm that lacks seeds from `first` on, with these."""
+    """Each arm that lacks seeds from `first` on, with the missing seeds."""
     found = []
     for arm in (*ENDS, *arms):
         absent = [str(seed) for seed in range(first, first + seeds) if seed not in results.get(arm, {})]
@@ -122,7 +122,7 @@ def mean_and_se(values: Tensor) -> tuple[float, float]:
     """Mean of (S, P) and its standard error, where both rows and columns are samples.
 
     The variance is that of the row means / S + that of the column means / P - that of the residuals / SP,
-    which both contain. One seed says nothing about seeds: the error is then that of the problems alone.
+    which both contain. With a single seed the error is that of the problems alone.
     """
     seeds, problems = values.shape
     mean = values.mean()
@@ -265,7 +265,7 @@ def accuracy(claim: Claim, results: Results, curves: Curves) -> tuple[str, str]:
 
 
 def gain(claim: Claim, results: Results, curves: Curves) -> tuple[str, str]:
-    """The final accuracy of an arm minus the middle between the untrained student's and full's."""
+    """The final accuracy of an arm minus the mean of the untrained student's and full's."""
     arm, full, student = (correct(rows) for rows in paired(results, claim.arm, "full", "student"))
     found = interval(*mean_and_se(arm - (full + student) / 2), len(arm))
     share = (arm - student).mean() / (full - student).mean()
@@ -275,7 +275,7 @@ def gain(claim: Claim, results: Results, curves: Curves) -> tuple[str, str]:
 def cost_of_target(rows: list[Row], start: float, target: float, column: str) -> tuple[float, bool]:
     """The cost at which a run first reaches the accuracy `target`, and True; else its whole cost, and False.
 
-    `rows` are those of the looks at one run, `start` is the accuracy of the untrained student.
+    `rows` are the looks at one run, `start` is the accuracy of the untrained student.
     """
     cost, reached = 0.0, start
     for row in rows:

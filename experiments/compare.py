@@ -7,8 +7,9 @@
 
 A row of the CSV is a finished run, one arm with one seed, scored after its last step. Runs whose rows exist
 are not repeated: the same command continues a stopped comparison. The arms are in arms.py. Seconds are those
-of sampling, choosing tokens and training, without evaluation; `..._curves.csv` has the accuracy along the
-runs. Left out: checkpoints within a run (a stop costs one run), several answers to a problem (use seeds).
+of sampling, choosing tokens and training, without evaluation; `..._curves.csv` has the accuracy during the
+runs. Left out are checkpoints within a run (a stop costs one run) and several answers to a problem (use more
+seeds).
 """
 
 import sys
@@ -54,8 +55,8 @@ class Knobs(train.Knobs):
     seeds: int = knob(5, "runs of each arm, with seeds 0, 1, ...", least=1)
     minutes: float = knob(
         0.0,
-        "of training per run, over which schedules and learning rate are spread: after each step the step "
-        "number moves on by the clock, by at least 1, so a run takes at most --steps steps; 0: all --steps",
+        "of training per run; schedules and learning rate spread over them: after each step the step number "
+        "advances by the clock, by at least 1, so a run takes at most --steps steps; 0: all --steps",
         least=0,
     )
     esr_tokens: int = knob(100, "ESR's horizon; toy and words: 20, as their answers are short", least=1)
@@ -67,7 +68,7 @@ class Knobs(train.Knobs):
     report: bool = knob(False, "train nothing: table, claims and figures of the rows in the CSV")
 
 
-# In these, and in the hardware, all rows of a file agree.
+# All rows of a file have the same values of these, and the same hardware.
 SETTINGS = ("student", "teacher", "data", "eval_data", "instruction", "system_prompt", "max_new_tokens")
 SETTINGS += ("steps", "minutes", "batch_size", "rollouts_per_prompt", "esr_tokens", "divergence")
 SETTINGS += ("temperature", "lr", "warmup", "decay", "beta2", "clip", "dtype", "low_memory")
@@ -221,7 +222,7 @@ def missing_runs(knobs: Knobs, path: Path, shared: claims.Row) -> list[tuple[str
     results = claims.read(path) if path.exists() else {}
     rows = [row for of_arm in results.values() for row in of_arm.values()]
     settings = set().union(*rows) - set(claims.COLUMNS)
-    # None for a setting that is not known here.
+    # Settings that this version does not know are None.
     claims.check_settings(path, rows, dict.fromkeys(settings) | shared)
     names = (*claims.ENDS, *knobs.arms)
     return [

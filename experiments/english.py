@@ -4,7 +4,7 @@
     assistant  Let us count day by day. Sam starts with 8 books. On Monday, Sam buys 5 books, so 8 ...
 
 The teacher learns worked answers by train.py's own loop, with `nll` as the loss and the worked answers in
-place of rollouts. The gap holds both the form of an answer and its arithmetic.
+place of rollouts. Student and teacher differ both in the form of an answer and in its arithmetic.
 
     python experiments/english.py                        makes the teacher; prints the FOLDER of the next line
     python experiments/compare.py --student FOLDER/student --teacher FOLDER/teacher --data FOLDER \\
@@ -12,8 +12,8 @@ place of rollouts. The gap holds both the form of an answer and its arithmetic.
         --eval-limit 200 --seeds 1 --curve-points 1 --dtype float32 --keep kept
     python experiments/english.py --score kept/full-0 --score kept/topd-0.1-0 --score kept/esr-0
 
-The last command writes the exact reverse KL to the teacher, on the same rollouts for every student, as rows
-of probe.py: `at` is the tenth of the budget, or `all`.
+The last command writes the exact reverse KL to the teacher, on the same rollouts for every student, in the
+format of probe.py: `at` is the tenth of the budget, or `all`.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ def draw_problem(recipe: Recipe, rng: random.Random) -> tuple[str, str, int]:
 
 
 def write_problems(folder: Path, recipe: Recipe) -> dict[str, str]:
-    """Write train.jsonl and test.jsonl; the worked answers to other questions, by question."""
+    """Write train.jsonl and test.jsonl; return worked answers to other questions, by question."""
     rng = random.Random(f"english {recipe.seed}")
     taught = recipe.steps * recipe.batch
     drawn = {}
@@ -188,7 +188,7 @@ def draw(rows: list[dict], path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Knobs:
-    student: str = knob(Recipe.student, "hub name or folder; before training it is the teacher, too")
+    student: str = knob(Recipe.student, "hub name or folder; the teacher is trained from it, too")
     score: tuple[str, ...] = knob((), "a trained student, as compare.py --keep writes it; may be repeated")
     rollouts: int = knob(128, "of each writer, for the reverse KL", least=2)
     csv: str = knob(str(ROOT / "results" / "english_kl.csv"), "the reverse KL")

@@ -4,9 +4,9 @@
     python experiments/other_family.py --student A --teacher T --data FILE --trained RUN/student
 
 Every student answers the same held-out problems at temperature 1. The rows of the CSV are its accuracy, the
-shares of its answers that are cut and that repeat themselves, the share of full stops that a newline follows,
-and (log q - log p) / bytes on the same texts, some answers of the untrained student. All have 95 % intervals
-over problems. A run that was stopped has a student as well.
+fractions of its answers that are cut and that repeat themselves, the fraction of full stops that are followed
+by a newline, and (log q - log p) / bytes on some answers of the untrained student, the same texts for all.
+Intervals are 95 % over problems. A run that was stopped has a student as well.
 """
 
 import sys

@@ -1,16 +1,16 @@
-"""When is truncation safe? Horizons against the place in an answer where student and teacher part.
+"""When is truncation safe? Horizons against the place in an answer where the models begin to differ.
 
     python experiments/phase.py             learning rates, then 5 seeds of every cell; twice for two cores
     python experiments/phase.py --report    table and figure of the existing rows
 
-The world is the toy's with a place q. At q = 0 it is `opening`: the first words of an answer announce
-whether it will be correct. At q = 1 it is `closing`: the words before the result do. Between, the words of
-`closing` stand after the fraction q of the countdown, and a wrong answer is one too high from there on.
-Learning rates are chosen over q = 0 and 1; sweep.py says how, and what a row of the CSV is.
+The world is that of the toy, with a place q of the difference. At q = 0 it is `opening`: the first words of
+an answer announce whether it will be correct. At q = 1 it is `closing`: the words before the result do. In
+between, the words of `closing` come after the fraction q of the countdown, and a wrong answer is one too high
+from there on. Learning rates are chosen over q = 0 and 1; sweep.py says how, and what a row of the CSV is.
 
-The row of an untrained student has two places in tokens: `announced`, how many precede those words, and
-`auto`, the horizon that `--horizon auto` suggests, with which TOPD is an arm of its own. Worlds whose teacher
-has not learned the task are left out.
+The row of an untrained student has two numbers of tokens: `announced`, how many precede those words, and
+`auto`, the horizon that `--horizon auto` suggests, which has an arm of its own. Worlds whose teacher has not
+learned the task are left out.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class Knobs(Sweep):
 
 
 def answer(start: int, add: int, times: int, q: float, correct: bool) -> tuple[str, int]:
-    """Text and result of a correct or a wrong answer; they part after the fraction q of the countdown."""
+    """Text and result of a correct or a wrong answer; the two differ after a fraction q of the countdown."""
     if q in CORNERS:
         return toy.answer(start, add, times, CORNERS[q], correct)
     place = round(q * times)
@@ -112,7 +112,7 @@ def build(q: float, seed: int) -> Path:
         return answer(start, add, times, q, correct)
 
     texts = [answer(3, 4, times, q, correct)[0] for times in (51, 56) for correct in (True, False)]
-    key = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]  # toy.py adds one of all the rest
+    key = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]  # toy.py adds a hash of everything else
     with patch.object(toy, "answer", of_place):
         return toy.build(key, toy.Recipe(seed), CACHE)
 

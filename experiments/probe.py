@@ -5,10 +5,11 @@
     python experiments/probe.py swap      one model writes the first k tokens, another one the rest
     python experiments/probe.py draw results/probe_decay.csv       the figure again, without a model
 
-By default on the toy world, where a student is trained first if one is needed. On real models: --student
---teacher --data, and --trained RUN/student with --horizon for the student after training. A probe prints its
-reading, and writes results/probe_NAME.csv, a row per point, and a figure next to it. Intervals are of 95 %
-over problems, however many answers each has. `python experiments/probe.py NAME --help` lists the settings.
+The default is the toy world, where a student is trained first if one is needed. For real models give
+--student, --teacher and --data, and --trained RUN/student with --horizon for the student after training. A
+probe prints its reading, and writes results/probe_NAME.csv, a row per point, and a figure next to it.
+Intervals are 95 % over problems, however many answers each has. `python experiments/probe.py NAME --help`
+lists the settings.
 Shapes: N tokens, T positions.
 """
 
@@ -185,8 +186,8 @@ class RunWithBar(run_folder.Run):
 def decay(setup: Setup) -> Iterator[dict]:
     """Off-policy teacher decay (ESR): the student writes k tokens, the teacher the rest; answers are graded.
 
-    Control: the teacher continues k tokens of its own. It shows how much of a decline is due to the student's
-    tokens. An answer counts if neither prefix has ended yet.
+    Control: the teacher continues k tokens of its own, which shows how much of a decline is due to the
+    student's tokens. An answer counts if neither prefix has ended yet.
     """
     pair, knobs = setup.before, setup.knobs
     lengths = [int(k) for k in knobs.prefixes.split()]
@@ -210,8 +211,8 @@ def decay(setup: Setup) -> Iterator[dict]:
 def swap(setup: Setup) -> Iterator[dict]:
     """Prefix swap (ESR): of the base and the trained student one writes k tokens, the other one the rest.
 
-    If training changed only how answers begin, the trained beginning alone brings the whole gain, and the
-    trained rest after the base student's beginning brings none. Answers that end within k tokens stay.
+    If training changed only how answers begin, a trained beginning has the whole gain, and a trained rest
+    after the base student's beginning has none. Answers that end within k tokens are kept as they are.
     """
     knobs, length = setup.knobs, setup.knobs.max_new_tokens
     writers = {"base": setup.before.student, "trained": setup.after.student}
@@ -237,8 +238,8 @@ def cascade(setup: Setup) -> Iterator[dict]:
     """Cascading alignment (ESR): training on the first N tokens lowers the reverse KL beyond N too.
 
     Exact reverse KL of the student before and after, on the same fixed rollouts of the base student, and on
-    each student's own. Caution: what lies beyond N in the fixed ones follows a beginning by the base student,
-    which the trained one may no longer write; on own ones, the two are compared on different texts.
+    each student's own. Caution: in the fixed ones the text beyond N follows a beginning by the base student,
+    which the trained one may no longer write; on their own rollouts they are compared on different texts.
     """
     knobs = setup.knobs
     n = knobs.window()
@@ -338,7 +339,7 @@ def position_means(curve: str, kl: Tensor, present: Tensor) -> Iterator[dict]:
 def bootstrap(statistic: Callable[[Tensor], Tensor], units: int, draws: int = 1000) -> Tensor:
     """95 % percentile interval of `statistic`, which gets the numbers of units drawn with replacement: (2,).
 
-    Draws in which it is NaN, as they hold none of the tokens in question, do not count.
+    Draws without any of the tokens in question give NaN, and do not count.
     """
     rng = torch.Generator().manual_seed(0)
     values = [statistic(torch.randint(units, (units,), generator=rng)) for _ in range(draws)]
@@ -346,7 +347,7 @@ def bootstrap(statistic: Callable[[Tensor], Tensor], units: int, draws: int = 10
 
 
 def change(curve: str, n: int, before: tuple, after: tuple, samples: int) -> dict:
-    """The relative change of the reverse KL per token from position n on; of two `kl_by_position`."""
+    """The relative change of the reverse KL per token from position n on, from two `kl_by_position`."""
     sums = [x[:, n:].sum(1).view(-1, samples).sum(1) for x in (*before, *after)]  # of each problem
     if not sums[1].sum() or not sums[3].sum():
         raise BadInput(f"no answer is longer than the {n} trained tokens: lower --horizon")
@@ -383,7 +384,7 @@ def gain(curve: str, at: int, first: list[dict], second: list[dict]) -> dict:
 def point(curve: str, at: int | str, value, interval, n) -> dict:
     """A row of a probe's CSV: a value and its 95 % interval, in curves by position +- one standard error.
 
-    n: problems; in means over tokens these, in curves by position rollouts.
+    n is the number of problems, in means over tokens that of tokens, in curves by position that of rollouts.
     """
     low, high = map(float, interval)
     return {"curve": curve, "at": at, "value": float(value), "low": low, "high": high, "n": int(n)}

@@ -1,9 +1,9 @@
 """Worlds x seeds x arms x learning rates in one CSV file: what phase.py and words.py have in common.
 
 A row of the CSV is an untrained model or a finished run, scored on held-out problems after its last step.
-Runs whose rows exist are not repeated, and rows of other settings are refused. A seed redraws problems,
-student, teacher and training. The learning rate of each arm is chosen on a seed of its own and then kept: the
-one with the highest mean accuracy. Several processes share the work by locks.
+Runs whose rows exist are not repeated, and rows of other settings are refused. Each seed has its own
+problems, student, teacher and training. The learning rate of each arm is chosen on a separate seed, by the
+highest mean accuracy, and then kept. Several processes share the work by locks.
 """
 
 import statistics
@@ -67,7 +67,7 @@ def horizon_auto(setup: Setup) -> int:
 
 
 def settings_of(preset: dict, **own: Any) -> Row:
-    """The columns in which all rows agree."""
+    """The columns in which all rows have the same values."""
     shared = own | {name: getattr(compare.Knobs(**preset), name) for name in SETTINGS}
     return {name: str(value) for name, value in shared.items()}
 
@@ -143,7 +143,7 @@ class Sweep:
         return {world: found for world, found in teachers.items() if float(found) < self.least_teacher}
 
     def chosen_rates(self, rows: dict[Key, Row], arms: Collection[str]) -> dict[str, str]:
-        """The learning rate of each arm for which all have been tried; of equals the lowest."""
+        """The best learning rate of each arm for which all have been tried; if equal, the lowest."""
         rates = {}
         for arm in arms:
             means = {}

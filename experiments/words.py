@@ -1,4 +1,4 @@
-"""A world in which nobody placed the gap between student and teacher: which arms keep full's gain, and why.
+"""Which arms keep full's gain in a world whose gap between student and teacher was not designed, and why.
 
     python experiments/words.py                             learning rates, then the seeds of every arm
     python experiments/words.py --report                    table, verdicts and figure of the existing rows
@@ -6,8 +6,8 @@
     python experiments/words.py --arms esr --rate 0.0005    with another learning rate than the best
 
 The world is that of support/words.py; the arms are in arms.py. sweep.py says how learning rates are chosen
-and what a row of the CSV is. Work is done in the order of need: student and teacher of every seed, then one
-arm after the other; a stop leaves out the last.
+and what a row of the CSV is. Student and teacher of every seed come first, then one arm after the other, the
+most important ones first, in case the sweep is stopped.
 
 Columns: `correct` and `correct_greedy` have a digit per held-out problem. `kl_WRITER_i` is the exact reverse
 KL in nats per token, in the i-th tenth of T, on full rollouts to held-out problems by the student before
@@ -45,7 +45,7 @@ from support.cli import BadInput, knob, parse, run_main
 from support.workers import Grader
 
 WORLD = "words"  # the only place of this sweep
-RUN = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")  # arms, in the order of need
+RUN = ("full", "popd", "topd-0.25", "topd-0.1", "esr", "no-teacher", "seqkd")  # arms, by importance
 RUN += ("first", "self-teacher", "no-end", "seqkd-0.1", "gkd", "lora", "lora-esr")
 RATES = ("0.00017", "0.0005", "0.0015", "0.0045", "0.0135")
 WRITERS = {  # whose rollouts the reverse KL is measured on
@@ -276,7 +276,7 @@ def verdicts(results: Results) -> list[str]:
 
 
 def draw(results: Results, knobs: Knobs) -> Path:
-    """Above what every arm gains, below the reverse KL by position before and after."""
+    """Top: what every arm gains; bottom: the reverse KL by position, before and after training."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 9.5), layout="constrained", sharey="row")
     for axis, (kind, name) in zip(axes[0], SCORES.items()):
         draw_scores(axis, results, name)

@@ -29,7 +29,7 @@ class Knobs:
     instruction: str = knob("", "text after the question, for example train.py's own")
     tokens: int = knob(8, "tokens of the answer", least=1)
     top: int = knob(5, "tokens of each distribution that are shown", least=2)
-    every: bool = knob(False, "terms and gradients of every token, not of one or two alone")
+    every: bool = knob(False, "terms and gradients of every token, not only of one or two")
     seed: int = knob(0, "of the sampling", least=0, most=2**32)
     lr: float = knob(1e-3, "of the one update, by AdamW", least=0)
 
