@@ -140,7 +140,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig").strip()
-                row = json.loads(text) if text else {}
+                row = json.loads(text, object_pairs_hook=each_once) if text else {}
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
@@ -165,11 +165,20 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     if not content.lstrip().startswith("["):
         yield from jsonl_rows(path)
         return
-    for number, row in enumerate(json.loads(content), 1):
+    for number, row in enumerate(json.loads(content, object_pairs_hook=each_once), 1):
         yield (
             f"row {number}",
             row if isinstance(row, dict) else BadRow(f"is not a JSON object: {str(row)[:40]}"),
         )
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it names a field twice, of which Python would keep the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object names {next(name for name in row if names.count(name) > 1)!r} twice")
+    return row
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -190,7 +199,11 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
 def parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet  # slow to import, and other files do not need it
 
-    for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+    table = pyarrow.parquet.read_table(path)
+    for i, column in enumerate(table.schema):
+        if column.type == pyarrow.float32():  # by way of text: as a 64-bit number 0.1 is 0.10000000149
+            table = table.set_column(i, column.name, table[i].cast("string").cast("float64"))
+    for number, row in enumerate(table.to_pylist(), 1):
         yield f"row {number}", row
 
 
@@ -284,7 +297,7 @@ def to_text(value: Any, column: str) -> str:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise BadRow(f"has a {type(value).__name__} in {column} where text or a number is needed")
-    if not math.isfinite(value):
+    if not isinstance(value, int) and not math.isfinite(value):  # an int may be too large for a float
         raise BadRow(f"has {value} in {column}, which is not a finite number")
     is_exact = abs(value) < 2**53 and value == int(value)
     return str(int(value) if is_exact else value)

@@ -5,6 +5,7 @@ import gzip
 import json
 import time
 
+import pyarrow.parquet
 import pytest
 
 from support import data
@@ -87,6 +88,7 @@ ANSWERS = [  # a gold answer as it is written, and as it is read
     (0.25, "0.25"),
     (-0.0, "0"),
     (10**30, "1" + "0" * 30),
+    (10**400, "1" + "0" * 400),
     (1e30, "1e+30"),
     ("None", "None"),
     ("nan", "nan"),
@@ -284,6 +286,23 @@ def test_cells_of_a_csv_file_are_text(tmp_path):
     (tmp_path / "p.csv").write_text("question,answer\nq,5\nq\nq,5,6\n")
     with pytest.raises(BadInput, match="2 of 3 rows .* row 2 has 1 cells, the header 2"):
         data.read_problems(str(tmp_path / "p.csv"), "train")
+
+
+def test_numbers_of_32_bits_in_a_parquet_file(tmp_path):
+    """0.1 was read as 0.10000000149011612, so that the right answer was wrong."""
+    golds = pyarrow.array([0.1, 2.5, 7, 1e-7], pyarrow.float32())
+    table = pyarrow.table({"question": ["a", "b", "c", "d"], "answer": golds})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    problems = data.read_problems(str(tmp_path / "p.parquet"), "train")
+    assert [problem.answer for problem in problems] == ["0.1", "2.5", "7", "1e-07"]
+
+
+@pytest.mark.parametrize("name, form", [("p.jsonl", "{}\n"), ("p.json", "[{}]")])
+def test_a_field_that_is_named_twice(tmp_path, name, form):
+    """Python would keep the last one in silence."""
+    (tmp_path / name).write_text(form.format('{"question": "q", "answer": "5", "answer": "6"}'))
+    with pytest.raises(BadInput, match="names 'answer' twice"):
+        data.read_problems(str(tmp_path / name), "train")
 
 
 def test_numbers_and_chats_of_a_parquet_file(tmp_path):
