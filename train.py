@@ -341,7 +341,7 @@ def load_with_prompts(
     prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [pair.student.config, pair.teacher.config]
-    models.check_context(configs, prompts + test_prompts, knobs.max_new_tokens)
+    models.check_context(configs, prompts + test_prompts, knobs.max_new_tokens, two_tokenizers)
     return pair, prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from support.cli import BadInput
+from support.prompts import TEMPLATE_ERRORS
 
 # Settings of a generation config that apply to sampling alone.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -288,7 +288,7 @@ def end_of_turn(tokenizer) -> int | None:
     chat = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "An answer."}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError:  # the template has other roles
+    except TEMPLATE_ERRORS:  # the template has other roles
         return None
     after = tokenizer(text.rpartition("An answer.")[2], add_special_tokens=False)["input_ids"]
     return after[0] if after and after[0] in tokenizer.all_special_ids else None
@@ -299,8 +299,17 @@ def context_length(config) -> int:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
 
 
-def check_context(configs: list, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raises BadInput if a prompt and a full response do not fit into the context of every model."""
+def check_context(configs: list, prompts: list[list[int]], max_new_tokens: int, differ: bool = False) -> None:
+    """Raises BadInput if a prompt and a full response do not fit into the context of every model.
+
+    And if an id has no embedding: tokens were added to the tokenizer, and the model was not resized. If the
+    tokenizers `differ`, the first model alone gets these ids.
+    """
+    rows = min(config.get_text_config(decoder=True).vocab_size for config in configs[: 1 if differ else None])
+    largest = max(map(max, prompts))
+    if largest >= rows:
+        what = f"a prompt has the token id {largest}, and a model has {rows} embeddings"
+        raise BadInput(f"{what}: resize its embeddings to its tokenizer, or name another model")
     longest = max(map(len, prompts))
     context = min(map(context_length, configs))
     if longest + max_new_tokens > context:

@@ -21,6 +21,8 @@ from support.cli import BadInput
 MARK = "\ue000"  # stands for the user's text in a template; a private-use character that no text contains
 # Replaces a function of templates that gives today's date: prompts must not change from day to day.
 DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+# Of jinja2, of transformers where none of several templates is the default, and of what a template computes.
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 SPACES = " \t\r\n\u2581"  # the last one is SentencePiece's sign for a space
 
 
@@ -45,8 +47,6 @@ def render(
     if not chat and (system_prompt or thinking):
         flag = "--system-prompt" if system_prompt else "--thinking"
         raise BadInput(f"the tokenizer of {name} has no chat template, which {flag} needs: drop it")
-    if thinking and "enable_thinking" not in tokenizer.get_chat_template():
-        print(f"the chat template of {name} has no switch: --thinking changes nothing", flush=True)
 
     def text_around(content: str) -> str:
         if not chat:
@@ -54,6 +54,8 @@ def render(
         return apply_template(tokenizer, content, system_prompt, thinking)
 
     encode = Encoder(tokenizer, text_around, bos=not chat)
+    if thinking and "enable_thinking" not in tokenizer.get_chat_template():
+        print(f"the chat template of {name} has no switch: --thinking changes nothing", flush=True)
     prompts, texts = [], []
     for problem in problems:
         text, ids = encode(problem.question + instruction if chat else problem.question)
@@ -70,12 +72,12 @@ def apply_template(tokenizer, content: str, system_prompt: str, thinking: bool) 
     how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": thinking}
     name = f"the chat template of {tokenizer.name_or_path}"
     remedy = "drop --system-prompt, or put its text into --instruction"
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        how["chat_template"] = DATE + template
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            how["chat_template"] = DATE + template
         text = tokenizer.apply_chat_template([*system, {"role": "user", "content": content}], **how)
-    except TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         remedy = remedy if system_prompt else "give a model with another template"
         raise BadInput(f"{name} fails ({error}): {remedy}") from error
     if system_prompt.strip() not in text:
@@ -108,6 +110,9 @@ class Encoder:
     def __call__(self, content: str) -> tuple[str, list[int]]:
         """The whole text, and its ids. Raises BadInput."""
         text = self.text_around(content)
+        if content.strip() not in text:
+            what = f"the chat template of {self.tokenizer.name_or_path} changes the text {content[:60]!r}"
+            raise BadInput(f"{what}: give a model with another template")
         control = self.pattern.search(content)
         if not control:
             return text, self.tokenizer(text, add_special_tokens=self.bos)["input_ids"]

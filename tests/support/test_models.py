@@ -132,8 +132,9 @@ def test_the_end_of_turn_of_the_chat_template_is_an_eos_id(world):
     assert models.eos_ids(tokenizer, model) == {tokenizer.eos_token_id, other}
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     assert models.eos_ids(tokenizer, model) == {tokenizer.eos_token_id}
-    tokenizer.chat_template = "{{ raise_exception('no roles') }}"
-    assert models.eos_ids(tokenizer, model) == {tokenizer.eos_token_id}
+    for template in ("{{ raise_exception('no roles') }}", "{{ 1 + messages[0].content }}", {"rag": "x"}):
+        tokenizer.chat_template = template
+        assert models.eos_ids(tokenizer, model) == {tokenizer.eos_token_id}
 
 
 def test_a_smaller_teacher_is_allowed_and_reported(world, capsys):
@@ -174,6 +175,15 @@ def test_context(length, fits):
             models.check_context([tiny().config, tiny(max_position_embeddings=99).config], prompts, 40)
         with pytest.raises(BadInput, match="context of 64 tokens: remove that problem"):
             models.check_context([tiny().config], [[1] * 64], 40)
+
+
+def test_prompts_with_ids_beyond_the_embeddings():
+    """Tokens that were added to a tokenizer alone: an IndexError in the first forward pass."""
+    configs = [tiny(vocab_size=V + 1).config, tiny().config]
+    models.check_context(configs, [[1], [V - 1, 2]], 4)
+    models.check_context(configs, [[V]], 4, differ=True)
+    with pytest.raises(BadInput, match=f"token id {V}, and a model has {V} embeddings: resize"):
+        models.check_context(configs, [[1], [V, 2]], 4)
 
 
 def test_a_teacher_in_few_bits_is_loaded_by_bitsandbytes(monkeypatch):

@@ -186,6 +186,10 @@ REFUSED = [  # tokenizer, template, system prompt, what the line says
     (byte_level, None, "Be brief.", "no chat template, which --system-prompt needs"),
     (byte_level, CONSTANT, "", "writes a message 0 times"),
     (byte_level, "{{ messages | nothing }}", "", "another template"),
+    (byte_level, "{{ 1 + messages[0]['content'] }}", "", "another template"),
+    (byte_level, "{{ 1 / 0 }}", "", "another template"),
+    (byte_level, "<turn>{{ messages[0]['content'][:4] }}<end>", "", "changes the text 'What is 2?'"),
+    (byte_level, "<turn>{{ messages[0]['content'] | upper }}<end>", "", "changes the text"),
 ]
 
 
@@ -194,6 +198,14 @@ def test_prompts_that_a_model_would_not_get_as_written_are_refused(make, templat
     with pytest.raises(BadInput) as error:
         data.render(wrapped(make(), template), [Problem("What is 2?", "1")], "", system_prompt, few_shot="a")
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_several_templates_without_a_default_are_refused(thinking):
+    tokenizer = wrapped(byte_level(), CHATML)
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(BadInput, match="no default specified.*another template"):
+        data.render(tokenizer, [Problem("What is 2?", "1")], "", thinking=thinking)
 
 
 def test_a_tokenizer_that_appends_eos_is_refused():
