@@ -5,7 +5,7 @@ A record is one answer, as eval_math.py writes it: index of its problem, extract
 
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,15 +30,18 @@ def score_answers(records: list[dict]) -> dict:
     """The scores of one answer or more.
 
     The n problems are the sample, so the standard error is that of a mean over problems, however many answers
-    each has. The 95 % interval is Wilson's, for the number of independent answers that would have this error.
-    pass@k is the unbiased estimate (Chen et al. 2021); maj@K is the majority vote of K answers, by text.
+    each has. The 95 % interval is Wilson's, for the number of independent answers that would have this error,
+    at most all answers. pass@k is the unbiased estimate (Chen et al. 2021); maj@K is the majority vote of K
+    answers, by text.
     """
     groups = list(by_problem(records).values())
     means = [statistics.fmean(r["correct"] for r in group) for group in groups]
     n, p = len(means), statistics.fmean(means)
     se = statistics.stdev(means) / n**0.5 if n > 1 else 0.0
     lengths = sorted(r["length"] for r in records)
-    result = {"accuracy": p, "se": se, "interval": wilson(p, p * (1 - p) / se**2 if se else n), "n": n}
+    # A few problems may be equally hard by chance: their se, and with it the interval, would be too small.
+    independent = min(p * (1 - p) / se**2, len(records)) if se else n
+    result = {"accuracy": p, "se": se, "interval": wilson(p, independent), "n": n}
 
     def share(holds) -> float:
         return sum(map(holds, records)) / len(records)
@@ -67,8 +70,12 @@ def score_answers(records: list[dict]) -> dict:
 
 
 def majority_is_right(group: list[dict]) -> bool:
-    votes = Counter(plain(r["extracted"]) for r in group if r["extracted"] is not None)
-    return any(r["correct"] and plain(r["extracted"]) == votes.most_common(1)[0][0] for r in group if votes)
+    """Whether the most frequent answer is right: most of those whose text is the same but for units."""
+    votes = defaultdict(list)
+    for r in group:
+        if r["extracted"] is not None:
+            votes[plain(r["extracted"])].append(r["correct"])
+    return bool(votes) and statistics.fmean(max(votes.values(), key=len)) >= 0.5
 
 
 def is_repeating(response: str) -> bool:

@@ -74,6 +74,13 @@ def test_majority_counts_answers_of_equal_text():
     assert score_answers([record(0, False, None)] * 2)["majority"] == 0
 
 
+def test_one_right_answer_does_not_make_a_majority_of_wrong_ones_right():
+    """Of fifteen answers 50 and one 50 %, to the gold answer 1/2: without their units they are one text."""
+    group = [record(0, False, "50")] * 15 + [record(0, True, r"50\%")]
+    assert score_answers(group)["majority"] == 0
+    assert score_answers(group[-1:] * 16 + group[:15])["majority"] == 1
+
+
 def test_interval_covers_the_true_accuracy_95_times_of_100():
     """Simulated; and it is not a point where every answer is right, as accuracy +- 1.96 se would be."""
     rng = random.Random(0)
@@ -85,6 +92,19 @@ def test_interval_covers_the_true_accuracy_95_times_of_100():
     low, high = wilson(1.0, 20)
     assert low == pytest.approx(0.8389, abs=1e-4)
     assert high == pytest.approx(1.0)
+
+
+def test_interval_of_many_answers_to_few_problems():
+    """A few that are equally hard by chance tell no more than 48 answers: 83 of 100 were covered."""
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(300):
+        answers = [record(i, rng.random() < 0.5) for i in range(3) for _ in range(16)]
+        low, high = score_answers(answers)["interval"]
+        covered += low <= 0.5 <= high
+    assert covered / 300 >= 0.93
+    answers = [record(i, k < 8 + i) for i in range(2) for k in range(16)]
+    assert score_answers(answers)["interval"] == wilson(17 / 32, 32)
 
 
 def test_difference_is_paired():
