@@ -61,8 +61,8 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
 )
 DECIMAL = r"(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 NUMBER = re.compile(rf"([-+]?)\s*(?:(\d+) +(?=\d+/))?(-?{DECIMAL})(?:\s*[/:]\s*({DECIMAL}))?")
-NAME = re.compile(  # "x =", "f(x) =", "(x, y) =", "x \in", "m\angle A =", "\text{Area} ="
-    r"(?:^|(?<=,))\s*((?:m?\s*\\angle\s*)?\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))?|\\text\s*\{[^{}]*\}"
+NAME = re.compile(  # "x =", "f'(x) =", "(x, y) =", "x \in", "m\angle A =", "\text{Area} ="
+    r"(?:^|(?<=,))\s*((?:m?\s*\\angle\s*)?\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*(?:\(\w\))?|\\text\s*\{[^{}]*\}"
     r"|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
 )
 CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
@@ -80,7 +80,7 @@ UNITS |= {"hour|hr": "h", "minute": "min", "inche?": "in", "feet|foot": "ft", "m
 UNITS |= {"pound": "lb", r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°"}
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
-    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
+    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[A-Za-z]'|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
     r"|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
 )
 BLANK = re.compile(r"(?:\\[hv]?phantom\s*\{[^{}]*\}|\\text\s*\{|\\q?quad|\\[,;: ]|[?_.…~{}\s]|answer)*", re.I)
@@ -126,6 +126,9 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
         return "right" if ours[1].lower() == theirs[1].lower() else "wrong", found, gold
     gold = theirs[2] if theirs and theirs[2] else gold
     names, gold_names = {*NAME.findall(found)}, {*NAME.findall(gold)}
+    if names == gold_names and len(names) > 1:  # of the same names, in any order
+        found, gold = values_by_name(found), values_by_name(gold)
+        names, gold_names = {*NAME.findall(found)}, {*NAME.findall(gold)}
     two_names = names and gold_names and len(names | gold_names) > 1
     if not two_names and (names == gold_names or not ("=" in found and "=" in gold)):
         found, gold = NAME.sub("", found), NAME.sub("", gold)
@@ -143,6 +146,15 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     if two_names or set_and_tuple or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
         return "wrong", found, gold
     return None, found, gold
+
+
+def values_by_name(text: str) -> str:
+    """The tuple of the values, "(1, 2)" from "y = 2, x = 1"; the text itself if a name has two values."""
+    before, *parts = NAME.split(text)
+    values = dict(zip(parts[::2], (value.strip(" ,") for value in parts[1::2])))
+    if before.strip() or len(values) < len(parts[::2]):
+        return text
+    return f"({', '.join(values[name] for name in sorted(values))})"
 
 
 def tidy(text: str) -> str:
@@ -237,6 +249,9 @@ def equal(gold, found, rounded: bool) -> bool:
 
     if isinstance(found, sympy.Eq) and found.free_symbols and not isinstance(gold, sympy.Eq):
         return False  # math-verify takes x + y = 5 for 5
+    kinds = [(isinstance(side, sympy.FiniteSet), isinstance(side, sympy.And)) for side in (gold, found)]
+    if sorted(kinds) == [(False, True), (True, False)]:
+        return False  # and 1 < x < 2 for the set of 1 and 2
     values = all(isinstance(side, sympy.Expr) and side.is_number for side in (gold, found))
     if rounded and values and not (gold.is_Rational and found.is_Rational):
         return bool(abs(sympy.N(gold - found, 20)) <= 1e-6 * abs(sympy.N(gold, 20)))
