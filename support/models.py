@@ -60,7 +60,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, bits: str = 
     """A causal LM in evaluation mode, with weights from safetensors only.
 
     With `bits`, "8" or "4", bitsandbytes quantises all but its embedding and output head, which keep `dtype`.
-    Raises BadInput if a weight is missing, NaN or infinite, or if the architecture is not supported.
+    Raises BadInput if a weight is missing, NaN or infinite, or if the architecture is not supported. Names
+    the weights that the architecture does not use.
     """
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if bits:
@@ -71,6 +72,9 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, bits: str = 
         raise BadInput(
             f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a complete model folder"
         )
+    if ignored := sorted(info["unexpected_keys"]):
+        what = f"{len(ignored)} weights of {name} have no place in its architecture, such as {ignored[0]}"
+        print(f"{what}: they are ignored; look at its config.json", flush=True)
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
             raise BadInput(f"{name} has NaN or infinite weights, in {weight}: download or train it again")

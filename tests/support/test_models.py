@@ -1,5 +1,6 @@
 """Loading of models, and what has to be true of them before training starts."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,20 @@ def test_a_tokenizer_that_needs_a_missing_library_is_one_line():
 
     with pytest.raises(BadInput, match="cannot load x/y .needs sentencepiece.: give"):
         models.load(Tokenizer, "x/y")
+
+
+def test_weights_that_are_ignored_are_named(tmp_path, capsys):
+    """Three layers that a config calls two were loaded as two in silence."""
+    tiny(num_hidden_layers=3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    models.load_model(str(tmp_path), torch.float32, torch.device("cpu"))
+    said = capsys.readouterr().out
+    assert "such as model.layers.2.input_layernorm.weight: they are ignored" in said
+    tiny().save_pretrained(tmp_path)
+    models.load_model(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert "ignored" not in capsys.readouterr().out
 
 
 def test_a_saved_model_replaces_the_one_before(world, tmp_path):
