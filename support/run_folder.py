@@ -294,7 +294,10 @@ def input_hashes(contents: dict[str, Any], names: Iterable[str]) -> dict[str, st
     for name in dict.fromkeys(names):
         tokenizer = models.load_tokenizer(name)
         vocabulary = sorted(tokenizer.get_vocab().items())
-        found[f"tokenizer of {name}"] = hash_of_json([vocabulary, tokenizer.chat_template])
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = json.loads(backend.to_str()) if backend else {}  # merges and normalisation, among others
+        rules = {part: rule for part, rule in rules.items() if part not in ("truncation", "padding")}
+        found[f"tokenizer of {name}"] = hash_of_json([vocabulary, tokenizer.chat_template, rules])
         found[f"weights of {name}"] = hash_of_weights(name)
     return found
 

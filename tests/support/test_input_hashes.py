@@ -1,5 +1,6 @@
 """Inputs are known by content: a run is not continued with other data, another tokenizer or other weights."""
 
+import json
 import shutil
 import sys
 
@@ -28,12 +29,20 @@ def edit_weight(path):
     save_file(weights, path, {"format": "pt"})
 
 
+def edit_merges(path):
+    """The same tokens, and other ids for a text."""
+    state = json.loads(path.read_text())
+    del state["model"]["merges"][5:]
+    path.write_text(json.dumps(state))
+
+
 TEMPLATE, WEIGHTS = "student/chat_template.jinja", "teacher/model.safetensors"
 RUN, EVALUATION = (train, "run"), (eval_math, "evaluation")
 CHANGES = [  # what continues, a file, its change, what the line names
     (RUN, "train.jsonl", lambda path: edit_text(path, "x=3", "x=4"), "training problems of"),
     (RUN, "test.jsonl", lambda path: edit_text(path, '"answer": "', '"answer": "1'), "held-out problems of"),
     (RUN, TEMPLATE, lambda path: edit_text(path, "assistant", "model"), "tokenizer of .*student"),
+    (RUN, "student/tokenizer.json", edit_merges, "tokenizer of .*student"),
     (RUN, WEIGHTS, edit_weight, "weights of .*teacher"),
     (
         EVALUATION,
