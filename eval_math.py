@@ -28,6 +28,7 @@ from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob, parse, run_main
 from support.grading import LONGEST_ANSWER, is_blank, without_prose, without_reasoning
+from support.prompts import render
 from support.workers import Grader, one_grader
 
 # The text after each problem.
@@ -276,7 +277,7 @@ def evaluate_model(
     records = {}
     for title, benchmark in benchmarks.items():
         instruction = benchmark.instruction if knobs.instruction is None else knobs.instruction
-        prompts = data.render(
+        prompts = render(
             tokenizer, problems[title], instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT
         )
         models.check_context([model.config], prompts, knobs.max_new_tokens)

@@ -27,6 +27,7 @@ from support import data, models, report, run_folder, toy
 from support.batch_size import batch_that_fits
 from support.checkpoint import CheckpointedRun
 from support.cli import knob, parse, run_main
+from support.prompts import render
 from support.scores import score_answers
 
 
@@ -338,8 +339,8 @@ def load_with_prompts(
         teacher_device=knobs.teacher_device,
         teacher_bits=knobs.teacher_bits,
     )
-    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    test_prompts = data.render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
+    prompts = render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    test_prompts = render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [pair.student.config, pair.teacher.config]
     models.check_context(configs, prompts + test_prompts, knobs.max_new_tokens, two_tokenizers)
     return pair, prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)

@@ -33,6 +33,7 @@ from rollout import model_inputs, rollout, sampling_noise
 from support import data, models, run_folder
 from support.batch_size import Shape
 from support.cli import BadInput, knob, parse, run_main
+from support.prompts import render
 from support.workers import Grader
 
 SIDES = {"loss": ("naive", "ours", "liger", "trl"), "rollouts": ("generate", "plain", "continuous")}
@@ -143,7 +144,7 @@ def measure_rollouts(knobs: Knobs) -> dict[str, Any]:
     else:
         model = models.load_model(knobs.model, dtype, device)
     problems = data.subset(data.read_problems(knobs.data, "train"), knobs.rows, knobs.seed)
-    prompts = data.render(models.load_tokenizer(knobs.model), problems, INSTRUCTION)
+    prompts = render(models.load_tokenizer(knobs.model), problems, INSTRUCTION)
     vocab_size = model.config.get_text_config().vocab_size
     eos_ids = set(range(0, vocab_size, knobs.every)) if knobs.every else {vocab_size}
     measured = []
@@ -223,7 +224,7 @@ def sampled_logits(knobs: Knobs) -> tuple[Tensor, Tensor]:
     """fp32 logits of student and teacher on the student's own tokens, (N, V) each."""
     pair = train.load_pair(knobs.model, knobs.teacher, "float32", models.find_device(knobs.device))
     problems = data.subset(data.read_problems(knobs.data, "test"), 4, knobs.seed)
-    prompts = data.render(pair.tokenizer, problems, INSTRUCTION)
+    prompts = render(pair.tokenizer, problems, INSTRUCTION)
     noise = sampling_noise(range(len(prompts)), 64)
     rollouts = rollout(pair.student, prompts, 64, pair.eos_ids, noise)
     ids, predicts = model_inputs(rollouts, list(range(len(prompts))), rollouts.response_mask)

@@ -33,6 +33,7 @@ from extras import memory
 from rollout import rollout
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
+from support.prompts import render
 
 OURS = {
     "ours": {"checkpointing": False},
@@ -202,7 +203,7 @@ def trl(knobs: Knobs, problems: list[data.Problem]) -> list[dict[str, Any]]:
 def measure(knobs: Knobs) -> dict[str, Any]:
     """The medians of one side's timed steps and its peak memory, measured in this process."""
     problems = data.subset(data.read_problems(knobs.data, "train"), knobs.prompts, 0)
-    prompts = data.render(models.load_tokenizer(knobs.student), problems, INSTRUCTION)
+    prompts = render(models.load_tokenizer(knobs.student), problems, INSTRUCTION)
     if knobs.side == "trl":
         rows = trl(knobs, problems)
     elif knobs.side == "naive":

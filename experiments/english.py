@@ -38,6 +38,7 @@ from extras.profile_horizon import in_batches, scored
 from rollout import Rollout
 from support import data, run_folder
 from support.cli import knob, parse, run_main
+from support.prompts import render
 
 CACHE = ROOT / ".cache" / "english"
 MAX_NEW_TOKENS = 160
@@ -102,7 +103,7 @@ def write_problems(folder: Path, recipe: Recipe) -> dict[str, str]:
 def teach(pair: train.Pair, worked: dict[str, str], recipe: Recipe) -> None:
     """Fine-tune the student on the worked answers: one pass, a step per batch."""
     problems = [data.Problem(question, None) for question in worked]
-    prompts = data.render(pair.tokenizer, problems, INSTRUCTION)
+    prompts = render(pair.tokenizer, problems, INSTRUCTION)
     ids_of = {}
     for prompt, text in zip(prompts, worked.values()):
         ids_of[tuple(prompt)] = pair.tokenizer.encode(text) + [pair.tokenizer.eos_token_id]
@@ -161,7 +162,7 @@ def score_students(folder: Path, names: tuple[str, ...], rollouts: int) -> list[
     for name in (str(folder / "student"), *names):
         pair = train.load_pair(name, str(folder / "teacher"), "float32", torch.device("cpu"))
         if not fixed:
-            prompts = data.render(pair.tokenizer, problems, INSTRUCTION)
+            prompts = render(pair.tokenizer, problems, INSTRUCTION)
             for writer, model in (("student", pair.student), ("teacher", pair.teacher)):
                 parts = in_batches(model, pair, prompts, MAX_NEW_TOKENS, 1.0, writer, BATCH)
                 fixed[writer] = list(parts)

@@ -29,6 +29,7 @@ from extras.profile_horizon import in_batches
 from rollout import Rollout
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
+from support.prompts import render
 from support.scores import is_repeating
 from support.workers import Grader
 
@@ -102,7 +103,7 @@ def measure(knobs: Knobs) -> list[dict]:
     fixed = None
     for name in (knobs.student, *knobs.trained):
         pair = train.load_pair(name, knobs.teacher, "float32", models.find_device(""), two_tokenizers=True)
-        prompts = data.render(pair.tokenizer, test, knobs.instruction)
+        prompts = render(pair.tokenizer, test, knobs.instruction)
         scorer, _ = prepare(pair, train.hidden_states, prompts, test, test, settings)
         curve = Path(name).parent.name if name in knobs.trained else "before"
         parts = answers_of(pair, prompts, knobs.max_new_tokens)

@@ -38,6 +38,7 @@ from schedules import make_schedule
 from support import data, models, run_folder, scores, toy
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, Stopped, knob, parse, run_main
+from support.prompts import render
 from support.workers import Grader
 
 
@@ -152,7 +153,7 @@ def load(knobs: Knobs, grader: Grader | None) -> Setup:
     problems = [problem for problem in problems for _ in range(knobs.samples)]
     device = models.find_device(knobs.device)
     pair = train.load_pair(knobs.student, knobs.teacher, knobs.dtype, device)
-    prompts = data.render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    prompts = render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student.config, pair.teacher.config], prompts, knobs.max_new_tokens)
     batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, knobs.sample_batch)
     after = after_training(pair, knobs, device) if isinstance(knobs, TrainedKnobs) else None
@@ -169,7 +170,7 @@ def after_training(pair: train.Pair, knobs: TrainedKnobs, device: torch.device) 
     if not knobs.trained:  # as train.py does with the toy's preset, this horizon and this seed
         changes = {"seed": knobs.seed, "max_new_tokens": knobs.max_new_tokens, "eval_every": 0}
         settings = train.Knobs(**(toy.preset(knobs.world) | changes))
-        prompts = data.render(pair.tokenizer, data.read_problems(knobs.data, "train"), settings.instruction)
+        prompts = render(pair.tokenizer, data.read_problems(knobs.data, "train"), settings.instruction)
         run = RunWithBar(device)
         train.train(after, train.adamw(after, settings), prompts, lambda _: knobs.window(), settings, run)
     return after

@@ -42,6 +42,7 @@ from eval_math import extract, has_box
 from rollout import rollout
 from support import data, run_folder, words
 from support.cli import BadInput, knob, parse, run_main
+from support.prompts import render
 from support.workers import Grader
 
 WORLD = "words"  # the only place of this sweep
@@ -175,7 +176,7 @@ def decay(setup: Setup, problems: int) -> list[dict]:
     knobs = probe.PrefixKnobs(prefixes=PREFIXES, max_new_tokens=length, sample_batch=BATCH)
     chosen = data.subset(data.read_problems(settings.data, "test"), problems, knobs.seed)
     chosen = [problem for problem in chosen for _ in range(knobs.samples)]
-    prompts = data.render(setup.pair.tokenizer, chosen, settings.instruction)
+    prompts = render(setup.pair.tokenizer, chosen, settings.instruction)
     with Grader(extract, has_box) as grader:
         return list(probe.decay(probe.Setup(setup.pair, None, chosen, prompts, grader, knobs)))
 

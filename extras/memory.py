@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from extras import lora
-from support import data, models
+from support import models
 from support.batch_size import Shape, free_memory
 from support.cli import BadInput
+from support.prompts import render
 
 # What the driver, its libraries and their kernels take of a GPU beside PyTorch's allocator: on an H200.
 CONTEXT = 900_000_000
@@ -143,8 +144,8 @@ def dry_run(knobs, problems: list, test: list, horizon: int, device: torch.devic
     horizon = knobs.max_new_tokens if knobs.horizon == "auto" else horizon
     knobs = replace(knobs, device=str(device))
     tokenizer = models.load_tokenizer(knobs.student)
-    prompts = data.render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    held_out = data.render(tokenizer, test, knobs.instruction, knobs.system_prompt)
+    prompts = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    held_out = render(tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
     differ = models.tokenizers_differ(knobs.student, knobs.teacher, allowed=True)
     models.check_context(configs, prompts + held_out, knobs.max_new_tokens, differ)

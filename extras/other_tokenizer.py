@@ -40,8 +40,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from eval_math import HeldOut
 from opd import log_probs, token_logp
 from rollout import Rollout, micro_batches, model_inputs
-from support import data, models
+from support import models
 from support.cli import BadInput
+from support.prompts import render
 
 CHUNK = 128  # states whose logits exist at a time, as in opd.opd_backward
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # GPT-2's names of the bytes
@@ -374,8 +375,8 @@ def prepare(pair, hidden_states: Callable, prompts: list[list[int]], problems: l
     """
     tokenizer = models.load_tokenizer(knobs.teacher)
     align = Aligner(Vocabulary(pair.tokenizer), Vocabulary(tokenizer))
-    own = data.render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    own_test = data.render(tokenizer, test, knobs.instruction, knobs.system_prompt)
+    own = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    own_test = render(tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.teacher.config], own + own_test, knobs.max_new_tokens)
     texts = [problem.question for problem in problems[:100]]
     share, length = coverage(align, align.student.encode, texts)

@@ -21,6 +21,7 @@ from rollout import rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
 from support import data, run_folder
 from support.cli import BadInput, run_main
+from support.prompts import render
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -37,7 +38,7 @@ def scored_answer(student: str, knobs: train.Knobs) -> tuple[list[str], Tensor, 
     # One problem at least, also of a run without evaluation.
     limit = knobs.eval_limit or 1
     _, problems = data.train_and_test(knobs.data, knobs.eval_data, limit, knobs.seed, layout)
-    prompts = data.render(pair.tokenizer, problems[:1], knobs.instruction, knobs.system_prompt)
+    prompts = render(pair.tokenizer, problems[:1], knobs.instruction, knobs.system_prompt)
     noise = sampling_noise([(knobs.seed, "picture", 0)], SHOWN)
     rollouts = rollout(pair.student, prompts, SHOWN, pair.eos_ids, noise, vocab_size=pair.vocab_size)
     _, tokens = train.score(pair, rollouts)

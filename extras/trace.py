@@ -19,6 +19,7 @@ import train
 from rollout import Rollout, model_inputs, rollout, sampling_noise
 from support import data, models, toy
 from support.cli import BadInput, knob, parse, run_main
+from support.prompts import render
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def main() -> None:
     teacher = knobs.teacher or str(world / "teacher")
     pair = train.load_pair(student, teacher, "float32", torch.device("cpu"))
     names = Names(pair.tokenizer)
-    prompt = data.render(pair.tokenizer, [data.Problem(question, "")], knobs.instruction)[0]
+    prompt = render(pair.tokenizer, [data.Problem(question, "")], knobs.instruction)[0]
     if len(prompt) + knobs.tokens > models.context_length(pair.student.config):
         what = f"the prompt of {len(prompt)} tokens and --tokens {knobs.tokens} exceed the student's context"
         raise BadInput(f"{what}: lower --tokens")

@@ -23,6 +23,7 @@ from opd import reverse_kl
 from rollout import Rollout, rollout, sampling_noise
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
+from support.prompts import render
 from support.report import token_texts
 from support.workers import Grader
 
@@ -111,7 +112,7 @@ def problems_with_answers(
 ) -> dict[str, Any]:
     """All problems with their answers, and the table of texts that they refer to."""
     before = pairs["before"]
-    prompts = data.render(before.tokenizer, problems, run.instruction, run.system_prompt)
+    prompts = render(before.tokenizer, problems, run.instruction, run.system_prompt)
     configs = [before.student.config, before.teacher.config]
     models.check_context(configs, prompts, run.max_new_tokens)
     noise = sampling_noise([(run.seed, "view", i) for i in range(len(problems))], run.max_new_tokens)

@@ -19,6 +19,7 @@ from eval_math import HeldOut, boxed, extract, has_box, is_correct
 from rollout import Rollout, rollout
 from support import cli, data
 from support.grading import compare_quickly, plain
+from support.prompts import render
 from support.workers import Grader
 
 ROOT = Path(eval_math.__file__).parent
@@ -96,7 +97,7 @@ def test_a_resumed_evaluation_keeps_its_batch_size_unless_less_is_asked_for(worl
     tokenizer = AutoTokenizer.from_pretrained(world / "student")
     model = AutoModelForCausalLM.from_pretrained(world / "student").eval()
     problems = data.read_problems(str(world / "test.jsonl"), "test")[:12]
-    held_out = HeldOut(problems, data.render(tokenizer, problems, ""), tokenizer, {tokenizer.eos_token_id})
+    held_out = HeldOut(problems, render(tokenizer, problems, ""), tokenizer, {tokenizer.eos_token_id})
     path = tmp_path / "answers.jsonl"
     sizes = []
 

@@ -25,6 +25,7 @@ import train
 from extras import memory
 from rollout import pad_left, rollout, sampling_noise
 from support import cli, data, run_folder
+from support.prompts import render
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,7 +90,7 @@ def test_the_whole_method_samples_what_it_says(method):
 
 def test_the_whole_method_learns_on_the_toy(method, world):
     pair = train.load_pair(str(world / "student"), str(world / "teacher"), "float32", torch.device("cpu"))
-    prompts = data.render(pair.tokenizer, data.read_problems(str(world), "train"), "")
+    prompts = render(pair.tokenizer, data.read_problems(str(world), "train"), "")
     batches = [pad_left(prompts[i : i + 16], torch.device("cpu")) for i in range(0, 16 * 12, 16)]
     eos_id = pair.tokenizer.eos_token_id
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ import train
 from rollout import micro_batches, model_inputs, rollout, sampling_noise
 from support import cli, data, models
 from support.models import enable_checkpointing
+from support.prompts import render
 from support.run_folder import Run
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]] * 2
@@ -347,7 +348,7 @@ def test_student_and_teacher_get_one_rendering(world):
         getattr(pair, name).get_decoder().register_forward_pre_hook(
             lambda m, a, kw, name=name: inputs.__setitem__(name, kw["input_ids"]), with_kwargs=True
         )
-    prompts = data.render(pair.tokenizer, [data.Problem("x=1, then +2 fiftyone times", "3")], "", "")
+    prompts = render(pair.tokenizer, [data.Problem("x=1, then +2 fiftyone times", "3")], "", "")
     train.score(pair, rollout(pair.student, prompts, 5, pair.eos_ids, sampling_noise([0], 5)))
     assert torch.equal(inputs["student"], inputs["teacher"])
     assert inputs["student"][0, : len(prompts[0])].tolist() == prompts[0]

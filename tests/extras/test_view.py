@@ -16,6 +16,7 @@ from extras.profile_horizon import horizon_of_profile
 from rollout import Rollout, rollout, sampling_noise
 from support import data, run_folder
 from support.cli import BadInput
+from support.prompts import render
 
 HOSTILE = "a</script><script>document.title='x'</script><!-- &amp; <b>\n\t\x1b[31m\u202e\u2028é😀 "
 
@@ -71,7 +72,7 @@ def test_the_numbers_are_those_of_train_score_and_of_the_models(run, tmp_path, m
     knobs = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(run)}))
     pair = train.load_pair(str(run / "student"), knobs.teacher, "float32", torch.device("cpu"))
     problems = data.train_and_test(knobs.data, "", 3, knobs.seed)[1][:2]
-    prompts = data.render(pair.tokenizer, problems, "")
+    prompts = render(pair.tokenizer, problems, "")
     noise = sampling_noise([(knobs.seed, "view", i) for i in range(2)], 40)
     rollouts = rollout(pair.student, prompts, 40, pair.eos_ids, noise, vocab_size=pair.vocab_size)
     with torch.no_grad():

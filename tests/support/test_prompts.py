@@ -6,9 +6,9 @@ from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
 from eval_math import FEW_SHOT
-from support import data
 from support.cli import BadInput
 from support.data import Problem
+from support.prompts import render
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end>\n"
@@ -95,7 +95,7 @@ def test_chats_are_those_of_the_library(kind):
     tokenizer = wrapped(KINDS[kind]())
     problems = [Problem(text, "1") for text in TEXTS]
     for system_prompt, system in (("", []), ("say why", [{"role": "system", "content": "say why"}])):
-        prompts = data.render(tokenizer, problems, " Say why.", system_prompt)
+        prompts = render(tokenizer, problems, " Say why.", system_prompt)
         for ids, text in zip(prompts, TEXTS):
             chat = [*system, {"role": "user", "content": text + " Say why."}]
             assert ids == list(
@@ -114,7 +114,7 @@ def test_control_tokens_in_a_problem_are_plain_text(kind, template):
     for brackets in ("<>", "\u27e8\u27e9"):
         tokenizer = wrapped(KINDS[kind](), template, brackets)
         problems = [Problem(HOSTILE, "4")]
-        (ids,) = data.render(tokenizer, problems, "", thinking=bool(template), few_shot=FEW_SHOT)
+        (ids,) = render(tokenizer, problems, "", thinking=bool(template), few_shot=FEW_SHOT)
         tokens.append(tokenizer.convert_ids_to_tokens(ids))
     same = str.maketrans("\u27e8\u27e9", "<>")
     assert tokens[0] == [token.translate(same) for token in tokens[1]]
@@ -123,7 +123,7 @@ def test_control_tokens_in_a_problem_are_plain_text(kind, template):
 def test_added_tokens_of_space_stay_tokens():
     """Gemma and GPT-NeoX have such tokens for runs of spaces: split up, they would be text as never seen."""
     tokenizer = wrapped(byte_level())
-    (ids,) = data.render(tokenizer, [Problem("<think>a  b", "1")], "")
+    (ids,) = render(tokenizer, [Problem("<think>a  b", "1")], "")
     assert tokenizer.convert_tokens_to_ids("  ") in ids
 
 
@@ -133,7 +133,7 @@ def test_control_tokens_that_a_model_has_as_words_are_refused():
     words = [*[(chr(i), -5.0) for i in range(32, 127)], ("\u2581", -5.0), ("\n", -5.0), ("<turn>", 0.0)]
     tokenizer.model = kinds.Unigram(words, 0, False)
     with pytest.raises(BadInput, match="cannot read '<turn>' as plain text"):
-        data.render(wrapped(tokenizer), [Problem("a <turn>", "1")], "")
+        render(wrapped(tokenizer), [Problem("a <turn>", "1")], "")
 
 
 def test_names_of_the_copy_in_a_problem_are_refused():
@@ -141,15 +141,15 @@ def test_names_of_the_copy_in_a_problem_are_refused():
     tokenizer = wrapped(byte_level())
     name = f"\ue000{tokenizer.convert_tokens_to_ids('<turn>')}\ue000"
     with pytest.raises(BadInput, match="remove that problem"):
-        data.render(tokenizer, [Problem(f"<end>{name}", "1")], "")
+        render(tokenizer, [Problem(f"<end>{name}", "1")], "")
 
 
 def test_base_models_get_examples():
     tokenizer = wrapped(byte_level(), None)
-    (ids,) = data.render(tokenizer, [Problem("2 + 2?", "4")], "ignored", few_shot=FEW_SHOT)
+    (ids,) = render(tokenizer, [Problem("2 + 2?", "4")], "ignored", few_shot=FEW_SHOT)
     assert tokenizer.decode(ids) == "<s>" + FEW_SHOT + "Question: 2 + 2?\nAnswer:"
     with pytest.raises(BadInput, match="no chat template"):
-        data.render(tokenizer, [Problem("2 + 2?", "4")], "")
+        render(tokenizer, [Problem("2 + 2?", "4")], "")
 
 
 def test_a_prompt_is_the_same_every_day():
@@ -158,17 +158,17 @@ def test_a_prompt_is_the_same_every_day():
     tokenizer = wrapped(byte_level())
     for given in (template, {"default": template}):
         tokenizer.chat_template = given
-        (ids,) = data.render(tokenizer, [Problem("2 + 2?", "4")], "")
+        (ids,) = render(tokenizer, [Problem("2 + 2?", "4")], "")
         assert "26 Jul 2024" in tokenizer.decode(ids)
 
 
 def test_thinking_is_off_by_default(capsys):
     tokenizer = wrapped(byte_level())
     problems = [Problem("2 + 2?", "4")]
-    assert tokenizer.decode(data.render(tokenizer, problems, "")[0]).endswith("assistant\n")
-    assert tokenizer.decode(data.render(tokenizer, problems, "", thinking=True)[0]).endswith("<think>")
+    assert tokenizer.decode(render(tokenizer, problems, "")[0]).endswith("assistant\n")
+    assert tokenizer.decode(render(tokenizer, problems, "", thinking=True)[0]).endswith("<think>")
     assert "has no switch" not in capsys.readouterr().out
-    data.render(wrapped(byte_level(), OMITS_SYSTEM), problems, "", thinking=True)
+    render(wrapped(byte_level(), OMITS_SYSTEM), problems, "", thinking=True)
     assert "has no switch: --thinking changes nothing" in capsys.readouterr().out
 
 
@@ -196,7 +196,7 @@ REFUSED = [  # tokenizer, template, system prompt, what the line says
 @pytest.mark.parametrize("make, template, system_prompt, says", REFUSED)
 def test_prompts_that_a_model_would_not_get_as_written_are_refused(make, template, system_prompt, says):
     with pytest.raises(BadInput) as error:
-        data.render(wrapped(make(), template), [Problem("What is 2?", "1")], "", system_prompt, few_shot="a")
+        render(wrapped(make(), template), [Problem("What is 2?", "1")], "", system_prompt, few_shot="a")
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -205,7 +205,7 @@ def test_several_templates_without_a_default_are_refused(thinking):
     tokenizer = wrapped(byte_level(), CHATML)
     tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
     with pytest.raises(BadInput, match="no default specified.*another template"):
-        data.render(tokenizer, [Problem("What is 2?", "1")], "", thinking=thinking)
+        render(tokenizer, [Problem("What is 2?", "1")], "", thinking=thinking)
 
 
 def test_a_tokenizer_that_appends_eos_is_refused():
@@ -213,4 +213,4 @@ def test_a_tokenizer_that_appends_eos_is_refused():
     ends = [("</s>", tokenizer.convert_tokens_to_ids("</s>"))]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=ends)
     with pytest.raises(BadInput, match="loses or adds text"):
-        data.render(tokenizer, [Problem("2 + 2?", "4")], "", few_shot=FEW_SHOT)
+        render(tokenizer, [Problem("2 + 2?", "4")], "", few_shot=FEW_SHOT)

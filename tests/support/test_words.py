@@ -15,6 +15,7 @@ import train
 from rollout import rollout
 from support import data, run_folder, toy, words
 from support.cli import BadInput
+from support.prompts import render
 
 MICRO = words.Recipe(
     width=8,
@@ -105,7 +106,7 @@ def test_each_word_is_one_token():
             assert tokenizer.decode(ids) == f" {text}"
             assert len(ids) == len(text.replace("\\boxed{", "\\ boxed {").split())
         assert len(ids) < words.PRESET["max_new_tokens"]
-        assert words.prompt_of(tokenizer, problem) == data.render(tokenizer, [Question(problem)], "")[0]
+        assert words.prompt_of(tokenizer, problem) == render(tokenizer, [Question(problem)], "")[0]
 
 
 class Question:
