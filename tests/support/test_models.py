@@ -209,7 +209,7 @@ def test_a_teacher_in_few_bits_is_loaded_by_bitsandbytes(monkeypatch):
         given.update(options)
         model = tiny()
         model.to = None  # bitsandbytes refuses it
-        return model, {"missing_keys": []}
+        return model, {"missing_keys": [], "unexpected_keys": []}
 
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(models, "find_spec", lambda name: name)
