@@ -1,7 +1,6 @@
 """What a run shows: an answer with the teacher's gap on each token, a table of scores, advice, a curve."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from support import data
 from support.cli import printable
 from support.run_folder import PLACES, append_csv, atomic_rename, read_csv, write_json
-from support.scores import difference, format_difference
+from support.scores import difference, format_difference, wilson
 
 
 def in_short(row: dict[str, Any]) -> dict[str, Any]:
@@ -194,8 +193,10 @@ def draw_curve(rows: list[dict[str, Any]], summary: dict, folder: Path) -> None:
         axes[1].axhline(teacher, color="#009e73", linestyle=":", label="teacher")
         along = [(step + 1, float(row["accuracy"])) for step, row in zip(steps, rows) if row["accuracy"]]
         seen = [(0, before), *along, (len(rows), after)]
-        half = [1.96 * math.sqrt(p * (1 - p) / summary["before"]["n"]) for _, p in seen]
-        axes[1].errorbar(*zip(*seen), yerr=half, color="#d55e00", marker="o", capsize=3, label="student")
+        intervals = [wilson(p, summary["before"]["n"]) for _, p in seen]
+        size = [[p - low for (_, p), (low, _) in zip(seen, intervals)]]
+        size += [[high - p for (_, p), (_, high) in zip(seen, intervals)]]
+        axes[1].errorbar(*zip(*seen), yerr=size, color="#d55e00", marker="o", capsize=3, label="student")
         axes[1].legend(loc="center right")
     axes[1].set(title="held-out accuracy", ylim=(-0.02, 1.02))
     axes[2].step(steps, horizon, color="#0072b2", label="horizon")
