@@ -30,14 +30,14 @@ def linear(step: int, steps: int, budget: int, start: int, growth: int, interval
 
 class Schedule(NamedTuple):
     horizon: float  # default of --horizon: up to 1 a fraction of the budget, above 1 a number of tokens
-    grows: bool = False  # whether --popd-growth and --popd-interval apply; growth is 0 otherwise
+    uses_growth: bool = False  # whether --popd-growth and --popd-interval apply; growth is 0 otherwise
     formula: Callable[..., int] = linear
 
 
 # A new schedule is an entry here, with a function like `linear` if its formula is another one.
 SCHEDULES = {
     "full": Schedule(horizon=1.0),
-    "popd": Schedule(horizon=0.1, grows=True),
+    "popd": Schedule(horizon=0.1, uses_growth=True),
     "topd": Schedule(horizon=0.1),
     "esr": Schedule(horizon=100),
 }
@@ -74,7 +74,7 @@ def make_schedule(
     start = first_horizon(horizon, budget)
     if name == "full" and start < budget:
         raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")
-    if schedule.grows:
+    if schedule.uses_growth:
         if interval is None:
             interval = max(1, steps // 30)
         if growth is None:
@@ -105,7 +105,7 @@ def main() -> None:
         horizon_at = make_schedule(name, budget, steps)
         horizons = [horizon_at(step) for step in range(steps)]
         print(f"\n{name}: {sum(horizons) / (steps * budget):.0%} of the tokens of full rollouts")
-        for step in range(0, steps, 6):
+        for step in [*range(0, steps, 6), steps - 1]:
             bar = "#" * (64 * horizons[step] // budget)
             print(f"  step {step:2d} {bar:<64} {horizons[step]}")
 
