@@ -303,13 +303,16 @@ def context_length(config) -> int:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
 
 
-def check_context(configs: list, prompts: list[list[int]], max_new_tokens: int, differ: bool = False) -> None:
+def check_context(
+    configs: list, prompts: list[list[int]], max_new_tokens: int, two_tokenizers: bool = False
+) -> None:
     """Raises BadInput if a prompt and a full response do not fit into the context of every model.
 
-    And if an id has no embedding: tokens were added to the tokenizer, and the model was not resized. If the
-    tokenizers `differ`, the first model alone gets these ids.
+    Also if an id has no embedding: tokens were added to the tokenizer, and the model was not resized. With
+    `two_tokenizers` only the first model reads these ids.
     """
-    rows = min(config.get_text_config(decoder=True).vocab_size for config in configs[: 1 if differ else None])
+    readers = configs[:1] if two_tokenizers else configs
+    rows = min(config.get_text_config(decoder=True).vocab_size for config in readers)
     largest = max(map(max, prompts))
     if largest >= rows:
         what = f"a prompt has the token id {largest}, and a model has {rows} embeddings"
