@@ -37,7 +37,8 @@ def render(
     """The prompt of each problem, as the ids that both student and teacher get.
 
     Without a chat template the prompt is plain text after the examples of `few_shot`. Raises BadInput if
-    there are none, if the template refuses or omits a message, and if the ids do not give the text back.
+    there are none, if the template refuses, omits or changes a message, or if the ids do not give the text
+    back.
     """
     name = tokenizer.name_or_path
     chat = tokenizer.chat_template is not None
