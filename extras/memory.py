@@ -147,7 +147,8 @@ def dry_run(knobs, problems: list, test: list, horizon: int, device: torch.devic
     prompts = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
     held_out = render(tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
-    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed=True)
+    allowed = knobs.divergence == "sampled"
+    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
     models.check_context(configs, prompts + held_out, knobs.max_new_tokens, two_tokenizers)
     found = estimate(knobs, *configs, max(map(len, prompts)), horizon)
     lines = [format_estimate(found, free_memory(device))]

@@ -335,7 +335,7 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     changed = [what for what in inputs if known.get(what) != inputs[what]]
     if changed:
         what = f"{', '.join(changed)} changed since the run was started"
-        raise BadInput(f"{what}: restore what changed, or start a new run")
+        raise BadInput(f"{what}: restore them, or the version of transformers, or start a new run")
 
 
 def atomic_rename(part: Path, path: Path) -> None:

@@ -70,7 +70,7 @@ def score_answers(records: list[dict]) -> dict:
 
 
 def majority_is_right(group: list[dict]) -> bool:
-    """Whether the most frequent answer is right: most of those whose text is the same but for units."""
+    """Whether the most frequent answer is right: at least half of those of its text, units aside."""
     votes = defaultdict(list)
     for r in group:
         if r["extracted"] is not None:
