@@ -95,7 +95,7 @@ def test_interval_covers_the_true_accuracy_95_times_of_100():
 
 
 def test_interval_of_many_answers_to_few_problems():
-    """A few that are equally hard by chance tell no more than 48 answers: 83 of 100 were covered."""
+    """Few problems, equally hard by chance, are no more than 48 answers: coverage was 83 of 100."""
     rng = random.Random(0)
     covered = 0
     for _ in range(300):
