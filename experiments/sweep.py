@@ -56,8 +56,15 @@ def train_arm(setup: Setup, arm: Arm, lr: str, auto: str | int, looks: int = 1) 
 def reverse_kl(setup: Setup, prompts: list[list[int]], **how: Any) -> dict[str, Tensor]:
     """The token statistics of full rollouts, as `profile_horizon.measure` has them."""
     knobs = setup.knobs
-    how |= {"micro_batch": knobs.micro_batch, "seed": knobs.seed}
-    return profile_horizon.measure(train.score, setup.pair, prompts, knobs.max_new_tokens, **how)
+    return profile_horizon.measure(
+        train.score,
+        setup.pair,
+        prompts,
+        knobs.max_new_tokens,
+        micro_batch=knobs.micro_batch,
+        seed=knobs.seed,
+        **how,
+    )
 
 
 def horizon_auto(setup: Setup) -> int:
