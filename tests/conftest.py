@@ -1,122 +1,37 @@
-"""Tiny random models for every test, and the toy world, built once and cached, for the tests that train."""
+"""Options, and what tests share. Heavy imports are in functions: a test of a light file starts at once."""
 
-import json
-import multiprocessing
 import os
-import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-import train
-from support import cli, report, toy
-
-torch.set_num_threads(1)  # the models are tiny
-DEVICE = torch.device("cpu")  # of the tests of the five files, see --device
-V = 50  # vocabulary size of the tiny models
-END = 3  # their eos token
-SIZES = {  # settings of a tiny model of any architecture
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.5,
-    "bos_token_id": 1,
-    "eos_token_id": END,
-    "pad_token_id": 0,
-}
-
-
-def tiny(seed: int = 0, **changes) -> Qwen2ForCausalLM:
-    """A random model of two layers in evaluation mode; `changes` are settings of its config."""
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**(SIZES | {"bos_token_id": None} | changes))).eval().to(DEVICE)
-
-
-def pair_of(student, teacher, dtype: torch.dtype = torch.float32, ends=(END,)) -> train.Pair:
-    """A pair without a tokenizer, as `train.load_pair` makes it; `ends` are its eos ids."""
-    vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
-    teacher.requires_grad_(False)
-    for weight in teacher.parameters():  # not buffers: from_pretrained keeps the rotary frequencies in fp32
-        weight.data = weight.data.to(dtype)
-    return train.make_pair(student, teacher, None, vocab_size, set(ends), dtype)
-
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "extras.shard"])
-
-
-def in_process(main: Callable[[], int | None], flags: list, output: Path) -> multiprocessing.Process:
-    """A started process that runs `main`, forked from a server that has imported everything.
-
-    Its exit code is the program's; what it prints goes to the file `output`.
-    """
-    process = CONTEXT.Process(target=run_program, args=(main, list(map(str, flags)), output))
-    process.start()
-    return process
-
-
-def run_program(main: Callable[[], int | None], flags: list[str], output: Path) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    torch.set_num_threads(1)
-    report.draw_curve = lambda *run: None
-    sys.argv = ["program", *flags]
-    cli.run_main(main)
-
-
-DRAW_CURVE = report.draw_curve
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_curves():
-    """Drawing takes as long as the training of a short run."""
+def draw_curve():
+    """The function that draws the curve of a run. It takes as long as a short run, so it is replaced."""
+    report = sys.modules.get("support.report")  # None if no test needs it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_curve", lambda *run: None)
-        yield
+        original = report and report.draw_curve
+        if report:
+            patch.setattr(report, "draw_curve", lambda *run: None)
+        yield original
 
 
 @pytest.fixture
-def curves(monkeypatch) -> None:
+def curves(draw_curve, monkeypatch) -> None:
     """For tests whose runs draw their curves."""
-    monkeypatch.setattr(report, "draw_curve", DRAW_CURVE)
+    from support import report
+
+    monkeypatch.setattr(report, "draw_curve", draw_curve)
 
 
 @pytest.fixture(scope="session")
 def world() -> Path:
-    """The folder of the toy world `opening`: student/, teacher/, train.jsonl, test.jsonl."""
+    """The folder of the toy world `opening`: student/, teacher/, train.jsonl, test.jsonl; built once."""
+    from support import toy
+
     return toy.build("opening")
-
-
-def renumbered(world, folder):
-    """The toy's teacher with other ids for the same tokens: another tokenizer, the same texts."""
-    shutil.copytree(world / "teacher", folder)
-    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = state["model"]["vocab"]
-    first, last = max(token["id"] for token in state["added_tokens"]) + 1, max(vocabulary.values())
-    for token, i in vocabulary.items():
-        vocabulary[token] = first + last - i if i >= first else i
-    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    weight = model.get_input_embeddings().weight.data
-    weight[first : last + 1] = weight[first : last + 1].flip(0)
-    model.save_pretrained(folder)
-    return folder
-
-
-class Bytes:
-    """A tokenizer whose ids are the bytes of UTF-8."""
-
-    def decode(self, tokens):
-        return bytes(tokens if isinstance(tokens, list) else tokens.tolist()).decode(errors="replace")
 
 
 def pytest_addoption(parser) -> None:
@@ -129,9 +44,8 @@ def pytest_addoption(parser) -> None:
 
 def pytest_configure(config) -> None:
     """Before the tests are imported. Without --device, neither they nor the programs they start use a GPU."""
-    global DEVICE
-    DEVICE = torch.device(config.getoption("device"))
-    if DEVICE.type == "cpu":
+    os.environ["TEST_DEVICE"] = config.getoption("device")
+    if config.getoption("device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from helpers import DEVICE
 
 import opd
 

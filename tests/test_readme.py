@@ -16,7 +16,7 @@ import pytest
 import steps
 import torch
 import words
-from conftest import END, pair_of, tiny
+from helpers import END, pair_of, tiny
 from torch.distributed import run as torchrun
 from transformers import Qwen2Config
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, END, V, tiny
+from helpers import DEVICE, END, V, tiny
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from rollout import micro_batches, model_inputs, rollout, sample, sampling_noise

@@ -8,7 +8,7 @@ import compare
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import END, pair_of, tiny
+from helpers import END, pair_of, tiny
 
 from rollout import Rollout, rollout, sampling_noise
 from support import data, run_folder

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import END, pair_of, tiny
+from helpers import END, pair_of, tiny
 from safetensors.torch import load_file
 
 import train

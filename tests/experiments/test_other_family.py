@@ -6,7 +6,7 @@ from pathlib import Path
 import other_family
 import pytest
 import torch
-from conftest import renumbered
+from helpers import renumbered
 
 from rollout import Rollout
 from support.data import Problem

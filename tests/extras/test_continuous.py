@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import END, SIZES, pair_of, tiny
+from helpers import END, SIZES, pair_of, tiny
 from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig
 
 import train

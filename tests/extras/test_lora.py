@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import pair_of, tiny
+from helpers import pair_of, tiny
 from transformers import AutoModelForCausalLM
 
 import train

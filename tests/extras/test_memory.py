@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from conftest import pair_of, tiny
+from helpers import pair_of, tiny
 
 import train
 from extras import lora, memory

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import pair_of, renumbered, tiny
+from helpers import pair_of, renumbered, tiny
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode

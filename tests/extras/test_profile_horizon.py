@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import END, pair_of, tiny
+from helpers import END, pair_of, tiny
 
 import train
 from extras import profile_horizon

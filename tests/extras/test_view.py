@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Bytes, pair_of, tiny
+from helpers import Bytes, pair_of, tiny
 
 import train
 from extras import view

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from support import batch_size
 from support.batch_size import Shape, batch_that_fits

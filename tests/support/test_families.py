@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import END, SIZES, V, pair_of
+from helpers import END, SIZES, V, pair_of
 
 import train
 from extras import lora

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import Bytes
+from helpers import Bytes
 
 from support import report
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pair_of, tiny
+from helpers import pair_of, tiny
 from tqdm import tqdm
 
 import eval_math
