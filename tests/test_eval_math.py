@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_process
+from helpers import in_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_math
@@ -239,7 +239,7 @@ def test_first_box_and_last_box():
 
 
 def test_hostile_text_is_not_right_in_bounded_time(monkeypatch):
-    with Grader(extract, has_box, workers=1, seconds=2) as grader:
+    with Grader(extract, has_box, workers=1, seconds=1) as grader:
         monkeypatch.setattr(eval_math, "one_grader", lambda *rules: grader)
         for response in HOSTILE:
             started = time.time()
@@ -265,10 +265,11 @@ ENDLESS += ["answer is $", "*", "~", " ", "\n", "\\", "−½", "-$", "<think>", 
 
 
 @pytest.mark.parametrize("start", ["", "answer is ", "answer is therefore ", r"\boxed{5", "####"])
-def test_a_megabyte_is_searched_in_linear_time(start):
+def test_long_text_is_searched_in_linear_time(start):
     """In the main process, where no clock runs: extraction, and the comparison by text and number."""
     for text in ENDLESS:
-        response = start + text * (1_000_000 // len(text))
+        size = 50_000 if start else 1_000_000  # quadratic time is noticed in either
+        response = start + text * (size // len(text))
         started = time.process_time()
         found, _, _ = extract(response), extract(response, last_box=True), has_box(response)
         compare_quickly(found or "", "42")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import gpu
 import parts
@@ -11,8 +12,9 @@ import pytest
 import ranks as bench_ranks
 import sides
 import steps
-from conftest import tiny
+from helpers import tiny
 
+import train
 from support.cli import BadInput
 from support.run_folder import read_csv, write_csv
 
@@ -183,11 +185,24 @@ def test_cache_reads_are_those_of_every_token_before():
 
 
 def test_ranks(world, tmp_path, monkeypatch):
-    """One process, which is started as several are."""
+    """The rows of a run, which torchrun starts in processes of their own and here is in this one."""
+
+    run = bench_ranks.subprocess.run
+
+    def run_here(command, **options):
+        if "torch.distributed.run" not in command:  # git, for the commit in config.json
+            return run(command, **options)
+        if "--nproc-per-node=3" in command:
+            return SimpleNamespace(returncode=2, stderr="a log\nerror: 2 answers for 3 processes\n")
+        monkeypatch.setattr(sys, "argv", command[5:])
+        return SimpleNamespace(returncode=train.main())
+
+    monkeypatch.setattr(bench_ranks.subprocess, "run", run_here)
     flags = "--preset toy --batch-size 2 --max-new-tokens 4"
-    command = ["ranks.py", f"--flags={flags}", "--processes=1", "--steps=1", "--repeats=1"]
-    monkeypatch.setattr(sys, "argv", [*command, f"--out={tmp_path / 'out.csv'}"])
-    bench_ranks.main()
-    (row,) = read_csv(tmp_path / "out.csv")
-    assert row["processes"] == "1" and int(float(row["response_tokens"])) <= 8
-    assert float(row["tokens_per_s"]) > 0
+    knobs = bench_ranks.Knobs(flags=flags, steps=1)
+    row = bench_ranks.measure(knobs, "1", tmp_path / "run")
+    assert row["processes"] == 1 and 0 < row["response_tokens"] <= 8  # of the second step
+    seconds = row["rollout_s"] + row["score_s"] + row["update_s"]
+    assert row["tokens_per_s"] == pytest.approx(row["response_tokens"] / seconds)
+    with pytest.raises(BadInput, match="3 processes failed .error: 2 answers for 3 processes.: change"):
+        bench_ranks.measure(knobs, "3", tmp_path / "other")

@@ -38,6 +38,7 @@ def test_no_question_is_in_two_parts(tmp_path):
     assert [len(part) for part in parts] == [24, 6, 8] and len(set().union(*parts)) == 38
 
 
+@pytest.mark.slow
 def test_the_teacher_learns_and_its_reverse_kl_is_measured(world, tmp_path, monkeypatch):
     monkeypatch.setattr(english, "CACHE", tmp_path)
     monkeypatch.setattr(english, "MAX_NEW_TOKENS", 20)

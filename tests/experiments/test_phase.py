@@ -39,6 +39,7 @@ def test_right_and_wrong_answers_part_at_the_place(q, place):
     assert right[-1] == "\\boxed{1}" and wrong[-1] == "\\boxed{2}"
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
     for module in (phase, sweep):
         monkeypatch.setattr(module, "CACHE", tmp_path)

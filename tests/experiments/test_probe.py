@@ -9,7 +9,7 @@ import probe
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import END, V, pair_of, tiny
+from helpers import END, V, pair_of, tiny
 
 import train
 from eval_math import extract, has_box
@@ -254,6 +254,7 @@ def call(monkeypatch, capsys, *argv):
 SMALL = ["--problems", 4, "--samples", 2, "--max-new-tokens", 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", probe.PROBES)
 def test_a_probe_on_the_toy(name, world, tmp_path, monkeypatch, capsys):
     """From the command line: a reading, a file of one setting, no machine's path in it, a figure."""

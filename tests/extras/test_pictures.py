@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 
 import train
@@ -21,6 +22,7 @@ def test_reverse_kl_finds_a_mode_and_forward_kl_the_mean():
     assert abs(means[1] - (0.6 * -2 + 0.4 * 2.5)) < 0.1  # the teacher's mean
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn(world, tmp_path, monkeypatch):
     flags = ["--steps", "2", "--eval-limit", "0", "--show-every", "0", "--preset", "toy"]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--out", str(tmp_path / "run")])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXT, END, pair_of, run_program, tiny
+from helpers import CONTEXT, END, pair_of, run_program, tiny
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
@@ -108,6 +108,7 @@ def test_processes_train_the_student_of_one(alone, tmp_path, size, flags):
     assert names == {path.name for path in alone.iterdir()}
 
 
+@pytest.mark.slow
 def test_settings_with_two_processes(world, tmp_path, monkeypatch):
     flags = "--low-memory --horizon auto --micro-batch 60 --rollouts-per-prompt 2 --temperature 0.7"
     flags = f"{FLAGS} --steps 3 {flags} --out {tmp_path}"
@@ -174,8 +175,8 @@ RESUME = "continue with python train.py --resume"
         ("", 1, "memory", [1, 0, 0], f"error: out of memory at step 3, .*{RESUME}", 3),
         ("", 1, "kill", [1, -9, 0], f"error: process 1 has ended, .* at step 3: {RESUME}", 3),
         ("", 0, "kill", [-9, 1, 1], "error: process 0 has ended, .*: continue with --resume", 2),
-        ("", 2, "nan", [1, 0, 0], "error: step 3 has loss nan", 2),
-        ("", 2, "bug", [1, 0, 0], "ZeroDivisionError: division by zero", 2),
+        ("", 1, "nan", [1, 0], "error: step 3 has loss nan", 2),
+        ("", 1, "bug", [1, 0], "ZeroDivisionError: division by zero", 2),
         ("", "all", "interrupt", [130, 1, 1], "stopped", 2),
         ("--shard", 1, "kill", [1, -9], f"error: .*process.* has ended, .* at step 3: {RESUME}", 2),
         ("--shard", 0, "memory", [1, 1], f"error: out of memory at step 3, .*{RESUME}", 2),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_process, pair_of, tiny
+from helpers import in_process, pair_of, tiny
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -80,9 +80,13 @@ def default_signals():
 @pytest.mark.parametrize(
     "flags, number",
     [
-        ("--schedule full --horizon 1", signal.SIGINT),
         ("--schedule popd --horizon 2 --divergence sampled", signal.SIGTERM),
-        ("--schedule topd --micro-batch 80 --eval-temperature 0 --rollouts-per-prompt 2", signal.SIGHUP),
+        pytest.param("--schedule full --horizon 1", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(
+            "--schedule topd --micro-batch 80 --eval-temperature 0 --rollouts-per-prompt 2",
+            signal.SIGHUP,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ten_steps_equal_five_and_resume_and_five(
@@ -459,6 +463,7 @@ def test_a_folder_that_is_deleted_during_the_run_ends_in_one_line(world, tmp_pat
         main(monkeypatch, f"{SHORT} --eval-limit 0 --out {tmp_path}/run")
 
 
+@pytest.mark.slow
 def test_no_tensor_of_a_step_is_kept(world, tmp_path, monkeypatch):
     """Nor one of an evaluation, nor of a checkpoint."""
     alive = []

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import in_process
+from helpers import in_process
 
 import schedules
 import train
@@ -39,6 +39,7 @@ def test_an_error_that_nobody_can_read_keeps_its_exit_code(end):
 RUN = "--preset toy --steps 2 --eval-limit 2 --eval-every 0 --max-new-tokens 20"
 
 
+@pytest.mark.slow
 def test_a_run_finishes_if_its_reader_leaves(world, tmp_path):
     done = shell(f"train.py {RUN} --out {tmp_path}/run | head -1")
     assert done.returncode == 0, done.stderr
@@ -48,6 +49,7 @@ def test_a_run_finishes_if_its_reader_leaves(world, tmp_path):
         assert (tmp_path / "run" / name).exists(), name
 
 
+@pytest.mark.slow
 def test_a_run_finishes_if_neither_output_can_be_written(world, tmp_path):
     process = in_process(train.main, [*RUN.split(), "--out", tmp_path / "run"], Path("/dev/full"))
     process.join()

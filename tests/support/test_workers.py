@@ -26,6 +26,7 @@ def has_answer(response):
     return True
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_or_dies_costs_one_answer(tmp_path, monkeypatch):
     """Real processes: one answer puts its worker to sleep, another kills it; the others are graded."""
     worker = tmp_path / "worker.py"
@@ -64,6 +65,7 @@ def test_a_failure_of_math_verify_is_tried_again_and_lost(tmp_path, monkeypatch)
     assert verdicts == ["right", "failed", "right", "right"]
 
 
+@pytest.mark.slow
 def test_the_worker_is_the_only_clock(monkeypatch):
     """An inner limit of wall time made right answers wrong on a busy machine; a signal fails in a thread."""
     import signal
