@@ -25,9 +25,9 @@ from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_nois
 from schedules import SCHEDULES, make_schedule
 from support import data, models, report, run_folder, toy
 from support.batch_size import batch_that_fits
-from support.checkpoint import CheckpointedRun
 from support.cli import knob, parse, run_main
 from support.prompts import render
+from support.run import CheckpointedRun, Run
 from support.scores import score_answers
 
 
@@ -221,12 +221,12 @@ def train(
     prompts: list[list[int]],
     horizon_at: Callable[[int], int],  # step -> H in tokens
     knobs: Knobs,
-    run: run_folder.Run,
+    run: Run,
     grade: Callable[[object, str], dict] | None = None,  # (model, name) -> held-out scores
     sampler: Callable[..., Rollout] = rollout,
     scorer: Callable[..., tuple[float, dict[str, Tensor]]] = score,
 ) -> None:
-    """The training loop. `run` numbers, times and logs the steps (support/run_folder.py), and saves them.
+    """The training loop. `run` numbers, times and logs the steps (support/run.py), and saves them.
 
     `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way. Rollouts
     that the student did not sample have `logp=None`; step 0 compares `logp` with the scorer's `student_logp`.

@@ -34,6 +34,7 @@ from rollout import rollout
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
 from support.prompts import render
+from support.run import Run
 
 OURS = {
     "ours": {"checkpointing": False},
@@ -90,7 +91,7 @@ def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
     pair, how = load(knobs, settings, device)
     if knobs.endless:
         pair = replace(pair, eos_ids={pair.vocab_size})  # an id that is never sampled
-    run = run_folder.Run(device)
+    run = Run(device)
     sides.reset_peak(device)  # loading has a peak of its own
     horizons = [knobs.warm_up or knobs.tokens] + [knobs.tokens] * knobs.steps
     train.train(pair, train.adamw(pair, settings), prompts, horizons.__getitem__, settings, run, **how)

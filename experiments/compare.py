@@ -35,8 +35,8 @@ from eval_math import HeldOut, evaluate
 from rollout import rollout
 from support import data, models, run_folder
 from support.batch_size import batch_that_fits
-from support.checkpoint import check_saving
 from support.cli import BadInput, Stopped, flag_of, knob, parse, run_main
+from support.run import Run, check_saving
 from support.scores import score_answers
 
 # Flags of train.py that do not apply to a comparison.
@@ -140,7 +140,7 @@ def load(knobs: Knobs) -> Setup:
     return Setup(*train.load_with_prompts(train.load_pair, knobs, device, False, problems, test), knobs)
 
 
-class ArmRun(run_folder.Run):
+class ArmRun(Run):
     """One run of an arm: its costs, the history of the adaptive horizon, and the looks along the way."""
 
     def __init__(self, setup: Setup):

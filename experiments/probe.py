@@ -39,6 +39,7 @@ from support import data, models, run_folder, scores, toy
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, Stopped, knob, parse, run_main
 from support.prompts import render
+from support.run import Run
 from support.workers import Grader
 
 
@@ -176,7 +177,7 @@ def after_training(pair: train.Pair, knobs: TrainedKnobs, device: torch.device) 
     return after
 
 
-class RunWithBar(run_folder.Run):
+class RunWithBar(Run):
     def steps(self, total: int) -> Iterator[int]:
         yield from tqdm(super().steps(total), "training", total, leave=False)
 

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from rollout import Rollout, rollout
 from support import models
-from support.checkpoint import SIGNALS, CheckpointedRun
 from support.cli import BadInput, ProcessEnded, Stopped
+from support.run import SIGNALS, CheckpointedRun
 from support.run_folder import is_out_of_memory
 
 LONG = timedelta(days=30)  # rank 0 may evaluate or save for hours between two messages

@@ -27,8 +27,8 @@ from extras.ranks import Leader, Worker, moved, selected
 from opd import OutputHead
 from rollout import Rollout, micro_batches
 from support import models
-from support.checkpoint import CheckpointedRun
 from support.cli import BadInput
+from support.run import CheckpointedRun
 
 
 class ShardedWorker(Worker):

@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from support import data
 from support.cli import printable
-from support.run_folder import PLACES, append_csv, atomic_rename, read_csv, write_json
+from support.run_folder import append_csv, atomic_rename, read_csv, write_json
 from support.scores import difference, format_difference, wilson
+
+PLACES = ("row", "position")  # where a token is; their means have no meaning
 
 
 def in_short(row: dict[str, Any]) -> dict[str, Any]:

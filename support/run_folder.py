@@ -18,7 +18,6 @@ import os
 import platform
 import secrets
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +26,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 from transformers import AutoConfig
 
 from support import data, models, toy
@@ -453,63 +451,3 @@ def whole_batches(path: Path, indices: list[int]) -> list[dict[str, Any]]:
     whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     whole.replace(path)
     return records
-
-
-class Run:
-    """What surrounds the training loop: steps, timers, rows. This class keeps the rows in memory.
-
-    `checkpoint.CheckpointedRun` writes them to a run folder, saves and resumes.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.rows: list[dict[str, Any]] = []
-        self.timings: dict[str, float] = {}  # of the current step
-        self.began = time.perf_counter()
-
-    def steps(self, total: int) -> Iterator[int]:
-        """The numbers of the steps that remain."""
-        yield from range(total)
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-    @contextmanager
-    def timed(self, column: str) -> Iterator[None]:
-        """Add the wall time of the block to a column of the step's row."""
-        started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.timings[column] = self.timings.get(column, 0.0) + time.perf_counter() - started
-
-    def log(self, rollouts, statistics: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
-        """Keep the step's row: the given columns, the timings, and the means of the token statistics.
-
-        Raises ValueError if a column has two values.
-        """
-        given = {name: x.item() if isinstance(x, Tensor) else x for name, x in columns.items()}
-        means = {name: x.float().mean().item() for name, x in statistics.items() if name not in PLACES}
-        sampled = int(rollouts.response_mask.sum())
-        counts = {"response_tokens": sampled, "response_length": sampled / len(rollouts.prompts)}
-        counts |= {"truncated": 1 - rollouts.finished.float().mean().item()}
-        row: dict[str, Any] = {}
-        for part in (given, means, counts, self.timings, {"seconds": self.seconds()}):
-            if twice := sorted(row.keys() & part.keys()):
-                raise ValueError(f"two values for the column {', '.join(twice)} of metrics.csv: rename one")
-            row |= part
-        self.timings = {}
-        self.rows.append(row)
-        return row
-
-    def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
-        """Show an answer of this step; this class does not."""
-
-    def stop_non_finite(
-        self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
-    ) -> None:
-        """End the run, whose weights have not moved in this step. Raises Stopped."""
-        raise Stopped(1, f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --lr")
-
-
-PLACES = ("row", "position")  # where a token is; their means have no meaning

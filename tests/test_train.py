@@ -21,7 +21,7 @@ from rollout import micro_batches, model_inputs, rollout, sampling_noise
 from support import cli, data, models
 from support.models import enable_checkpointing
 from support.prompts import render
-from support.run_folder import Run
+from support.run import Run
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]] * 2
 KNOBS = train.Knobs(steps=3, batch_size=4, lr=1e-3, show_every=0, eval_limit=0, micro_batch=40)

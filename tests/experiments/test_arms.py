@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from helpers import END, pair_of, tiny
 
 from rollout import Rollout, rollout, sampling_noise
-from support import data, run_folder
+from support import data
 from support.cli import BadInput
+from support.run import Run
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]
 ENDS = (END, *range(20, 30))
@@ -21,7 +22,7 @@ KNOBS = compare.Knobs(
 )
 
 
-class Recorder(run_folder.Run):
+class Recorder(Run):
     """Keeps what the loop logs: rollouts, token statistics and loss of each step."""
 
     def __init__(self):

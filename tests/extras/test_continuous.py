@@ -18,6 +18,7 @@ from extras.continuous import continuous_rollout
 from rollout import sampling_noise
 from support import run_folder
 from support.cli import BadInput
+from support.run import Run
 
 FAMILIES = {
     "Qwen2": {},
@@ -268,7 +269,7 @@ def test_another_distribution_is_refused_before_the_first_update(dtype, wrong, m
     before = {name: p.detach().clone() for name, p in pair.masters.items()}
 
     def step():
-        run = run_folder.Run(pair.student.device)
+        run = Run(pair.student.device)
         knobs = replace(KNOBS, lr=0.0)
         sampler = continuous.continuous_rollout
         train.train(pair, train.adamw(pair, knobs), PROMPTS, lambda step: 9, knobs, run, sampler=sampler)

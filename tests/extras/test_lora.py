@@ -12,6 +12,7 @@ from extras import lora
 from rollout import rollout, sampling_noise
 from support import models, run_folder
 from support.cli import BadInput
+from support.run import Run
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def test_the_adapters_alone_move_and_are_merged_when_saved(dtype, tmp_path):
     knobs = train.Knobs(lr=0.05, steps=3, decay="constant", warmup=0)
     noise = sampling_noise(range(4), 8)
     rollouts = rollout(pair.student, PROMPTS, 8, pair.eos_ids, noise)
-    optimizer, run = train.adamw(pair, knobs), run_folder.Run(CPU)
+    optimizer, run = train.adamw(pair, knobs), Run(CPU)
     train.train(
         pair, optimizer, PROMPTS, lambda step: 8, knobs, run, sampler=lambda *args, **options: rollouts
     )

@@ -11,8 +11,9 @@ from helpers import pair_of, tiny
 
 import train
 from extras import lora, memory
-from support import data, models, run_folder
+from support import data, models
 from support.batch_size import Shape
+from support.run import Run
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]
@@ -63,7 +64,7 @@ def test_estimate_is_what_a_pair_and_adamw_hold():
     pair = pair_of(tiny(**MIDDLE), tiny(seed=1), dtype=torch.bfloat16)
     knobs = train.Knobs(steps=1, batch_size=4, dtype="bfloat16", device="cpu")
     optimizer = train.adamw(pair, knobs)
-    train.train(pair, optimizer, PROMPTS, lambda step: 5, knobs, run_folder.Run(torch.device("cpu")))
+    train.train(pair, optimizer, PROMPTS, lambda step: 5, knobs, Run(torch.device("cpu")))
     found = memory.estimate(knobs, pair.student.config, pair.teacher.config, 5, 5)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
     assert found["AdamW"] == state
@@ -89,7 +90,7 @@ def test_tensors_are_what_a_step_allocates(dtype, micro_batch, tmp_path):
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        train.train(pair, optimizer, [[5] * prompt] * rows, lambda step: horizon, knobs, run_folder.Run(CPU))
+        train.train(pair, optimizer, [[5] * prompt] * rows, lambda step: horizon, knobs, Run(CPU))
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")

@@ -24,8 +24,8 @@ import eval_math
 import train
 from extras import lora
 from support import data, models, run_folder
-from support.checkpoint import SIGNALS, CheckpointedRun, check_saving
 from support.cli import BadInput, Stopped
+from support.run import SIGNALS, CheckpointedRun, check_saving
 
 SHORT = "--preset toy --steps 9 --batch-size 4 --max-new-tokens 8 --horizon 5"
 SHORT += " --eval-limit 6 --eval-every 6 --save-every 3 --show-every 2"

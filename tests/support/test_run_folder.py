@@ -12,8 +12,8 @@ import eval_math
 import train
 from rollout import rollout
 from support import models, run_folder, toy
-from support.checkpoint import CheckpointedRun
 from support.cli import BadInput, Stopped
+from support.run import CheckpointedRun, Run
 
 CPU = torch.device("cpu")
 
@@ -181,7 +181,7 @@ def test_every_key_of_the_row_is_a_column_of_metrics_csv(tmp_path):
     assert written["own"] == "3" and row["response_tokens"] == int(rollouts.response_mask.sum())
     assert row["reverse_kl"] == pytest.approx(tokens["reverse_kl"].mean().item())
     assert run.rows == []  # a long run keeps no rows in memory
-    run = run_folder.Run(CPU)
+    run = Run(CPU)
     assert run.log(rollouts, tokens, given=torch.tensor([2.5]))["given"] == 2.5
     with pytest.raises(ValueError, match="two values for the column reverse_kl"):
         run.log(rollouts, tokens, reverse_kl=1.0)
@@ -190,7 +190,7 @@ def test_every_key_of_the_row_is_a_column_of_metrics_csv(tmp_path):
 def test_a_run_in_memory_keeps_its_rows():
     pair = pair_of(tiny(), tiny(seed=1))
     knobs = train.Knobs(steps=3, batch_size=2, show_every=1, micro_batch=40)
-    run = run_folder.Run(CPU)
+    run = Run(CPU)
     train.train(pair, train.adamw(pair, knobs), [[5, 6], [7]], lambda step: 2 + step, knobs, run)
     assert [row["step"] for row in run.rows] == [0, 1, 2]
     assert [row["horizon"] for row in run.rows] == [2, 3, 4]

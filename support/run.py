@@ -1,4 +1,4 @@
-"""A run on disk: checkpoints, resume, signals, a full disk, out-of-memory errors.
+"""What surrounds the training loop: steps, timers and rows; on disk, checkpoints, resume, signals and faults.
 
 RUN/checkpoint-000040.safetensors holds the state after 40 steps: the student's trained weights in fp32 and
 AdamW's state. Data order, sampling noise and schedules follow from the step. A file gets its name only when
@@ -30,6 +30,60 @@ from support.cli import BadInput, ProcessEnded, Stopped
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+class Run:
+    """The steps, timers and rows of a training loop; the rows are kept in memory, and nothing is written."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rows: list[dict[str, Any]] = []
+        self.timings: dict[str, float] = {}  # of the current step
+        self.began = time.perf_counter()
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The numbers of the steps that remain."""
+        yield from range(total)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    @contextmanager
+    def timed(self, column: str) -> Iterator[None]:
+        """Add the wall time of the block to a column of the step's row."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.timings[column] = self.timings.get(column, 0.0) + time.perf_counter() - started
+
+    def log(self, rollouts, statistics: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
+        """Keep the step's row: the given columns, the timings, and the means of the token statistics.
+
+        Raises ValueError if a column has two values.
+        """
+        given = {name: x.item() if isinstance(x, Tensor) else x for name, x in columns.items()}
+        means = {name: x.float().mean().item() for name, x in statistics.items() if name not in report.PLACES}
+        sampled = int(rollouts.response_mask.sum())
+        counts = {"response_tokens": sampled, "response_length": sampled / len(rollouts.prompts)}
+        counts |= {"truncated": 1 - rollouts.finished.float().mean().item()}
+        row: dict[str, Any] = {}
+        for part in (given, means, counts, self.timings, {"seconds": self.seconds()}):
+            if twice := sorted(row.keys() & part.keys()):
+                raise ValueError(f"two values for the column {', '.join(twice)} of metrics.csv: rename one")
+            row |= part
+        self.timings = {}
+        self.rows.append(row)
+        return row
+
+    def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
+        """Show an answer of this step: not here."""
+
+    def stop_non_finite(
+        self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
+    ) -> None:
+        """End the run, whose weights have not moved in this step. Raises Stopped."""
+        raise Stopped(1, f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --lr")
+
+
 def digest(facts: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of the facts and of each tensor's name, dtype, shape and bytes, in the given order."""
     found = hashlib.sha256(json.dumps(facts).encode())
@@ -59,7 +113,7 @@ def check_saving(pair, save_student: Callable[[Any, Path], None], folder: Path) 
         shutil.rmtree(trial.with_suffix(".part"), ignore_errors=True)
 
 
-class CheckpointedRun(run_folder.Run):
+class CheckpointedRun(Run):
     """A training run in a folder."""
 
     def __init__(
