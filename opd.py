@@ -9,7 +9,6 @@ At V = 151,936 the fp32 logits of one token take 0.6 MB, so those of a whole bat
 `python -m extras.trace` shows p, q and the gradient of each token of an answer, in numbers.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,14 +52,14 @@ def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float 
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., arXiv 2306.13649).
 
     beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. The derivatives
-    through m cancel, so m needs no gradient. The terms - p + p.detach() add zero to the value, and make the
-    gradient in log p equal to (1 - beta) p (log p - log m): where p = q, zero up to the rounding of log m.
+    through the logarithms cancel, so these need no gradient. What remains is the gradient
+    (1 - beta) p (log p - log m) in log p, exactly zero where p = q.
     """
     with torch.no_grad():
-        mixture_logp = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log(1 - beta))
-        teacher_term = teacher_logp.exp() * (teacher_logp - mixture_logp)
-    p = student_logp.exp()
-    student_term = p * (student_logp - mixture_logp) - p + p.detach()
+        log_ratio = (teacher_logp - student_logp).clamp_max(80)  # log q - log p; e^89 overflows in fp32
+        mixture_gap = torch.log1p(beta * torch.expm1(log_ratio))  # log m - log p, exactly 0 where p = q
+        teacher_term = teacher_logp.exp() * (log_ratio - mixture_gap)
+    student_term = -student_logp.exp() * mixture_gap
     return (beta * teacher_term + (1 - beta) * student_term).sum(-1)
 
 

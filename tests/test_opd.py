@@ -110,12 +110,12 @@ def test_divergences_are_zero_between_equals_and_never_negative():
         assert divergence(p, q, None).min() >= -1e-6
 
 
-@pytest.mark.parametrize("divergence, largest", [("reverse_kl", 0), ("forward_kl", 0), ("jsd", 1e-8)])
-def test_the_gradient_between_equals_is_exactly_zero(divergence, largest):
+@pytest.mark.parametrize("divergence", [name for name in opd.DIVERGENCES if name != "nll"])  # without teacher
+def test_the_gradient_between_equals_is_exactly_zero(divergence):
     """AdamW divides by the gradient's size: rounding errors of 1e-7 would move weights by a full step."""
     hidden, student = states(64), head()
     run(student, hidden, student, hidden.detach(), divergence=opd.DIVERGENCES[divergence])
-    assert hidden.grad.abs().max() <= largest and student.weight.grad.abs().max() <= 10 * largest
+    assert hidden.grad.abs().max() == 0 and student.weight.grad.abs().max() == 0
 
 
 def test_forbidden_ids_give_no_nan():
