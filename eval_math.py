@@ -67,14 +67,16 @@ def boxed(text: str) -> list[str]:
     r"""The content of each \boxed{...}, in the order in which they close, without blank and overlong ones."""
     found = []
     opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
+    # Escaped braces, as in \{1, 2\}, open and close nothing.
     for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<escaped>\\[{}])|(?P<brace>[{}])", text):
         if match["box"] or match["brace"] == "{":
             opened.append((bool(match["box"]), match.end()))
         elif match["brace"] == "}" and opened:
             is_box, start = opened.pop()
-            content = text[start : min(match.start(), start + LONGEST_ANSWER + 1)]
-            if is_box and len(content) <= LONGEST_ANSWER and not is_blank(content):
-                found.append(content.strip())
+            if is_box and match.start() - start <= LONGEST_ANSWER:
+                content = text[start : match.start()]
+                if not is_blank(content):
+                    found.append(content.strip())
     return found
 
 
@@ -88,7 +90,7 @@ def after_phrase(text: str) -> list[str]:
     """What follows "the answer is", "answer:" or "answer =", up to the end of the sentence."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     phrases = re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I)
-    # A full stop, the end of a line, or a comma before a word; stars are Markdown's bold type.
+    # A full stop, the end of a line or of the text, or a comma before a word; stars are Markdown's bold type.
     end = re.compile(r"\.\s|\.?\*{0,9}[ \t]{0,20}$|\n|,\s(?=[a-z]{2})", re.M)
     found = []
     for phrase in islice(phrases, 100):
@@ -300,7 +302,9 @@ def evaluate_model(
 
 def settings(given: dict) -> tuple[Knobs, Path]:
     """The settings of a new or resumed evaluation, and its folder. Raises BadInput."""
-    knobs = Knobs(**(run_folder.resumed(Knobs, given) if "resume" in given else given))
+    if "resume" in given:
+        given = run_folder.resumed(Knobs, given)
+    knobs = Knobs(**given)
     if not knobs.model or not knobs.benchmark + knobs.data:
         raise BadInput("nothing to evaluate: give a --model, and a --benchmark or --data")
     if len(knobs.model) > len(ascii_uppercase):
@@ -309,8 +313,9 @@ def settings(given: dict) -> tuple[Knobs, Path]:
         raise BadInput(f"{knobs.samples} greedy answers are all the same: add --temperature 0.7, for example")
     if knobs.top_p < 1 and knobs.temperature == 0:
         raise BadInput("--top-p does not change greedy answers: add --temperature 0.7, for example")
-    folder = Path(given["resume"]) if "resume" in given else run_folder.new_folder(knobs.out, "eval")
-    return replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device))), folder
+    folder = Path(knobs.resume) if knobs.resume else run_folder.new_folder(knobs.out, "eval")
+    dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
+    return replace(knobs, dtype=dtype), folder
 
 
 def main() -> int | None:

@@ -35,8 +35,9 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
     """KL(student || teacher) = sum_v p (log p - log q), exact: (C, V), (C, V), (C,) -> (C,).
 
     ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary. With them
-    the gradient in log p is p (log p - log q), exactly zero where p = q. Without them rounding errors
-    remain, and AdamW, which divides a gradient by its own size, would turn them into full-size updates.
+    the gradient in log p is p (log p - log q), exactly zero where p = q. Without them it has another p, which
+    the backward pass of log_softmax removes only up to rounding; AdamW, which divides a gradient by its own
+    size, would turn the rest into full-size updates.
     """
     p, q = student_logp.exp(), teacher_logp.exp()
     return (p * (student_logp - teacher_logp) - p + q).sum(-1)
@@ -137,7 +138,7 @@ class OutputHead:
     bias: Tensor | None
     scale: float  # a constant factor of the logits
     softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
-    vocab_size: int  # V: the ids whose logits are returned; with two tokenizers, all ids of this model
+    vocab_size: int  # V: logits of the first V ids are returned
 
     @classmethod
     def of(cls, model, vocab_size: int) -> "OutputHead":
@@ -151,7 +152,7 @@ class OutputHead:
             bias=getattr(linear, "bias", None),
             scale=scale,
             softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=min(vocab_size, len(linear.weight)),
+            vocab_size=min(vocab_size, len(linear.weight)),  # with two tokenizers, it is the larger one's
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -192,9 +193,10 @@ def opd_backward(
     if len(set(lengths)) > 1:
         raise ValueError(f"the lengths of student states, teacher states and tokens differ: {lengths}")
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    # The graph of a chunk holds (C, V) logits, so each chunk is backpropagated before the next one is
-    # computed, and only as far as `leaf`: the hidden states, detached, whose gradient accumulates. One more
-    # backward pass takes this gradient through the rest of the student.
+    # So that only the (C, V) logits of one chunk exist, the graph is cut at the hidden states: at `leaf`.
+    # 1. Each chunk runs head, divergence and backward before the next one starts. This fills its rows of
+    #    leaf.grad, and frees its logits.
+    # 2. After the last chunk, one backward pass takes leaf.grad through the rest of the student.
     leaf = student_hidden.detach().requires_grad_(student_hidden.requires_grad)
     chunks = zip(leaf.split(chunk), teacher_hidden.split(chunk), tokens.split(chunk))
     loss = torch.zeros((), device=tokens.device)
@@ -213,4 +215,5 @@ def opd_backward(
         statistics.append(token_statistics(student_logp, teacher_logp, token_chunk))
     if leaf.grad is not None:
         student_hidden.backward(leaf.grad)
+    # Without tokens there is still one chunk, an empty one.
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}

@@ -55,7 +55,7 @@ def sample(logits: Tensor, temperature: float, uniform: Tensor, top_p: float = 1
         if top_p < 1:
             logp = keep_top_p(logp, top_p)
         cumulative = logp.exp().cumsum_(-1)
-        threshold = uniform[:, None] * cumulative[:, -1:]  # the last sum is 1 up to rounding
+        threshold = uniform[:, None] * cumulative[:, -1:]  # below the last sum, which is 1 up to rounding
         token = torch.searchsorted(cumulative, threshold, right=True)
         token = token.clamp_max(logp.shape[-1] - 1)  # NaN logits exceed no threshold
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
@@ -66,7 +66,7 @@ def keep_top_p(logp: Tensor, top_p: float) -> Tensor:
     ordered, ids = logp.sort(-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all more likely tokens
     ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-    return torch.empty_like(logp).scatter(-1, ids, ordered).log_softmax(-1)
+    return logp.scatter(-1, ids, ordered).log_softmax(-1)
 
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def rollout(
     active = torch.arange(len(prompts), device=device)  # (b,) the rows without an eos token so far
     eos = torch.tensor(sorted(eos_ids), device=device)
     cache = DynamicCache(config=model.config)
-    for t in range(horizon):  # first ids are whole prompts, (B, P), then the newest token of each row, (b, 1)
+    for t in range(horizon):  # ids: whole prompts (B, P) at t = 0, then the newest token of each row (b, 1)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         # The argument `cache` was called `past_key_values` before transformers 5.24.
         output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
@@ -145,10 +145,11 @@ def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
     response_lengths = rollouts.response_mask.sum(1).tolist()
     lengths = [len(prompt) + n for prompt, n in zip(rollouts.prompts, response_lengths)]
     groups: list[list[int]] = []
+    longest = 0  # of the last group: the length of its first row
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        # The first row of a group is its longest.
-        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens:
+        if not groups or longest * (len(groups[-1]) + 1) > max_tokens:
             groups.append([])
+            longest = lengths[row]
         groups[-1].append(row)
     return groups
 
@@ -172,6 +173,6 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
         sampled = rollouts.response_mask[row]
         text = torch.cat([prompt, rollouts.tokens[row][sampled]])
         ids.append(text[:-1])  # the last token predicts nothing
-        no_loss = loss_mask.new_zeros(len(prompt) - 1)  # nothing predicts the first token
+        no_loss = loss_mask.new_zeros(len(prompt) - 1)  # all prompt tokens but the last predict prompt tokens
         predicts.append(torch.cat([no_loss, loss_mask[row][sampled]]))
     return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)

@@ -23,7 +23,8 @@ from support.cli import BadInput, NoKnobs, parse, run_main
 def linear(step: int, steps: int, budget: int, start: int, growth: int, interval: int) -> int:
     """The horizon in tokens at `step`, from 0 to steps - 1: the formula of all four schedules.
 
-    A schedule that does not grow has growth 0, so H = H0. `steps` is not used here; other formulas need it.
+    `budget` is T, and `start` is H0 in tokens. A schedule that does not grow has growth 0 and interval 1, so
+    H = H0. Every formula is called with these arguments by name, `step` apart, whether it uses them or not.
     """
     return min(budget, start + growth * (step // interval))
 
@@ -70,7 +71,7 @@ def make_schedule(
     if horizon == "auto":
         if name == "full":
             raise BadInput("--horizon auto chooses where to stop, and full does not stop: use esr or topd")
-        horizon = min(schedule.horizon, budget)  # until it is measured
+        horizon = min(schedule.horizon, budget)  # until it is measured; ESR's 100 tokens may exceed a budget
     start = first_horizon(horizon, budget)
     if name == "full" and start < budget:
         raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")
@@ -78,7 +79,7 @@ def make_schedule(
         if interval is None:
             interval = max(1, steps // 30)
         if growth is None:
-            increases = max(1, steps * 2 // 3 // max(1, interval))
+            increases = max(1, steps * 2 // 3 // max(1, interval))  # an interval of 0 is refused below
             growth = math.ceil((budget - start) / increases)
         if growth <= 0 or not 0 < interval < steps:
             what = f"{name} from {start} to {budget} tokens in {steps} steps, {growth} more every {interval}"

@@ -3,10 +3,11 @@
     python train.py --schedule topd --horizon 0.1      no GPU: a toy world, 1 to 3 minutes the first time
     python train.py --preset qwen                      one GPU: a 0.5B student, a 1.5B teacher, GSM8K
 
-Left out: top-k and top-p in training (the loss must differentiate the distribution that was sampled), and
-training on earlier rollouts. support/ imports none of the five files; functions that it needs are passed in.
-Shapes: B rows, R longest response; M rows, L longest input of a micro-batch; N tokens with a loss; D width.
+--help prints this text; the defaults that it shows are those of the preset qwen.
 """
+# support/ imports none of the five files; functions that it needs are passed in. Left out: top-k and top-p in
+# training (the loss must differentiate the distribution that was sampled), and training on earlier rollouts.
+# Shapes: B rows, R longest response; M rows, L longest input, N tokens with a loss of a micro-batch; D width.
 
 import math
 import os
@@ -32,7 +33,7 @@ from support.scores import score_answers
 
 
 # knob(default, help, limits). A numeric flag also accepts `word`; `group` starts a section of --help.
-# The defaults are the preset qwen; PRESET of support/toy.py or words.py overrides some; flags override both.
+# PRESET of support/toy.py or words.py overrides some defaults; flags override both.
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")
@@ -41,7 +42,7 @@ class Knobs:
     )
     popd_growth: int | None = knob(None, "tokens per increase; default: reaches T at 2/3 of the run")
     popd_interval: int | None = knob(None, "steps between two increases; default: 1/30 of the run")
-    max_new_tokens: int = knob(1024, "T, the longest response: in evaluation, and with horizon 1", least=1)
+    max_new_tokens: int = knob(1024, "T, the longest response; evaluation always allows T", least=1)
 
     preset: str = knob(
         "",
@@ -57,7 +58,7 @@ class Knobs:
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
     eval_data: str = knob("", "held-out problems; default: test split of --data, or part of a single file")
     question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
-    answer_column: str = knob("", "of answers, which only held-out problems need; default: found by name")
+    answer_column: str = knob("", "of the answers of held-out problems; default: found by name")
     skip_bad_rows: bool = knob(False, "leave out rows that cannot be read, instead of stopping")
     instruction: str = knob(INSTRUCTION, "text after each problem")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
@@ -168,8 +169,8 @@ def score(
 ) -> tuple[float, dict[str, Tensor]]:
     """Score rollouts with both models, and backpropagate into the masters, unless under `torch.no_grad()`.
 
-    Returns the loss, the sum of the divergence / `normalizer`, and `token_statistics` with the row and the
-    position of each token, (N,) each.
+    Returns the loss, the sum of the divergence / `normalizer`, and `token_statistics` of all tokens with a
+    loss, with the row and the position of each.
     """
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
     # Of the whole step: a mean per micro-batch would weight tokens unequally.
@@ -177,6 +178,7 @@ def score(
     loss = 0.0
     statistics = []
     for rows in micro_batches(rollouts, micro_batch):
+        mask = loss_mask[rows]  # (M, R)
         ids, predicts = model_inputs(rollouts, rows, loss_mask)  # (M, L) each
         with torch.no_grad():
             teacher_hidden = hidden_states(pair.teacher, ids)[predicts]  # (N, D), the teacher's D
@@ -186,15 +188,15 @@ def score(
             student_hidden=student_hidden,
             teacher_head=pair.teacher_head,
             teacher_hidden=teacher_hidden,
-            tokens=rollouts.tokens[rows][loss_mask[rows]],
+            tokens=rollouts.tokens[rows][mask],
             normalizer=normalizer,
             divergence=divergence,
             temperature=temperature,
             teacher_temperature=teacher_temperature,
         )
         loss += batch_loss.item()
-        place, position = loss_mask[rows].nonzero().T  # (N,) each: the place of a row in the micro-batch
-        row = place.new_tensor(rows)[place]  # its number in `rollouts`
+        index, position = mask.nonzero(as_tuple=True)  # (N,) each: the index of a row in the micro-batch
+        row = torch.tensor(rows, device=mask.device)[index]  # its number in `rollouts`
         statistics.append(batch_statistics | {"row": row, "position": position})
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
 
@@ -280,8 +282,8 @@ def train(
         accuracy = ""  # an empty cell; after the last step, main evaluates
         if grade and knobs.eval_every and done % knobs.eval_every == 0 and done < knobs.steps:
             accuracy = grade(pair.student, f"step_{done}")["accuracy"]
-        row = {"step": step, "horizon": horizon, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-        run.log(rollouts, statistics, **row, accuracy=accuracy)
+        columns = {"step": step, "horizon": horizon, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        run.log(rollouts, statistics, **columns, accuracy=accuracy)
         if knobs.show_every and step % knobs.show_every == 0:
             run.show(step, rollouts, statistics)
 
@@ -303,8 +305,8 @@ def load_pair(
     dtype = getattr(torch, dtype_name)
     # In fp32, for the masters; with LoRA only the adapters are trained, so only they have masters.
     student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
-    teacher_place = models.find_device(teacher_device) if teacher_device else device
-    teacher = models.load_model(teacher_name, dtype, teacher_place, teacher_bits).requires_grad_(False)
+    device_of_teacher = models.find_device(teacher_device) if teacher_device else device
+    teacher = models.load_model(teacher_name, dtype, device_of_teacher, teacher_bits).requires_grad_(False)
     models.print_notes(student, teacher, dtype)
     if low_memory:
         from extras import lora
@@ -384,7 +386,7 @@ def schedule_of(knobs: Knobs) -> Callable[[int], int]:
 
 
 def main() -> int | None:
-    """Check all that can be checked before the first step, then train. What it returns: see `run_main`."""
+    """Check all that can be checked before the first step, then train. Returns 0, or None after --dry-run."""
     # 1. Settings and problems.
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
@@ -392,7 +394,8 @@ def main() -> int | None:
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
-    # The functions that use the models. With torchrun, those of the same names divide the work.
+    # Four functions and a class that use the models. With torchrun, those of the same names divide the work
+    # among the processes.
     own = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
     engine = ranks.start(knobs) if ranks else own
     horizon_at = schedule_of(knobs)
@@ -430,6 +433,7 @@ def main() -> int | None:
         knobs = replace(knobs, horizon=profile_horizon.choose(scorer, pair, prompts, knobs))
         horizon_at = schedule_of(knobs)
 
+    # None without held-out problems; `train` does not call it then, as `settings` has set eval_every to 0.
     def grade(model, name: str) -> dict | None:
         given = teacher_held_out if model is pair.teacher else held_out
         path = folder / f"eval_{name}.jsonl"
@@ -440,12 +444,13 @@ def main() -> int | None:
     run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
     with run.open(knobs, longest=max(map(horizon_at, range(knobs.steps)))):
         inputs = run_folder.training_inputs(knobs, problems, test)
-        run_folder.write_config(folder, asdict(knobs), device, inputs)  # raises if a resumed run's differ
+        run_folder.write_config(folder, asdict(knobs), device, inputs)  # raises if a resumed run had others
         if knobs.tracker:
             from extras import tracker
 
             run.track = tracker.start(knobs.tracker, folder, asdict(knobs))
-        # A resumed run reads the scores before training from its folder; `train` restores its weights.
+        # A resumed run finds these answers in its folder, and samples none again. Its student still has the
+        # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler=sampler, scorer=scorer)
         run.save_student()
