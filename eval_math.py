@@ -27,7 +27,7 @@ from rollout import Rollout, keep_top_p, model_inputs, rollout, sampling_noise
 from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, knob, parse, run_main
-from support.grading import LONGEST_ANSWER, is_blank, without_prose, without_reasoning
+from support.grading import LONGEST_ANSWER, boxes, is_blank, without_prose, without_reasoning
 from support.prompts import render
 from support.workers import Grader, one_grader
 
@@ -65,19 +65,8 @@ BENCHMARKS = {
 
 def boxed(text: str) -> list[str]:
     r"""The content of each \boxed{...}, in the order in which they close, without blank and overlong ones."""
-    found = []
-    opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
-    # Escaped braces, as in \{1, 2\}, open and close nothing.
-    for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<escaped>\\[{}])|(?P<brace>[{}])", text):
-        if match["box"] or match["brace"] == "{":
-            opened.append((bool(match["box"]), match.end()))
-        elif match["brace"] == "}" and opened:
-            is_box, start = opened.pop()
-            if is_box and match.start() - start <= LONGEST_ANSWER:
-                content = text[start : match.start()]
-                if not is_blank(content):
-                    found.append(content.strip())
-    return found
+    contents = [text[start:end] for start, end in boxes(text) if end - start <= LONGEST_ANSWER]
+    return [content.strip() for content in contents if not is_blank(content)]
 
 
 def after_hashes(text: str) -> list[str]:

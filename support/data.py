@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.cli import BadInput
+from support.grading import boxes
 
 QUESTION_COLUMNS = ("question", "problem", "query", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
@@ -332,16 +333,11 @@ def is_prose(text: str) -> bool:
 
 
 def last_box(text: str) -> str:
-    r"""The content of the \boxed{} that closes last; empty if there is none."""
-    content = ""
-    opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
-    for match in re.finditer(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", text):
-        if match["box"] or match["open"]:
-            opened.append((bool(match["box"]), match.end()))
-        elif match["close"] and opened:
-            is_box, start = opened.pop()
-            content = (text[start : match.start()].strip() if is_box else "") or content
-    return content
+    r"""The content of the \boxed{} that closes last, but for empty ones; empty if there is none."""
+    for start, end in reversed(boxes(text)):
+        if content := text[start:end].strip():
+            return content
+    return ""
 
 
 def words_of(problem: Problem) -> str:

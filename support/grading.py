@@ -92,6 +92,24 @@ def without_reasoning(response: str) -> str:
     return "" if "<think>" in text else text[:LONGEST_RESPONSE]
 
 
+def boxes(text: str) -> list[tuple[int, int]]:
+    r"""Start and end of the content of each \boxed{...}, in the order in which they close.
+
+    Escaped braces, as in \{1, 2\}, open and close nothing.
+    """
+    found = []
+    opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
+    escaped = r"\\[\\{}](?!boxed|fbox)"  # some models write \\boxed for \boxed
+    for match in re.finditer(rf"(?P<box>\\(?:boxed|fbox)\s*{{)|{escaped}|(?P<brace>[{{}}])", text):
+        if match["box"] or match["brace"] == "{":
+            opened.append((bool(match["box"]), match.end()))
+        elif match["brace"] == "}" and opened:
+            is_box, start = opened.pop()
+            if is_box:
+                found.append((start, match.start()))
+    return found
+
+
 def is_blank(answer: str) -> bool:
     r"""Whether it is a placeholder for an answer: \boxed{?}, \boxed{\phantom{2}}, \boxed{answer}."""
     return BLANK.fullmatch(answer) is not None

@@ -236,6 +236,7 @@ def test_first_box_and_last_box():
     assert extract(response) == "7"
     assert extract(response, last_box=True) == "8"
     assert boxed(r"\boxed{1} \fbox{2} {\boxed {3}}") == ["1", "2", "3"]
+    assert boxed(r"\boxed{\{1\}} \boxed{2\\{3}} \\boxed{4}") == [r"\{1\}", r"2\\{3}", "4"]
 
 
 def test_hostile_text_is_not_right_in_bounded_time(monkeypatch):
