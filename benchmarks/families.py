@@ -126,7 +126,7 @@ def try_family(family: str) -> dict[str, str]:
 def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
     if knobs.out:
-        run_folder.check_file(Path(knobs.out), "--out")
+        run_folder.prepare_file(Path(knobs.out), "--out")
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     rows = []

@@ -121,7 +121,6 @@ def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str,
 
 def measure(plan: Plan, folder: Path, out: Path) -> None:
     """Write all rows; that of a side that fails says why."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for script, side, flags, about in measurements(plan, folder):
         started = time.perf_counter()
@@ -158,7 +157,7 @@ def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
     plan = TINY if knobs.tiny else REAL
     out = Path(knobs.out or sides.ROOT / ("runs/gpu-tiny.csv" if knobs.tiny else "results/gpu.csv"))
-    run_folder.check_file(out, "--out")
+    run_folder.prepare_file(out, "--out")
     if not (knobs.tiny or torch.cuda.is_available()):
         raise BadInput("there is no CUDA device here: add --tiny, which runs on a CPU")
     if not knobs.tiny:  # allocates nothing: the context of this process would count in the measurements

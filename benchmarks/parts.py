@@ -274,7 +274,7 @@ def main() -> None:
     for name in needed:
         if not getattr(knobs, name):
             raise BadInput(f"--part {knobs.part} needs --{name}: give a hub name or a folder")
-    run_folder.check_file(out, "--out")
+    run_folder.prepare_file(out, "--out")
     if knobs.side:
         print(json.dumps(measure(knobs)))
     elif knobs.part == "evaluation":

@@ -57,8 +57,7 @@ def main() -> None:
     if not all(number.isdecimal() and int(number) for number in processes):
         raise BadInput(f"--processes {' '.join(processes)}: give whole numbers from 1")
     out = Path(knobs.out or sides.ROOT / "results" / "bench_ranks.csv")
-    run_folder.check_file(out, "--out")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    run_folder.prepare_file(out, "--out")
     for _ in range(knobs.repeats):
         for number in processes:
             with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,6 @@ def compare_sides(
     for side in sides:
         row = about | {"side": side} | measure_apart(script, side, given)
         print(row, flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
         run_folder.append_csv(out, [row])
 
 

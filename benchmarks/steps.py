@@ -229,7 +229,6 @@ def measure_growth(knobs: Knobs, given: dict[str, Any], table: Path) -> None:
         row |= sides.measure_apart(__file__, "ours-checkpointing", flags)
         print(row, flush=True)
         rows.append(row)
-        table.parent.mkdir(parents=True, exist_ok=True)
         run_folder.write_csv(part, list(row), rows)  # an interrupted run leaves its rows here
         tokens *= 2
     run_folder.atomic_rename(part, table)
@@ -271,7 +270,7 @@ def main() -> None:
         raise BadInput("--growth measures the side ours-checkpointing alone: drop --sides")
     if knobs.growth and knobs.growth < knobs.tokens:
         raise BadInput(f"--growth {knobs.growth} is below --tokens {knobs.tokens}: raise it")
-    run_folder.check_file(out, "--out")
+    run_folder.prepare_file(out, "--out")
     if knobs.side:
         print(json.dumps(measure(knobs)))
     elif knobs.growth:

@@ -232,7 +232,7 @@ def missing_runs(knobs: Knobs, path: Path, shared: claims.Row) -> list[tuple[str
 
 def compare(knobs: Knobs, path: Path) -> None:
     """Make the missing runs. Raises BadInput."""
-    run_folder.check_file(path, "--csv")
+    run_folder.prepare_file(path, "--csv")
     shared = settings_of(knobs)
     wanted = missing_runs(knobs, path, shared)
     for name in knobs.arms:
@@ -243,7 +243,6 @@ def compare(knobs: Knobs, path: Path) -> None:
     if knobs.keep:
         run_folder.check_creatable(Path(knobs.keep, "full-0"), "--keep")
     setup = load(knobs)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if knobs.keep:
         with tempfile.TemporaryDirectory() as folder:
             check_saving(setup.pair, train.save_student, Path(folder))

@@ -197,7 +197,7 @@ class Knobs:
 
 def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
-    run_folder.check_file(Path(knobs.csv), "--csv")
+    run_folder.prepare_file(Path(knobs.csv), "--csv")
     folder = build(Recipe(knobs.student))
     print(f"student, teacher and problems: {folder}")
     if knobs.score:

@@ -116,9 +116,8 @@ def measure(knobs: Knobs) -> list[dict]:
 
 def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
-    run_folder.check_file(Path(knobs.csv), "--csv")
+    run_folder.prepare_file(Path(knobs.csv), "--csv")
     rows = measure(knobs)
-    Path(knobs.csv).parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_csv(Path(knobs.csv), list(rows[0]), rows)
     for row in rows:
         print("{curve:10} {at:20} {value:8.4f} [{low:.4f} to {high:.4f}] {n:6}".format_map(row))

@@ -400,7 +400,7 @@ def run_probe(name: str, argv: list[str]) -> str:
     settings = knobs.settings(name)
     if path.suffix != ".csv":
         raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")
-    run_folder.check_file(path, "--out")
+    run_folder.prepare_file(path, "--out")
     check_settings(path, run_folder.read_csv(path) if path.exists() else [], settings)
     settings |= {"hardware": run_folder.environment(models.find_device(knobs.device))["hardware"]}
     try:
@@ -408,7 +408,6 @@ def run_probe(name: str, argv: list[str]) -> str:
             rows = [row | settings for row in probe(load(knobs, grader))]
         if not rows:
             raise BadInput("all answers end within the shortest prefix: lower --prefixes")
-        path.parent.mkdir(parents=True, exist_ok=True)
         run_folder.write_csv(path, list(rows[0]), rows)
         return draw_probe(path)
     except OSError as error:

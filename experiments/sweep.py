@@ -97,7 +97,7 @@ class Sweep:
 
     def run(self, units: list[Unit]) -> None:
         """First the units that no other process is at; then, once they are free, what the others lack."""
-        run_folder.check_file(Path(self.csv), "--csv")
+        run_folder.prepare_file(Path(self.csv), "--csv")
         CACHE.mkdir(parents=True, exist_ok=True)
         for timeout in (0, -1):
             for unit in units:
@@ -125,7 +125,6 @@ class Sweep:
             student = found if arm == "student" else student
             row = {self.column: place, "seed": seed, "arm": arm, "lr": lr} | found | self.settings()
             with lock:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 run_folder.append_csv(path, [row])
             print(f"{self.column} {place}, seed {seed}, {arm} {lr}: {found['accuracy']:.0%}", flush=True)
             if arm == "teacher" and found["accuracy"] < self.least_teacher:

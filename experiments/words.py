@@ -187,7 +187,7 @@ def decay_in_worlds(knobs: Knobs) -> str:
     Raises BadInput if the learning rate of full has not been chosen yet.
     """
     path = Path(knobs.csv).with_stem(f"{Path(knobs.csv).stem}_decay")
-    run_folder.check_file(path, "--csv")
+    run_folder.prepare_file(path, "--csv")
     rates = knobs.chosen_rates(knobs.finished(), ("full",))
     if not rates:
         raise BadInput(f"{knobs.csv} has no learning rate of full: run words.py without --decay first")

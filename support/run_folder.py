@@ -150,11 +150,15 @@ def check_creatable(path: Path, flag: str) -> None:
         raise BadInput(f"cannot create {path} ({above} is not a folder or is read-only): name another {flag}")
 
 
-def check_file(path: Path, flag: str) -> None:
-    """Raises BadInput if the file `path` cannot be written, as far as can be seen without trying."""
+def prepare_file(path: Path, flag: str) -> None:
+    """Create the folder of a file that will be written.
+
+    Raises BadInput if the file cannot be written, as far as can be seen without trying.
+    """
     check_creatable(path, flag)
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
         raise BadInput(f"{path} is not a writable file: name another {flag}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def world_preset(preset: str, world: str) -> dict[str, Any]:
