@@ -23,7 +23,6 @@ from typing import Any
 import sides  # also puts the project on the path
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from eval_math import INSTRUCTION, extract, has_box
@@ -64,7 +63,6 @@ class Knobs:
     every: int = knob(
         64, "rollouts: ids divisible by it end an answer, so that lengths differ; 0: none", least=0
     )
-    random: bool = knob(False, "rollouts: random weights in the model's shape")
     answers: int = knob(
         10_000, "evaluation: answers to grade, half of them those of random problems", least=1
     )
@@ -136,13 +134,8 @@ def measure_loss(knobs: Knobs) -> dict[str, Any]:
 def measure_rollouts(knobs: Knobs) -> dict[str, Any]:
     """Seconds and tokens of the fastest call after a first one that warms up."""
     device = models.find_device(knobs.device)
-    dtype = getattr(torch, knobs.dtype)
-    torch.manual_seed(knobs.seed)
-    if knobs.random:
-        config = models.load(AutoConfig, knobs.model)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
-    else:
-        model = models.load_model(knobs.model, dtype, device)
+    torch.manual_seed(knobs.seed)  # of `generate`
+    model = models.load_model(knobs.model, getattr(torch, knobs.dtype), device)
     problems = data.subset(data.read_problems(knobs.data, "train"), knobs.rows, knobs.seed)
     prompts = render(models.load_tokenizer(knobs.model), problems, INSTRUCTION)
     vocab_size = model.config.get_text_config().vocab_size
