@@ -157,7 +157,9 @@ def measure_rollouts(knobs: Knobs) -> dict[str, Any]:
     row |= {"shortest": min(lengths), "longest": max(lengths)} | sides.peak_columns(device)
     weights = sum(weight.nbytes for weight in model.parameters())
     row |= {"weights_gb_per_s": max(lengths) * weights / seconds / 1e9}
-    row |= {"read_gb_per_s": read_bandwidth(device) / 1e9, "copy_gb_per_s": copy_bandwidth(device) / 1e9}
+    numbers, target = torch.ones(2, 1 << 27, device=device)  # 512 MB each
+    row |= {"read_gb_per_s": bandwidth(device, numbers.sum, numbers.nbytes)}
+    row |= {"copy_gb_per_s": bandwidth(device, lambda: target.copy_(numbers), 2 * numbers.nbytes)}
     read = max(lengths) * weights + cache_reads(model, prompts, lengths)
     row |= {"bandwidth_share": read / seconds / 1e9 / row["copy_gb_per_s"]}
     return row | sides.hardware(device)
@@ -170,29 +172,16 @@ def cache_reads(model, prompts: list[list[int]], lengths: list[int]) -> int:
     return 2 * shape.layers * shape.cached_width * shape.item * tokens
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy of 256 MB reads and writes: the bandwidth of the memory."""
-    source = torch.ones(1 << 26, device=device)
-    target = torch.empty_like(source)
-    rates = []
+def bandwidth(device: torch.device, action: Callable[[], object], moved: int) -> float:
+    """GB per second of an action that moves so many bytes, in the fastest of four calls."""
+    seconds = []
     for _ in range(4):
         sides.synchronize(device)
         started = time.perf_counter()
-        target.copy_(source)
+        action()
         sides.synchronize(device)
-        rates.append(2 * source.nbytes / (time.perf_counter() - started))
-    return max(rates)
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a sum over 1 GB reads; each token of a rollout reads all weights."""
-    numbers = torch.ones(1 << 28, device=device)
-    rates = []
-    for _ in range(4):
-        started = time.perf_counter()
-        numbers.sum().item()
-        rates.append(numbers.nbytes / (time.perf_counter() - started))
-    return max(rates)
+        seconds.append(time.perf_counter() - started)
+    return moved / min(seconds) / 1e9
 
 
 def run_evaluation(knobs: Knobs, out: Path) -> None:

@@ -70,11 +70,8 @@ def peak_columns(device: torch.device) -> dict[str, Any]:
     found = {"peak_gb": peak_memory(device) / 1e9, "reserved_gb": "", "device_gb": ""}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        used = {
-            "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,
-            "device_gb": (total - free) / 1e9,
-        }
-        return found | used
+        found["reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
+        found["device_gb"] = (total - free) / 1e9
     return found
 
 
