@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
+import root  # noqa: F401  puts the project on the path
 import torch
 from torch import Tensor
 

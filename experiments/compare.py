@@ -12,23 +12,19 @@ runs. Left out are checkpoints within a run (a stop costs one run) and several a
 seeds).
 """
 
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import claims
 import figures
+import torch
 from arms import ARMS, GROUPS, Arm, History
+from root import RESULTS
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 import train
 from eval_math import HeldOut, evaluate
@@ -85,7 +81,7 @@ def choose(given: dict) -> tuple[Knobs, Path]:
     knobs, _ = run_folder.settings(Knobs, defaults | given | {"preset": preset})
     names = {"toy": "" if knobs.world == "opening" else knobs.world, "words": "words"}
     name = names.get(preset, Path(knobs.student).name)
-    path = Path(knobs.csv or ROOT / "results" / f"{f'compare_{name}'.rstrip('_')}.csv")
+    path = Path(knobs.csv or RESULTS / f"{f'compare_{name}'.rstrip('_')}.csv")
     arms = knobs.arms or GROUPS["closing" if name == "closing" else "all"]
     return replace(knobs, arms=tuple(dict.fromkeys(arms)), eval_every=0), path
 

@@ -19,18 +19,14 @@ format of probe.py: `at` is the tenth of the budget, or `all`.
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from figures import STYLES, draw_line, plt, save
 from probe import RunWithBar, mean_of_tokens
+from root import RESULTS, ROOT
 
 import train
 from eval_math import INSTRUCTION
@@ -192,7 +188,7 @@ class Knobs:
     student: str = knob(Recipe.student, "hub name or folder; the teacher is trained from it, too")
     score: tuple[str, ...] = knob((), "a trained student, as compare.py --keep writes it; may be repeated")
     rollouts: int = knob(128, "of each writer, for the reverse KL", least=2)
-    csv: str = knob(str(ROOT / "results" / "english_kl.csv"), "the reverse KL")
+    csv: str = knob(str(RESULTS / "english_kl.csv"), "the reverse KL")
 
 
 def main() -> None:

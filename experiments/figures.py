@@ -21,7 +21,7 @@ from support.cli import BadInput
 from support.run_folder import read_csv
 
 matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: E402
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish; markers and lines differ too.
 COLOURS = ["#000000", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", *3 * ["#999999"]]

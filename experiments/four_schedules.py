@@ -12,8 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from root import RESULTS, ROOT
 
 from support.cli import NoKnobs, Stopped, parse, run_main
 from support.run_folder import append_csv, atomic_rename, read_csv
@@ -42,14 +41,13 @@ def train_row(flags: str, out: Path) -> dict:
 
 def main() -> None:
     parse(NoKnobs, __doc__)
-    results = ROOT / "results"
-    with tempfile.TemporaryDirectory(dir=results) as folder:
+    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
         table = Path(folder, "toy.csv")
         for number, flags in enumerate(RUNS):
             append_csv(table, [train_row(flags, Path(folder, str(number)))])
         curve = Path(folder, str(RUNS.index(TOPD)), "curve.png")
-        atomic_rename(table, results / "toy.csv")
-        atomic_rename(curve, results / "toy_topd.png")
+        atomic_rename(table, RESULTS / "toy.csv")
+        atomic_rename(curve, RESULTS / "toy_topd.png")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,14 @@ by a newline, and (log q - log p) / bytes on some answers of the untrained stude
 Intervals are 95 % over problems. A run that was stopped has a student as well.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from arms import by_place
 from probe import mean_of_tokens
+from root import RESULTS
 
 import train
 from eval_math import decode_answers, extract, has_box
@@ -47,7 +43,7 @@ class Knobs:
     problems: int = knob(train.Knobs.eval_limit, "held-out problems", least=2, group="measurement")
     texts: int = knob(32, "answers of the untrained student that all models score", least=2, most=BATCH)
     max_new_tokens: int = knob(256, "longest answer", least=1)
-    csv: str = knob(str(ROOT / "results" / "other_family.csv"), "the table")
+    csv: str = knob(str(RESULTS / "other_family.csv"), "the table")
 
 
 def answers_of(pair: train.Pair, prompts: list[list[int]], horizon: int) -> list[Rollout]:

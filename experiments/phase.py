@@ -16,14 +16,10 @@ learned the task are left out.
 import hashlib
 import math
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import arms
 import claims
@@ -32,6 +28,7 @@ from arms import Arm, by_schedule
 from claims import NO, OPEN, YES, Interval, Results, Row, interval, interval_of, shown, verdict
 from compare import Setup
 from figures import VERMILION, plt, save
+from root import RESULTS
 from sweep import CACHE, ENDS, SWEEP_SEED, Sweep, Unit
 
 from support import toy
@@ -57,7 +54,7 @@ class Knobs(Sweep):
     seeds: int = knob(5, "worlds of each place", least=1)
     steps: int = knob(5, "of training; few, so that full is short of its ceiling", least=2)
     problems: int = knob(100, "held-out, sampled once at temperature 1", least=2, most=100)
-    csv: str = knob(str(ROOT / "results" / "phase.csv"), "results; the figure is written next to it")
+    csv: str = knob(str(RESULTS / "phase.csv"), "results; the figure is written next to it")
     report: bool = knob(False, "train nothing: table and figure of the rows in the CSV")
 
     column = "q"

@@ -21,14 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from claims import check_settings
 from figures import draw_probe
+from root import RESULTS
+from torch import Tensor
+from tqdm import tqdm
 
 import train
 from eval_math import INSTRUCTION, extract, has_box
@@ -396,7 +393,7 @@ def run_probe(name: str, argv: list[str]) -> str:
     """Write the rows of a probe, and draw them; returns the reading. Raises BadInput, Stopped."""
     probe, knobs_class = PROBES[name]
     knobs = complete(knobs_class, parse(knobs_class, __doc__, argv))
-    path = Path(knobs.out or ROOT / "results" / f"probe_{name}.csv")
+    path = Path(knobs.out or RESULTS / f"probe_{name}.csv")
     settings = knobs.settings(name)
     if path.suffix != ".csv":
         raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")

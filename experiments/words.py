@@ -18,16 +18,12 @@ the sampled accuracy after the i-th quarter of them, `auto` the horizon of `--ho
 
 import math
 import statistics
-import sys
 import textwrap
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import claims
 import probe
@@ -36,6 +32,7 @@ from arms import ARMS
 from claims import MARGIN, OPEN, Results, Row, interval_of, shown, verdict
 from compare import Setup
 from figures import STYLES, VERMILION, plt, save
+from root import RESULTS
 from sweep import ENDS, SWEEP_SEED, Sweep, Unit
 
 from eval_math import extract, has_box
@@ -90,7 +87,7 @@ class Knobs(Sweep):
     problems: int = knob(500, "held-out, answered once at temperature 1 and once greedily", least=2)
     rollouts: int = knob(128, "for the reverse KL by position, of each writer", least=2)
     rate: str = knob("", "learning rate of all of --arms, full too; default: the best of each", choices=RATES)
-    csv: str = knob(str(ROOT / "results" / "words.csv"), "results; the figure is written next to it")
+    csv: str = knob(str(RESULTS / "words.csv"), "results; the figure is written next to it")
     decay: bool = knob(False, "only measure the decay of the teacher in all other worlds, into ..._decay.csv")
     report: bool = knob(False, "train nothing: table, verdicts and figure of the rows in the CSV")
 
