@@ -15,7 +15,6 @@ Rows go to results/gpu.csv, which is replaced at the end; those of a stopped run
 Where a side fails, the column `error` says why.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -97,8 +96,7 @@ def write_inputs(folder: Path, plan: Plan) -> None:
         tokenizer.save_pretrained(folder / name)
     for part in ("train", "test"):
         rows = [{"question": toy.question(*p), "answer": "0"} for p in toy.all_problems(recipe)[:100]]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{part}.jsonl").write_text(text, encoding="utf-8")
+        run_folder.write_jsonl(folder / f"{part}.jsonl", rows)
 
 
 def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str, Any], dict[str, Any]]]:

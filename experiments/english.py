@@ -91,8 +91,7 @@ def write_problems(folder: Path, recipe: Recipe) -> dict[str, str]:
     rows = [{"question": question, "answer": str(result)} for question, (_, result) in drawn.items()]
     held_out = rows[taught : taught + recipe.held_out]
     for name, part in (("test", held_out), ("train", rows[taught + recipe.held_out :])):
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        run_folder.write_jsonl(folder / f"{name}.jsonl", part)
     return {row["question"]: drawn[row["question"]][0] for row in rows[:taught]}
 
 

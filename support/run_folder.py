@@ -353,10 +353,18 @@ def sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def replace_text(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     atomic_rename(part, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -414,12 +422,8 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
                 path.unlink()
     path = folder / "rollouts.jsonl"
     if path.exists():
-        rows = [
-            row for _, row in data.jsonl_rows(path) if isinstance(row, dict) and row.get("step", step) < step
-        ]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        atomic_rename(part, path)
+        whole = [row for _, row in data.jsonl_rows(path) if isinstance(row, dict)]
+        write_jsonl(path, [row for row in whole if row.get("step", step) < step])
     for path in folder.glob("eval_step_*.jsonl"):
         if int(path.stem.rpartition("_")[2]) > step:
             path.unlink()
@@ -436,12 +440,11 @@ def whole_batches(path: Path, indices: list[int]) -> list[dict[str, Any]]:
     answer that belongs there.
     """
     content = path.read_bytes() if path.exists() else b""
-    if not content.rpartition(b"\n")[0].strip():
+    lines, _, _ = content.rpartition(b"\n")
+    if not lines.strip():
         path.unlink(missing_ok=True)
         return []
-    whole = path.with_suffix(".part")
-    whole.write_bytes(content[: content.rindex(b"\n") + 1])
-    whole.replace(path)
+    os.truncate(path, len(lines) + 1)
     records = data.read_jsonl(path)
     size = records[0].get("batch_size")
     found = [record.get("index") for record in records]
@@ -452,6 +455,5 @@ def whole_batches(path: Path, indices: list[int]) -> list[dict[str, Any]]:
         raise BadInput(f"{what}: restore it, or start a new evaluation")
     if len(records) < len(indices):
         records = records[: len(records) // size * size]
-    whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    whole.replace(path)
+    write_jsonl(path, records)
     return records
