@@ -17,7 +17,6 @@ from arms import Arm
 from claims import Results, Row, check_settings, read_rows
 from compare import Setup
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 import train
 from extras import profile_horizon
@@ -53,23 +52,9 @@ def train_arm(setup: Setup, arm: Arm, lr: str, auto: str | int, looks: int = 1) 
     return compare.train_arm(setup._replace(knobs=knobs), arm)
 
 
-def reverse_kl(setup: Setup, prompts: list[list[int]], **how: Any) -> dict[str, Tensor]:
-    """The token statistics of full rollouts, as `profile_horizon.measure` has them."""
-    knobs = setup.knobs
-    return profile_horizon.measure(
-        train.score,
-        setup.pair,
-        prompts,
-        knobs.max_new_tokens,
-        micro_batch=knobs.micro_batch,
-        seed=knobs.seed,
-        **how,
-    )
-
-
 def horizon_auto(setup: Setup) -> int:
     """The horizon that `--horizon auto` suggests."""
-    tokens = reverse_kl(setup, setup.prompts)
+    tokens = profile_horizon.measure(train.score, setup.pair, setup.prompts, setup.knobs)
     return profile_horizon.horizon_of_profile(tokens["reverse_kl"], tokens["position"])
 
 

@@ -35,7 +35,9 @@ from figures import STYLES, VERMILION, plt, save
 from root import RESULTS
 from sweep import ENDS, SWEEP_SEED, Sweep, Unit
 
+import train
 from eval_math import extract, has_box
+from extras import profile_horizon
 from rollout import rollout
 from support import data, run_folder, words
 from support.cli import BadInput, knob, parse, run_main
@@ -135,8 +137,8 @@ class Knobs(Sweep):
         for name, writer in zip(WRITERS, (start, setup.pair.teacher, setup.pair.student)):
             found = dict.fromkeys(TENTHS, "")
             if arm == "student" or (trained and whole):
-                how = {"writer": writer, "rollouts": self.rollouts}
-                tokens = sweep.reverse_kl(setup, setup.held_out.prompts, **how)
+                prompts, how = setup.held_out.prompts, {"rollouts": self.rollouts, "writer": writer}
+                tokens = profile_horizon.measure(train.score, setup.pair, prompts, setup.knobs, **how)
                 found = by_tenth(tokens, setup.knobs.max_new_tokens)
             row |= {f"kl_{name}_{i}": value for i, value in found.items()}
         return row

@@ -56,35 +56,24 @@ def measure(
     score: Callable,  # train.score
     pair,
     prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    micro_batch: int = 2048,
-    seed: int = 0,
+    knobs,  # train.Knobs
     rollouts: int = 256,
     batch: int = 64,
     writer=None,  # the model whose rollouts are scored; default: the student
 ) -> dict[str, Tensor]:
     """`token_statistics` of full rollouts, with row and position; prompts in training order."""
-    texts = [prompts[i] for i in data.batch(len(prompts), rollouts, 0, seed)]
-    stream = f"profile {seed}"
-    parts = in_batches(writer or pair.student, pair, texts, max_new_tokens, temperature, stream, batch)
-    return scored(score, pair, parts, temperature=temperature, micro_batch=micro_batch)
+    texts = [prompts[i] for i in data.batch(len(prompts), rollouts, 0, knobs.seed)]
+    writer = writer or pair.student
+    stream = f"profile {knobs.seed}"
+    parts = in_batches(writer, pair, texts, knobs.max_new_tokens, knobs.temperature, stream, batch)
+    return scored(score, pair, parts, temperature=knobs.temperature, micro_batch=knobs.micro_batch)
 
 
 def choose(score: Callable, pair, prompts: list[list[int]], knobs) -> float:
     """The horizon of `--horizon auto`, and a line that explains it. Raises BadInput if it is undefined."""
     print("--horizon auto: measuring the student's full rollouts", flush=True)
     batch = batch_size.batch_that_fits(pair.student, prompts, knobs.max_new_tokens, "auto")
-    tokens = measure(
-        score,
-        pair,
-        prompts,
-        knobs.max_new_tokens,
-        knobs.temperature,
-        knobs.micro_batch,
-        knobs.seed,
-        batch=batch,
-    )
+    tokens = measure(score, pair, prompts, knobs, batch=batch)
     n = horizon_of_profile(tokens["reverse_kl"], tokens["position"])
     rows = int(tokens["row"].max()) + 1
     what = f"the first {n} tokens hold 45 % of the reverse KL of {rows} rollouts"

@@ -41,10 +41,8 @@ def test_no_horizon_where_the_models_agree(kl):
 
 def test_measure_covers_every_token_of_every_rollout_once():
     pair = pair_of(tiny(), tiny(seed=1), ends=(END, *range(20, 30)))
-    profile = [
-        measure(train.score, pair, PROMPTS, 6, micro_batch=40, seed=3, rollouts=10, batch=batch)
-        for batch in (4, 4, 10)
-    ]
+    knobs = train.Knobs(max_new_tokens=6, micro_batch=40, seed=3)
+    profile = [measure(train.score, pair, PROMPTS, knobs, rollouts=10, batch=batch) for batch in (4, 4, 10)]
     places = list(zip(profile[0]["row"].tolist(), profile[0]["position"].tolist()))
     assert len(set(places)) == len(places)
     assert {row for row, _ in places} == set(range(10))
