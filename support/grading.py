@@ -10,6 +10,7 @@ Conventions, where mathematics does not decide:
 | lists, sets | in any order, "or" and "and" are commas; tuples, intervals and matrices in their order |
 | names | in x = 5, f(x) = 2x, x \in (0, 1) the name may be left out, but two names must be the same |
 | choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
+| parts | (a) 5, (b) 6 is compared as text |
 | bases | 101_2 needs its base, and is not converted |
 | a:b | the fraction a/b; longer ratios are compared as text |
 | words | compared as text, ignoring case; so is everything that math-verify cannot read completely |
@@ -66,6 +67,7 @@ NAME = re.compile(  # "x =", "f'(x) =", "(x, y) =", "x \in", "m\angle A =", "\te
     r"|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
 )
 CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
+PARTS = re.compile(r"[\s,;]\([b-j]\)|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I)  # (a) 5, (b) 6
 NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"
 AMOUNT = re.compile(  # a number or formula, and the unit after it
@@ -139,6 +141,8 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     if max(len(found), len(gold)) > LONGEST_ANSWER:
         return "wrong" if len(gold) <= LONGEST_ANSWER else "gold unreadable", found, gold
     found, gold = tidy(found), tidy(gold)
+    if PARTS.search(found) or PARTS.search(gold):
+        return "right" if squeeze(found) == squeeze(gold) else "wrong", found, gold
     ours, theirs = CHOICE.fullmatch(found), CHOICE.fullmatch(gold)
     if ours and theirs:
         return "right" if ours[1].lower() == theirs[1].lower() else "wrong", found, gold

@@ -197,6 +197,7 @@ EQUAL = {
         (r"\sqrt{-9}", "3i"),
     ],
     "euler's number": [(r"5\mathrm{e}^{2}", "5e^2"), (r"\frac3{\mathrm e}", "3e^{-1}")],
+    "parts": [("(a) 5, (b) 7", "(a) 5,(b) 7")],
     "choice with text": [
         ("(D)", r"(D)\ 31"),
         ("31", r"(D)\ 31"),
@@ -224,6 +225,12 @@ DIFFERENT = {
     "one of several": [("2", "2,-2"), (r"\{1\}", r"\{1,2\}")],
     "bases": [("11_3", "11_2")],
     "choice": [("A", "B"), (r"\text{(A) and (B)}", "A"), ("(D) 12", "C")],
+    "parts": [
+        ("(a) 5, (b) 7", "(a) 5, (b) 6"),
+        ("(a) 5 (b) 7", "(a) 7 (b) 5"),
+        (r"\text{(a) }5\text{ (b) }7", r"\text{(a) }5\text{ (b) }6"),
+        (r"a) 3; b) \frac12", r"a) 3; b) \frac13"),
+    ],
     "text": [("Tuesday", r"\text{Monday}"), (r"\text{odd}", r"\text{even}"), ("five", "6"), ("NaN", "42")],
     "infinity": [(r"-\infty", r"\infty"), ("1e999", "5")],
     "algebra": [("x^2+1", "(x+1)^2"), (r"2\sqrt{3}", r"\sqrt{13}"), (r"3\pi", "3")],
