@@ -12,7 +12,7 @@ Conventions, where mathematics does not decide:
 | choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
 | parts | (a) 5, (b) 6 is compared as text |
 | bases | 101_2 needs its base, and is not converted |
-| a:b | the fraction a/b; longer ratios are compared as text |
+| a:b | the fraction a/b, but a time of day with am or pm; longer ratios are compared as text |
 | words | compared as text, ignoring case; so is everything that math-verify cannot read completely |
 | gold unreadable | the texts differ, and math-verify cannot read the gold: not correct, and reported |
 | several boxes | the first that is not blank counts; `correct_last` shows the last |
@@ -157,6 +157,8 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     (found, unit), (gold, other_unit) = split_unit(found), split_unit(gold)
     if unit and other_unit and unit != other_unit:
         return "wrong", found, gold
+    if re.fullmatch("[ap]m", unit or other_unit):  # not ratios: 1:15 pm is not 3:45 pm
+        return "right" if clock(found) == clock(gold) else "wrong", found, gold
     percent = found.endswith("%") - gold.endswith("%")
     found, gold = found.rstrip("%\\ "), gold.rstrip("%\\ ")
     ours, theirs = number(found), number(gold)
@@ -217,6 +219,12 @@ def number(text: str) -> Fraction | None:
     if below and Fraction(below) == 0:
         return None
     return int(sign + "1") * (int(whole or 0) + Fraction(above) / Fraction(below or 1))
+
+
+def clock(text: str) -> str:
+    """A time of day in one spelling: 7:00 from 07:00 and 7."""
+    hour, _, minutes = squeeze(text).partition(":")
+    return f"{hour.lstrip('0')}:{minutes or '00'}"
 
 
 def plain(text: str) -> str:

@@ -138,6 +138,8 @@ EQUAL = {
         ("9th", "9"),
         (r"20^\circ\text{C}", "20"),
         ("7:30 PM", "7:30 p.m."),
+        ("07:30", "7:30 p.m."),
+        ("7 pm", "7:00 p.m."),
         (r"2\pi\text{ cm}", r"2\pi"),
     ],
     "units spelled out": [
@@ -265,6 +267,8 @@ DIFFERENT = {
         (r"6\text{ ft }2\text{ in}", "6"),
         ("7:30 a.m.", "7:30 p.m."),
         ("7:30", "7:15"),
+        ("1:15 p.m.", "3:45 p.m."),
+        ("1:15", r"2:30\text{ PM}"),
         (r"2,4,\ldots,2n", r"2,4,\ldots,4n"),
         (r"\angle PQR", r"\angle PRQ"),
         (r"\overline{PQ}", r"\overline{PR}"),
