@@ -66,7 +66,7 @@ NAME = re.compile(  # "x =", "f'(x) =", "(x, y) =", "x \in", "m\angle A =", "\te
     r"(?:^|(?<=,))\s*((?:m?\s*\\angle\s*)?\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*(?:\(\w\))?|\\text\s*\{[^{}]*\}"
     r"|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
 )
-CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
+CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\(|\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
 PARTS = re.compile(r"[\s,;]\([b-j]\)|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I)  # (a) 5, (b) 6
 NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"
@@ -146,6 +146,7 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     ours, theirs = CHOICE.fullmatch(found), CHOICE.fullmatch(gold)
     if ours and theirs:
         return "right" if ours[1].lower() == theirs[1].lower() else "wrong", found, gold
+    found = ours[2] if ours and ours[2] else found
     gold = theirs[2] if theirs and theirs[2] else gold
     names, gold_names = {*NAME.findall(found)}, {*NAME.findall(gold)}
     if names == gold_names and len(names) > 1:  # of the same names, in any order
