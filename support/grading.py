@@ -67,7 +67,9 @@ NAME = re.compile(  # "x =", "f'(x) =", "(x, y) =", "x \in", "m\angle A =", "\te
     r"|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
 )
 CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\(|\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
-PARTS = re.compile(r"[\s,;]\([b-j]\)|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I)  # (a) 5, (b) 6
+PARTS = re.compile(  # of "(a) 5, (b) 6"
+    r"[\s,;]\([b-j]\)\s*[^\s,;]|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I
+)
 NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"
 AMOUNT = re.compile(  # a number or formula, and the unit after it

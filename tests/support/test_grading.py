@@ -199,7 +199,7 @@ EQUAL = {
         (r"\sqrt{-9}", "3i"),
     ],
     "euler's number": [(r"5\mathrm{e}^{2}", "5e^2"), (r"\frac3{\mathrm e}", "3e^{-1}")],
-    "parts": [("(a) 5, (b) 7", "(a) 5,(b) 7")],
+    "parts": [("(a) 5, (b) 7", "(a) 5,(b) 7"), ("(B) and (C)", "B and C")],
     "choice with text": [
         ("(D)", r"(D)\ 31"),
         ("31", r"(D)\ 31"),
