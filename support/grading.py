@@ -42,6 +42,7 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     ("∞|[Ii]nfinity", r"\\infty "),
     ("√", r"\\sqrt "),
     ("∛", r"\\sqrt[3] "),
+    (r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # 10{,}000 and 10,\!000
     (r"\\(?:left|right|displaystyle|underline)(?![a-z])|(?<!\\)\\[][()!:;]|\*\*|^\s*\\approx", ""),
     (r"(?<!\\)\\[, ]|\\q?quad(?![a-z])|~|\s", " "),
     (r"\\(?:mbox|mathrm|mathbf|boldsymbol|bm|text(?:bf|it|rm|up))(?![a-z])", r"\\text"),
