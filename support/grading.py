@@ -58,6 +58,10 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d{1,50})\}?", lambda found: from_repeating(*found.groups())),
     (r"\\\{\s*[a-z]\s*(?::|\||\\mid)([^{}]*)\\\}", r"\1"),  # {x : x > 1}
     (r"^\s*\](.*)\[\s*$", r"(\1)"),  # ]0, 1[
+    (  # \frac{1 \pm \sqrt5}{2}; math-verify knows a sum alone
+        r"^(?=.*\\frac)((?:(?!\\[pm][pm]|±|\\\{).)*)(?:\\pm(?![a-z])|±)((?:(?!\\[pm][pm]|±|\\\{).)*)$",
+        r"\1+\2, \1-\2",
+    ),
     (r"^(-?)\s*(\\?\$|[€£₹]|USD)\s*(-?[\d.,]*\d)", r"\1\3 \2"),
     (r"^[\s=*]+|[\s.,;*]+$", ""),
 )

@@ -79,6 +79,12 @@ EQUAL = {
         (r"\sqrt[3]{8}", "2"),
         (r"1 \pm \sqrt{2}", r"1+\sqrt2,1-\sqrt2"),
     ],
+    "two roots in a fraction": [
+        (r"\frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2}", r"\frac{-1 \pm \sqrt{5}}{2}"),
+        (r"x = \frac{3 \pm i\sqrt5}{2}", r"\frac{3-i\sqrt5}{2}, \frac{3+i\sqrt5}{2}"),
+        (r"x = -\frac12 \pm \frac{\sqrt5}{2}", r"\frac{-1 \pm \sqrt{5}}{2}"),
+        (r"0, \frac{1 \pm \sqrt5}{2}", r"\frac{1+\sqrt5}{2}, 0, \frac{1-\sqrt5}{2}"),
+    ],
     "pi": [("3π", r"3\pi"), ("3pi/2", r"\frac{3\pi}{2}"), (r"2\pi", "6.283185")],
     "algebra": [
         ("x^2+2x+1", "(x+1)^2"),
@@ -234,7 +240,11 @@ DIFFERENT = {
     "two amounts": [(r"12\text{ dollars and }50", "12")],
     "order": [("(2,1)", "(1,2)"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}")],
     "open and closed": [("[1,2]", "(1,2]"), ("(-1,1)", "[-1,1]")],
-    "one of several": [("2", "2,-2"), (r"\{1\}", r"\{1,2\}")],
+    "one of several": [
+        (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}"),
+        ("2", "2,-2"),
+        (r"\{1\}", r"\{1,2\}"),
+    ],
     "bases": [("11_3", "11_2")],
     "choice": [("A", "B"), (r"\text{(A) and (B)}", "A"), ("(D) 12", "C"), ("(D) 12", "13")],
     "parts": [
