@@ -37,7 +37,8 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"[^\x00-\x7f]+", lambda found: unicodedata.normalize("NFKC", found[0])),
     ("[−–‐]", "-"),
     ("⁄", "/"),
-    ("°", r"^\\circ "),
+    (r"°|\\degree(?![a-z])", r"^\\circ "),
+    ("·", r"\\cdot "),
     ("∈", r"\\in "),
     ("∞|[Ii]nfinity", r"\\infty "),
     ("√", r"\\sqrt "),
@@ -53,6 +54,8 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"\\sqrt\s*(\[\d\])?\s*(\d+|\((?:[^()]|\([^()]*\))*\))", r"\\sqrt\1{\2}"),
     (r"\\lg(?![a-z])", r"\\log"),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"(\d)\s*x\s*(?=10\s*\^)", r"\1\\times "),
     (r"\bC\((\d+),\s*(\d+)\)|(\w+)\s*\\choose\s*(\w+)", r"\\binom{\1\3}{\2\4}"),
     (r"(\d)\s*e([-+]?\d{1,4})", r"\1\\times 10^{\2}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d{1,50})\}?", lambda found: from_repeating(*found.groups())),
@@ -62,7 +65,7 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
         r"^(?=.*\\frac)((?:(?!\\[pm][pm]|±|\\\{).)*)(?:\\pm(?![a-z])|±)((?:(?!\\[pm][pm]|±|\\\{).)*)$",
         r"\1+\2, \1-\2",
     ),
-    (r"^(-?)\s*(\\?\$|[€£₹]|USD)\s*(-?[\d.,]*\d)", r"\1\3 \2"),
+    (r"^(-?)\s*(\\?\$|[€£₹¥]|USD)\s*(-?[\d.,]*\d)", r"\1\3 \2"),
     (r"^[\s=*]+|[\s.,;*]+$", ""),
 )
 DECIMAL = r"(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
@@ -78,10 +81,11 @@ PARTS = re.compile(  # of "(a) 5, (b) 6"
 NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"
 AMOUNT = re.compile(  # a number or formula, and the unit after it
-    r"(.*?(?:[\d)}!%]|\\pi))\s*('{1,2}|(?:\\?\$|[€£₹¢])(?: per [a-z]+)?"
+    r"(.*?(?:[\d)}!%]|\\pi))\s*('{1,2}|(?:\\?\$|[€£₹¢¥])(?: per [a-z]+)?"
     r"|\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\s*)?\{?[CF]?\}?"
     rf"|\\text\s*\{{(?!{NO_UNIT})[^{{}}\d]*\}}|{SHORT_UNIT}"
-    rf"|(?<=\s)(?:[mghsl]|[ap]\.?m|\(?(?!{NO_UNIT})[a-z]{{2}}[a-z./ ]*\)?))(\^\{{?[23]\}}?)?",
+    r"|(?<=\s)(?:[mghsl]|k?[mg]/(?:[shl]|min|c?m)|[ap]\.?m"
+    rf"|\(?(?!{NO_UNIT})[a-z]{{2}}[a-z./ ]*\)?))(\^\{{?[23]\}}?)?",
     re.S | re.I,
 )
 UNITS = {r"square (\w+)": r"\1^2", r"cubic (\w+)": r"\1^3", "kilo": "k", "centi": "c", "met(er|re)": "m"}
