@@ -129,11 +129,14 @@ def is_correct(response: str, answer: str) -> bool:
 def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:
     """For each row its text, its length in tokens, and whether it ended."""
     answers = []
-    for tokens, mask, finished in zip(rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist()):
+    rows = zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist())
+    for prompt, tokens, mask, finished in rows:
         text = tokenizer.decode(tokens[mask], skip_special_tokens=True)
         if tokenizer.chat_template is None:  # a base model ends where it writes the next question itself
             text, next_question, _ = text.partition(NEXT_QUESTION)
             finished = finished or bool(next_question)
+        elif tokenizer.decode(prompt[-8:], skip_special_tokens=True).rstrip().endswith("<think>"):
+            text = "<think>" + text  # the template has opened it
         answers.append({"response": text, "length": int(mask.sum()), "finished": finished})
     return answers
 

@@ -161,6 +161,24 @@ def test_base_models_end_at_the_next_question():
     assert eval_math.decode_answers(rollouts, Tokenizer()) == [answer]
 
 
+def test_reasoning_that_the_template_opens_has_no_answer_until_it_is_closed():
+    class Tokenizer:
+        chat_template = "ends with <think>"
+
+        def decode(self, tokens, skip_special_tokens):
+            return bytes(tokens if isinstance(tokens, list) else tokens.tolist()).decode()
+
+    def extracted(prompt, response):
+        tokens = torch.tensor([list(response)])
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        rollouts = Rollout([list(prompt)], tokens, mask, tokens.float(), torch.tensor([False]))
+        return extract(eval_math.decode_answers(rollouts, Tokenizer())[0]["response"])
+
+    assert extracted(b"3?<think>\n", rb"Is it \boxed{4}? Or 5") is None
+    assert extracted(b"3?<think>\n", rb"Is it \boxed{4}?</think> No, 5") == "5"
+    assert extracted(b"3?<think></think>\n", rb"It is \boxed{4}") == "4"
+
+
 EXTRACTED = [  # response, its answer
     (r"so \boxed{42}", "42"),
     (r"first \boxed{7} and then, never stopping, \boxed{8}", "7"),
