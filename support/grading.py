@@ -8,6 +8,7 @@ Conventions, where mathematics does not decide:
 | percent | 50\% equals 50 and 1/2; without a percent sign, 50 is not 1/2 |
 | decimals | equal an irrational number within 1e-6 of its value, and a fraction exactly |
 | lists, sets | in any order, "or" and "and" are commas; tuples, intervals and matrices in their order |
+| calculations | 5/2 = 2.5 is 2.5 |
 | names | in x = 5, f(x) = 2x, x \in (0, 1) the name may be left out, but two names must be the same |
 | choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
 | parts | (a) 5, (b) 6 is compared as text |
@@ -78,6 +79,8 @@ CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\(|\s*[-+*/^=_,])\s*(
 PARTS = re.compile(  # of "(a) 5, (b) 6"
     r"[\s,;]\([b-j]\)\s*[^\s,;]|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I
 )
+# "5/2 =" in 5/2 = 2.5: without letters, and without commas but those between thousands
+CALCULATION = re.compile(r"^(?:[^A-Za-z,\\]|,\d{3}|\\[a-z]+|\\\W)*(?<![<>!])=(?!.*,(?!\d{3}))")
 NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"
 AMOUNT = re.compile(  # a number or formula, and the unit after it
@@ -166,6 +169,8 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     two_names = names and gold_names and len(names | gold_names) > 1
     if not two_names and (names == gold_names or not ("=" in found and "=" in gold)):
         found, gold = NAME.sub("", found), NAME.sub("", gold)
+    if "=" not in gold:
+        found = CALCULATION.sub("", found)
     (found, unit), (gold, other_unit) = split_unit(found), split_unit(gold)
     if unit and other_unit and unit != other_unit:
         return "wrong", found, gold

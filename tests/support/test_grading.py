@@ -193,6 +193,12 @@ EQUAL = {
         ("17 = 8 + 9", "17"),
         (r"x=3 \text{ or } x=4", "3,4"),
     ],
+    "calculations": [
+        (r"\frac{5}{2} = 2.5", "2.5"),
+        (r"\frac{10}{4} = \frac{5}{2} = 2.5", r"\frac52"),
+        ("x = 1,200 + 300 = 1,500", "1500"),
+        (r"0.5 = 50\%", "0.5"),
+    ],
     "inequalities": [
         ("x>7", r"(7,\infty)"),
         (r"y<-1 \text{ or } y>1", r"(-\infty,-1)\cup(1,\infty)"),
@@ -340,6 +346,7 @@ DIFFERENT = {
         ("(a,b)=(3,4)", "(a,b)=(4,3)"),
         ("g(x)=3x", "g(x)=4x"),
     ],
+    "calculations": [("2+2=4, 5", "5"), ("5/2 = 2.5", "5"), ("3 <= 5", "5")],
     "inequalities": [(r"x\ge 7", "x>7"), ("x<7", r"(7,\infty)")],
     "sets and tuples": [("(3,4)", r"\{3,4\}"), ("(1,2),(3,5)", "(1,2),(3,4)")],
     "anagrams": [(r"\text{Amy}", r"\text{May}"), ("Evelyn", "Nylvee"), ("four", "ruof")],
