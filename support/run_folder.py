@@ -122,7 +122,8 @@ def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[st
         print(f"{path} is of an earlier version: continuing with the defaults {defaults}", flush=True)
     for name in given.keys() - {"resume"}:
         if name not in safe and given[name] != knobs[name]:
-            what = f"{flag_of(name)} {given[name]} would change the run, which has {knobs[name] or 'none'}"
+            has = "none" if knobs[name] in ("", None, ()) else knobs[name]
+            what = f"{flag_of(name)} {given[name]} would change the run, which has {has}"
             raise BadInput(f"{what}: drop it, or start a new run")
     if "steps" in given and given["steps"] < knobs["steps"]:
         raise BadInput(f"--steps {given['steps']} is below the run's {knobs['steps']}: a run can only grow")

@@ -134,7 +134,7 @@ def test_a_finished_run_may_grow(world, tmp_path, monkeypatch):
         ("--lr 1", "--lr 1.0 would change the run"),
         ("--steps 3", "can only grow"),
         ("--schedule full", "--schedule full would change"),
-        ("--seed 4 --steps 9", "--seed 4"),
+        ("--seed 4 --steps 9", "--seed 4 would change the run, which has 0:"),
     ],
 )
 def test_a_flag_that_changes_the_run_is_refused(tmp_path, monkeypatch, flags, names):
