@@ -26,7 +26,7 @@ from opd import log_probs, token_logp
 from rollout import Rollout, keep_top_p, model_inputs, rollout, sampling_noise
 from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
-from support.cli import BadInput, knob, parse, run_main
+from support.cli import BadInput, flag_of, knob, parse, run_main
 from support.grading import LONGEST_ANSWER, boxes, is_blank, without_prose, without_reasoning
 from support.prompts import render
 from support.workers import Grader, one_grader
@@ -313,6 +313,8 @@ def settings(given: dict) -> tuple[Knobs, Path]:
 def main() -> int | None:
     given = parse(Knobs, __doc__)
     if "regrade" in given:
+        if others := ", ".join(flag_of(name) for name in given if name != "regrade"):
+            raise BadInput(f"--regrade grades one file and takes no other flag: drop {others}")
         print(scores.regrade(given["regrade"], extract, has_box))
         return None
     knobs, folder = settings(given)

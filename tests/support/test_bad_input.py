@@ -338,6 +338,7 @@ BAD = [  # script, flags, what the line names
     ("eval_math", "--resume={here}/one.jsonl", "name the folder"),
     ("eval_math", "--resume={here}/missing --limit=3", "name the folder"),
     ("eval_math", "--regrade=", "no graded answers"),
+    ("eval_math", "--regrade={here}/half.jsonl --limit 5", "takes no other flag: drop --limit"),
     ("eval_math", "--regrade={here}", "no graded answers"),
     ("eval_math", "--regrade={here}/latin.jsonl", "line 2"),
     ("eval_math", "--regrade={here}/binary.csv", "line 1"),
