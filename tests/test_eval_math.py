@@ -216,6 +216,8 @@ EXTRACTED = [  # response, its answer
     (r"The answer is \[14\]", r"\[14\]"),
     ("The answer is:\n$$\n.5\n$$", ".5"),
     ("#### **14**", "14"),
+    ("#### 1. Add\n7 + 7\n#### **2) Check**\nThe answer is 14.", "14"),
+    ("#### 14 eggs", "14 eggs"),
     (r"fill \boxed{\phantom{14}} and \boxed{?} and \boxed{\quad}: \boxed{14}", "14"),
     (r"The form is \boxed{answer}, so \boxed{\text{ }} \boxed{14}", "14"),
     (r"\boxed{\boldsymbol{14}}", r"\boldsymbol{14}"),
