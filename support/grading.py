@@ -62,10 +62,6 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d{1,50})\}?", lambda found: from_repeating(*found.groups())),
     (r"\\\{\s*[a-z]\s*(?::|\||\\mid)([^{}]*)\\\}", r"\1"),  # {x : x > 1}
     (r"^\s*\](.*)\[\s*$", r"(\1)"),  # ]0, 1[
-    (  # \frac{1 \pm \sqrt5}{2}; math-verify knows a sum alone
-        r"^(?=.*\\frac)((?:(?!\\[pm][pm]|±|\\\{).)*)(?:\\pm(?![a-z])|±)((?:(?!\\[pm][pm]|±|\\\{).)*)$",
-        r"\1+\2, \1-\2",
-    ),
     (r"^(-?)\s*(\\?\$|[€£₹¥]|USD)\s*(-?[\d.,]*\d)", r"\1\3 \2"),
     (r"^[\s=*]+|[\s.,;*]+$", ""),
 )
@@ -79,6 +75,8 @@ CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\(|\s*[-+*/^=_,])\s*(
 PARTS = re.compile(  # of "(a) 5, (b) 6"
     r"[\s,;]\([b-j]\)\s*[^\s,;]|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I
 )
+# \frac{1 \pm \sqrt5}{2}; math-verify reads the sign in a sum alone
+TWO_SIGNS = re.compile(r"(?!.*(?:\\\{|\\mp))((?:(?!\\pm|±).)*)(?:\\pm|±)((?:(?!\\pm|±).)*)")
 # "5/2 =" in 5/2 = 2.5: without letters, and without commas but those between thousands
 CALCULATION = re.compile(r"^(?:[^A-Za-z,\\]|,\d{3}|\\[a-z]+|\\\W)*(?<![<>!])=(?!.*,(?!\d{3}))")
 NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
@@ -269,6 +267,8 @@ def read(text: str):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
 
     rules = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+    if two := TWO_SIGNS.fullmatch(text):
+        text = f"{two[1]}+{two[2]}, {two[1]}-{two[2]}"
     is_complex = re.search(r"(?<![A-Za-z])i(?![A-Za-z])", text) is not None
     if sum(map(text.count, "([{")) != sum(map(text.count, ")]}")):
         return None

@@ -82,10 +82,14 @@ EQUAL = {
         (r"\sqrt[3]{8}", "2"),
         (r"1 \pm \sqrt{2}", r"1+\sqrt2,1-\sqrt2"),
     ],
-    "two roots in a fraction": [
+    "two roots": [
+        (r"(1 \pm \sqrt{5})/2", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"),
+        (r"\sqrt{2 \pm \sqrt3}", r"\sqrt{2-\sqrt3}, \sqrt{2+\sqrt3}"),
+        (r"(\pm 1, 2)", "(1, 2), (-1, 2)"),
         (r"\frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2}", r"\frac{-1 \pm \sqrt{5}}{2}"),
         (r"x = \frac{3 \pm i\sqrt5}{2}", r"\frac{3-i\sqrt5}{2}, \frac{3+i\sqrt5}{2}"),
         (r"x = -\frac12 \pm \frac{\sqrt5}{2}", r"\frac{-1 \pm \sqrt{5}}{2}"),
+        (r"\frac{1\pm\sqrt5}{2}\text{ cm}", r"\frac{1 \pm \sqrt5}{2}"),
         (r"0, \frac{1 \pm \sqrt5}{2}", r"\frac{1+\sqrt5}{2}, 0, \frac{1-\sqrt5}{2}"),
     ],
     "pi": [("3π", r"3\pi"), ("3pi/2", r"\frac{3\pi}{2}"), (r"2\pi", "6.283185")],
