@@ -304,19 +304,21 @@ def to_text(value: Any, column: str) -> str:
 
 
 def final_answer(text: str, column: str) -> str:
-    r"""The final answer in a text: after #### or "The answer is:" at its end, or in its last \boxed{}.
+    r"""The final answer in a text: after #### or "(The) answer (is):" at its end, or in its last \boxed{}.
 
     Text without any of these is the answer itself. Raises BadRow if such a text is a whole solution, or if
     two of these answers differ.
     """
     before, last = ["", *filter(str.strip, text.split("\n"))][-2:]
-    line, *phrase = re.split(r"(?i)the (?:final )?answer is:", last)
+    line, *phrase = re.split(r"(?i)the (?:final )?answer is:|^\W*(?:final )?answer:", last)
     _, *hashes = re.split("####", before if phrase and "####" not in line else line)
-    ends = [part[-1].strip().removesuffix(".") for part in (hashes, phrase) if part]
+    ends = [part[-1].strip("* \t\r").removesuffix(".") for part in (hashes, phrase) if part]
     found = list(filter(None, [*(last_box(end) or end for end in ends), last_box(text)]))
     if len({re.sub(r"[\s$,*.\\]", "", answer) for answer in found}) > 1:
         both = " and ".join(map(repr, found))[:100]
         raise BadRow(f"has the final answers {both} in {column}, which differ")
+    if re.fullmatch(r"\[\s*(['\"]).*\1\s*\]", text.strip()):
+        raise BadRow(f"has a list written as text in {column}: {text[:40]!r}; write a list, or its only part")
     is_marked = re.search(r"(?i)####|\\boxed|answer is", text)
     if is_prose(found[0] if found else text) or (is_marked and not found):
         what = f"has a solution of {len(text)} characters in {column} whose answer is not marked"
@@ -326,10 +328,11 @@ def final_answer(text: str, column: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Whether text is a solution, not a final answer: many words in two sentences, or a long text."""
+    """Whether text is a solution, not a final answer: many words in two sentences, steps, or a long text."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
     has_sentences = re.search(r"[\w)$}][.!?]\s+[\w$\\]", text)
-    return len(text) > 500 or (len(words) >= 8 and (len(text) > 200 or bool(has_sentences)))
+    has_steps = "\\" not in text and bool(re.search(r"=.*\n", text.strip()))
+    return len(text) > 500 or has_steps or (len(words) >= 8 and (len(text) > 200 or bool(has_sentences)))
 
 
 def last_box(text: str) -> str:
