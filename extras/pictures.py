@@ -66,11 +66,11 @@ def draw_step(run: Path) -> Path:
                 plt.Rectangle((i, -1.6 * line - 0.6), 0.94, 0.6, facecolor=shade, edgecolor="none")
             )
             ink = "black" if seen else "#999999"
-            axis.text(
-                i + 0.47, -1.6 * line - 0.3, text.strip(), ha="center", va="center", fontsize=8, color=ink
-            )
+            how = {"ha": "center", "va": "center", "fontsize": 8}
+            # A token such as $$ is not a formula.
+            axis.text(i + 0.47, -1.6 * line - 0.3, text.strip(), color=ink, parse_math=False, **how)
             if seen:
-                axis.text(i + 0.47, -1.6 * line - 1, f"{gap[i]:+.1f}", ha="center", va="center", fontsize=8)
+                axis.text(i + 0.47, -1.6 * line - 1, f"{gap[i]:+.1f}", **how)
     axis.axvline(horizon - 0.03, color="#0072b2", linestyle="--")
     axis.text(horizon + 0.1, 0.35, f"the horizon, {horizon} tokens", color="#0072b2")
     axis.text(0, 0.35, "colour: reverse KL to the teacher, which scores every token")

@@ -22,6 +22,15 @@ def test_reverse_kl_finds_a_mode_and_forward_kl_the_mean():
     assert abs(means[1] - (0.6 * -2 + 0.4 * 2.5)) < 0.1  # the teacher's mean
 
 
+def test_tokens_of_dollar_signs_are_no_formulas(tmp_path, monkeypatch):
+    texts = ["$$", r"$\frac", "$"]
+    monkeypatch.setattr(pictures, "scored_answer", lambda *run: (texts, torch.ones(3), torch.ones(3)))
+    monkeypatch.setattr(pictures.run_folder, "resumed", lambda *run: {})
+    monkeypatch.setattr(pictures.run_folder, "read_csv", lambda path: [])
+    monkeypatch.setattr(pictures, "RESULTS", tmp_path)
+    assert pictures.draw_step(tmp_path).stat().st_size > 5000
+
+
 @pytest.mark.slow
 def test_a_run_is_drawn(world, tmp_path, monkeypatch):
     flags = ["--steps", "2", "--eval-limit", "0", "--show-every", "0", "--preset", "toy"]
