@@ -79,8 +79,13 @@ def after_phrase(text: str) -> list[str]:
     """What follows "the answer is", "answer:" or "answer =", up to the end of the sentence."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     phrases = re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I)
-    # A full stop, the end of a line or of the text, or a comma before a word; stars are Markdown's bold type.
-    end = re.compile(r"\.\s|\.?\*{0,9}[ \t]{0,20}$|\n|,\s(?=[a-z]{2})", re.M)
+    end = re.compile(
+        r"\.\s"  # a full stop
+        r"|\.?\*{0,9}[ \t]{0,20}$|\n"  # the end of a line or of the text; stars are Markdown's bold type
+        r"|[,;]\s(?!(?:and|or)\s+[-−$\\\d(])(?=[a-z]{2})"  # a comma before a word, but for "and 3"
+        r"|\s\(?(?:because|since)\s",
+        re.M,
+    )
     found = []
     for phrase in islice(phrases, 100):
         rest = text[phrase.end() : phrase.end() + 240]
