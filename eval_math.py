@@ -89,7 +89,7 @@ def after_phrase(text: str) -> list[str]:
     found = []
     for phrase in islice(phrases, 100):
         rest = text[phrase.end() : phrase.end() + 240]
-        sentence = rest[: end.search(rest).start()].lstrip(" *").rstrip(" *.")
+        sentence = rest[: end.search(rest).start()].lstrip(" *`").rstrip(" *.`")
         answer = without_prose(sentence)
         if answer and len(answer) <= 200:
             found.append(answer)
