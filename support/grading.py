@@ -299,7 +299,8 @@ def equal(gold, found, rounded: bool) -> bool:
     for one, other in ((gold, found), (found, gold)):
         if isinstance(one, sympy.FiniteSet) and isinstance(other, sympy.And):
             return False  # math-verify takes 1 < x < 2 for the set of 1 and 2
-    values = all(isinstance(side, sympy.Expr) and side.is_number for side in (gold, found))
+    sides = gold, found
+    values = all(isinstance(side, sympy.Expr) and side.is_number and not side.is_infinite for side in sides)
     if rounded and values and not (gold.is_Rational and found.is_Rational):
         return bool(abs(sympy.N(gold - found, 20)) <= 1e-6 * abs(sympy.N(gold, 20)))
     allow = {"allow_set_relation_comp": True, "numeric_precision": 50}

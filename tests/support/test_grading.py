@@ -273,7 +273,7 @@ DIFFERENT = {
         (r"a) 3; b) \frac12", r"a) 3; b) \frac13"),
     ],
     "text": [("Tuesday", r"\text{Monday}"), (r"\text{odd}", r"\text{even}"), ("five", "6"), ("NaN", "42")],
-    "infinity": [(r"-\infty", r"\infty"), ("1e999", "5")],
+    "infinity": [(r"-\infty", r"\infty"), ("1e999", "5"), ("0.5", r"\infty"), (r"-\infty", "0.5")],
     "algebra": [("x^2+1", "(x+1)^2"), (r"2\sqrt{3}", r"\sqrt{13}"), (r"3\pi", "3")],
     "tiny and huge numbers": [
         ("0", r"3.1\times 10^{-25}"),
