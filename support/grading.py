@@ -294,9 +294,9 @@ def equal(gold, found, rounded: bool) -> bool:
     import sympy
     from math_verify import verify
 
-    if isinstance(found, sympy.Eq) and found.free_symbols and not isinstance(gold, sympy.Eq):
-        return False  # math-verify takes x + y = 5 for 5
     for one, other in ((gold, found), (found, gold)):
+        if isinstance(one, sympy.Eq) and one.free_symbols and not isinstance(other, sympy.Eq):
+            return False  # math-verify takes x + y = 5 for 5
         if isinstance(one, sympy.FiniteSet) and isinstance(other, sympy.And):
             return False  # math-verify takes 1 < x < 2 for the set of 1 and 2
     sides = gold, found
