@@ -181,7 +181,7 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
         return "right" if ours in (theirs, theirs * Fraction(100) ** percent) else "wrong", found, gold
     if squeeze(found) == squeeze(gold):
         return "right", found, gold
-    set_and_tuple = sorted(text.lstrip("\\")[:1] for text in (found, gold)) == ["(", "{"]
+    set_and_tuple = sorted(text.lstrip("\\ ")[:1] for text in (found, gold)) == ["(", "{"]
     if two_names or set_and_tuple or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
         return "wrong", found, gold
     return None, found, gold

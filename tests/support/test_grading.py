@@ -356,6 +356,7 @@ DIFFERENT = {
     "inequalities": [(r"x\ge 7", "x>7"), ("x<7", r"(7,\infty)")],
     "sets and tuples": [
         ("(3,4)", r"\{3,4\}"),
+        (r"x \in \{3,4\}", r"x \in (3,4)"),
         ("(1,2),(3,5)", "(1,2),(3,4)"),
     ],
     "anagrams": [(r"\text{Amy}", r"\text{May}"), ("Evelyn", "Nylvee"), ("four", "ruof")],
