@@ -297,8 +297,8 @@ def equal(gold, found, rounded: bool) -> bool:
     for one, other in ((gold, found), (found, gold)):
         if isinstance(one, sympy.Eq) and one.free_symbols and not isinstance(other, sympy.Eq):
             return False  # math-verify takes x + y = 5 for 5
-        if isinstance(one, sympy.FiniteSet) and isinstance(other, sympy.And):
-            return False  # math-verify takes 1 < x < 2 for the set of 1 and 2
+        if isinstance(one, sympy.FiniteSet) and isinstance(other, (sympy.And, sympy.Rel)):
+            return False  # math-verify takes 1 < x < 2, and |x| < 2, for the sets of their bounds
     sides = gold, found
     values = all(isinstance(side, sympy.Expr) and side.is_number and not side.is_infinite for side in sides)
     if rounded and values and not (gold.is_Rational and found.is_Rational):
