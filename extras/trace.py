@@ -143,6 +143,9 @@ def hand_check(names: Names, student: Tensor, teacher: Tensor, number: int) -> s
     token = int(terms.abs().argmax())
     kl, p = terms.sum().item(), student[token].exp().item()
     gradient = terms[token].item() - p * kl
+    sign, moves = ("positive", "lowers") if gradient > 0 else ("negative", "raises")
+    if gradient == 0:  # the two models are the same
+        sign, moves = "zero", "keeps"
     return CHECK.format(
         number=number,
         kl=kl,
@@ -150,8 +153,8 @@ def hand_check(names: Names, student: Tensor, teacher: Tensor, number: int) -> s
         term=terms[token].item(),
         p=p,
         gradient=gradient,
-        sign="positive" if gradient > 0 else "negative",
-        moves="lowers" if gradient > 0 else "raises",
+        sign=sign,
+        moves=moves,
     )
 
 

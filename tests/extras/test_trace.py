@@ -22,6 +22,16 @@ def test_gradients_by_formula_by_autograd_and_by_enumeration():
     assert torch.allclose(found["forward KL"], student.exp() - teacher.exp())
 
 
+def test_the_update_that_is_explained_has_the_sign_of_the_gradient():
+    student, teacher = torch.tensor([[0.5, 0.25, 0.25], [0.75, 0.125, 0.125]]).log()
+    for p, q, said in [
+        (student, teacher, "negative, so the update raises"),
+        (teacher, student, "positive, so the update lowers"),
+        (student, student, "zero, so the update keeps"),
+    ]:
+        assert f"It is {said} this logit" in trace.hand_check(str, p, q, 1)
+
+
 def test_the_toys_step(world, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["trace", "--tokens", "4", "--lr", "0.003", "--every"])
     trace.main()
