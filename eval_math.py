@@ -274,6 +274,8 @@ def evaluate_model(
     tokenizer = models.load_tokenizer(name)
     model = models.load_model(name, getattr(torch, knobs.dtype), device)
     eos_ids = models.eos_ids(tokenizer, model)
+    if knobs.instruction and tokenizer.chat_template is None:
+        print(f"{name} has no chat template: two worked examples take the place of --instruction", flush=True)
     records = {}
     for title, benchmark in benchmarks.items():
         instruction = benchmark.instruction if knobs.instruction is None else knobs.instruction

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -145,6 +146,16 @@ def test_non_finite_probabilities_end_an_evaluation(world, tmp_path, monkeypatch
     model = ["--model", world / "student", "--data", world / "test.jsonl", "--limit", 4, *FLAGS]
     with pytest.raises(cli.BadInput, match="^Qwen2ForCausalLM has non-finite log-probabilities after"):
         main(monkeypatch, *model, "--temperature", 1e-320, "--out", tmp_path / "out")
+
+
+def test_a_base_model_does_not_read_the_instruction(world, tmp_path, monkeypatch, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(world / "student", base)
+    (base / "chat_template.jinja").unlink()
+    flags = ["--model", base, "--data", world / "test.jsonl", "--instruction", "In words.", "--limit", 1]
+    with pytest.raises(cli.BadInput, match="context"):  # the worked examples are too long for the toy
+        main(monkeypatch, *flags, "--out", tmp_path / "out")
+    assert "examples take the place of --instruction" in capsys.readouterr().out
 
 
 def test_base_models_end_at_the_next_question():
