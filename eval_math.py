@@ -98,8 +98,9 @@ def after_phrase(text: str) -> list[str]:
 
 def last_number(text: str) -> list[str]:
     """The last number, such as 42, -$1,042.50, .5, 1.2e5 or 3/4, in a list of at most one."""
-    number = r"(?<![\d.])[-−]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[-+]?\d+(?!\w|\.\d)|/\d+)?"
-    return re.findall(number, text, re.I)[-1:]
+    number = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+    exponent_or_denominator = r"(?:[eE][-+]?\d+(?!\w|\.\d)|/\d+)?"
+    return re.findall(rf"(?<![\d.])[-−]?\$?{number}{exponent_or_denominator}", text)[-1:]
 
 
 def extract(response: str, last_box: bool = False) -> str | None:
