@@ -426,7 +426,8 @@ def drop_rows_after(folder: Path, step: int, total: int) -> None:
         whole = [row for _, row in data.jsonl_rows(path) if isinstance(row, dict)]
         write_jsonl(path, [row for row in whole if row.get("step", step) < step])
     for path in folder.glob("eval_step_*.jsonl"):
-        if int(path.stem.rpartition("_")[2]) > step:
+        number = path.stem.removeprefix("eval_step_")
+        if number.isdecimal() and int(number) > step:
             path.unlink()
     if step < total:
         for name in ("eval_after.jsonl", "summary.json"):

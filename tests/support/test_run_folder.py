@@ -232,9 +232,15 @@ def test_rows_after_a_checkpoint_are_dropped(tmp_path):
     for name in ("step_2", "step_4", "after", "before"):
         (tmp_path / f"eval_{name}.jsonl").write_text("")
     (tmp_path / "summary.json").write_text("{}")  # of a run that has grown
+    (tmp_path / "eval_step_5_copy.jsonl").touch()  # not ours
     run_folder.drop_rows_after(tmp_path, 3, total=6)
     assert [row["step"] for row in run_folder.read_csv(tmp_path / "metrics.csv")] == ["0", "1", "2"]
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "eval_step_2.jsonl", "eval_before.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "metrics.csv",
+        "eval_step_2.jsonl",
+        "eval_step_5_copy.jsonl",
+        "eval_before.jsonl",
+    }
 
 
 def test_an_estimate_needs_no_library_for_few_bits(monkeypatch):
