@@ -416,13 +416,13 @@ def main() -> int | None:
     pair, prompts, held_out = load_with_prompts(
         engine.load_pair, knobs, device, two_tokenizers, problems, test
     )
-    sampler = engine.rollout
+    sampler = engine.rollout  # in training; evaluation always samples with engine.rollout
+    scorer = engine.score
+    teacher_held_out = held_out
     if knobs.sampler == "continuous":
         from extras.continuous import continuous_rollout
 
-        sampler = continuous_rollout  # in training alone: `grade` keeps engine.rollout
-    scorer = engine.score
-    teacher_held_out = held_out
+        sampler = continuous_rollout
     if two_tokenizers:
         from extras.other_tokenizer import prepare
 
@@ -433,11 +433,10 @@ def main() -> int | None:
         knobs = replace(knobs, horizon=profile_horizon.choose(scorer, pair, prompts, knobs))
         horizon_at = schedule_of(knobs)
 
-    # None without held-out problems; `train` does not call it then, as `settings` has set eval_every to 0.
     def grade(model, name: str) -> dict | None:
         given = teacher_held_out if model is pair.teacher else held_out
         path = folder / f"eval_{name}.jsonl"
-        return held_out_scores(model, given, path, knobs, engine.rollout) if test else None
+        return held_out_scores(model, given, path, knobs, engine.rollout) if test else None  # --eval-limit 0
 
     # 3. Evaluate, train, evaluate again.
     optimizer = engine.adamw(pair, knobs)
@@ -452,7 +451,8 @@ def main() -> int | None:
         # A resumed run finds these answers in its folder, and samples none again. Its student still has the
         # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        train(pair, optimizer, prompts, horizon_at, knobs, run, grade, sampler=sampler, scorer=scorer)
+        grade_steps = grade if test else None
+        train(pair, optimizer, prompts, horizon_at, knobs, run, grade_steps, sampler=sampler, scorer=scorer)
         run.save_student()
         summary["seconds"] = run.seconds()
         summary["after"] = grade(pair.student, "after")

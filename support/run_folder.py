@@ -68,8 +68,7 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
     device = models.find_device(knobs.device)
     check_device_flags(knobs, device)
     dtype = models.dtype_name(knobs.dtype, device)
-    eval_every = knobs.eval_every if knobs.eval_limit else 0
-    return dataclasses.replace(knobs, dtype=dtype, eval_every=eval_every), folder
+    return dataclasses.replace(knobs, dtype=dtype), folder
 
 
 def check_device_flags(knobs, device: torch.device) -> None:
