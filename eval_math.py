@@ -71,7 +71,7 @@ def boxed(text: str) -> list[str]:
 
 def after_hashes(text: str) -> list[str]:
     """What follows GSM8K's "####"; text without a digit, or "1. Add", is a heading, and skipped."""
-    found = re.findall(r"(?<!#)####(?!#)[ \t]*(?!\**\d+[.)]\s+\**[A-Za-z])(\S[^\n]{0,200})", text)
+    found = re.findall(r"(?<!#)####(?!#)[ \t]*(?!\**\d+[.)][ \t]+\**[A-Za-z])(\S[^\n]{0,200})", text)
     return [answer.strip(" *") for answer in found if re.search(r"\d", answer.split()[0])]
 
 

@@ -229,6 +229,7 @@ EXTRACTED = [  # response, its answer
     ("#### **14**", "14"),
     ("#### 1. Add\n7 + 7\n#### **2) Check**\nThe answer is 14.", "14"),
     ("#### 14 eggs", "14 eggs"),
+    ("#### 14.\nQuestion: 3 eggs", "14."),
     ("The answer is 1, 2, and 3.", "1, 2, and 3"),
     ("The answer is $x = 1$, or $x = 2$.", "$x = 1$, or $x = 2$"),
     ("The answer is 14, and that is even.", "14"),
