@@ -77,8 +77,11 @@ PARTS = re.compile(  # of "(a) 5, (b) 6"
 )
 # \frac{1 \pm \sqrt5}{2}; math-verify reads the sign in a sum alone
 TWO_SIGNS = re.compile(r"(?!.*(?:\\\{|\\mp))((?:(?!\\pm|±).)*)(?:\\pm|±)((?:(?!\\pm|±).)*)")
-# "5/2 =" in 5/2 = 2.5: without letters, and without commas but those between thousands
-CALCULATION = re.compile(r"^(?:[^A-Za-z,\\]|,\d{3}|\\[a-z]+|\\\W)*(?<![<>!])=(?!.*,(?!\d{3}))")
+# "5/2 =" in 5/2 = 2.5: numbers and operations, and no commas but those between thousands
+CALCULATION = re.compile(
+    r"^(?:[^A-Za-z,\\<>]|,\d{3}|\\(?:frac|sqrt|binom|times|cdot|div|pm|circ|pi|log|ln|sin|cos|tan)(?![a-z])|\\\W)*"
+    r"(?<!!)=(?!.*,(?!\d{3}))"
+)
 NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"
 AMOUNT = re.compile(  # a number or formula, and the unit after it
