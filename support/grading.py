@@ -175,7 +175,7 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     (found, unit), (gold, other_unit) = split_unit(found), split_unit(gold)
     if unit and other_unit and unit != other_unit:
         return "wrong", found, gold
-    if re.fullmatch("[ap]m", unit or other_unit):  # not ratios: 1:15 pm is not 3:45 pm
+    if re.fullmatch("[ap]m", unit or other_unit) and ":" in found + gold:  # no ratio: 1:15 pm is not 3:45 pm
         return "right" if clock(found) == clock(gold) else "wrong", found, gold
     percent = found.endswith("%") - gold.endswith("%")
     found, gold = found.rstrip("%\\ "), gold.rstrip("%\\ ")
@@ -241,7 +241,7 @@ def number(text: str) -> Fraction | None:
 
 def clock(text: str) -> str:
     """A time of day in one spelling: 7:00 from 07:00 and 7."""
-    hour, _, minutes = squeeze(text).partition(":")
+    hour, _, minutes = re.sub("[{}]", "", squeeze(text)).partition(":")
     return f"{hour.lstrip('0')}:{minutes or '00'}"
 
 
