@@ -73,7 +73,7 @@ NAME = re.compile(  # "x =", "f'(x) =", "(x, y) =", "x \in", "m\angle A =", "\te
 )
 CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\(|\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
 PARTS = re.compile(  # of "(a) 5, (b) 6"
-    r"[\s,;]\([b-j]\)\s*[^\s,;]|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I
+    r"(?:^\s*\(a\)\s*[^\s(].*\s|[,;]\s*)\([b-j]\)\s*[^\s,;]|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I
 )
 # \frac{1 \pm \sqrt5}{2}; math-verify reads the sign in a sum alone
 TWO_SIGNS = re.compile(r"(?!.*(?:\\\{|\\mp))((?:(?!\\pm|±).)*)(?:\\pm|±)((?:(?!\\pm|±).)*)")

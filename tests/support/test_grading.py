@@ -240,6 +240,7 @@ EQUAL = {
         (r"\textbf{(D) }31", "31"),
         (r"(D) \frac{2}{4}", r"\frac12"),
         ("(a)(b+1)", "ab+a"),
+        (r"\frac{1}{2} (h) (b)", r"\frac{bh}{2}"),
         (r"\textbf{(D)}\ 31", "D"),
         ("Option D", "D"),
     ],
