@@ -67,9 +67,9 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
 )
 DECIMAL = r"(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 NUMBER = re.compile(rf"([-+]?)\s*(?:(\d+) +(?=\d+/))?(-?{DECIMAL})(?:\s*[/:]\s*({DECIMAL}))?")
-NAME = re.compile(  # "x =", "f'(x) =", "(x, y) =", "x \in", "m\angle A =", "\text{Area} ="
-    r"(?:^|(?<=,))\s*((?:m?\s*\\angle\s*)?\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*(?:\(\w\))?|\\text\s*\{[^{}]*\}"
-    r"|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
+NAME = re.compile(  # "x =", "a_{n+1} =", "f'(x) =", "f^{-1}(x) =", "(x, y) =", "x \in", "\text{Area} ="
+    r"(?:^|(?<=,))\s*((?:m?\s*\\angle\s*)?\\?[A-Za-z]+(?:_\w|_\{[^{}]+\})?'*(?:(?:\^\{-1\})?\(\w\))?"
+    r"|\\text\s*\{[^{}]*\}|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
 )
 CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\(|\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
 PARTS = re.compile(  # of "(a) 5, (b) 6"
