@@ -82,7 +82,8 @@ def after_phrase(text: str) -> list[str]:
     end = re.compile(
         r"\.\s"  # a full stop
         r"|\.?\*{0,9}[ \t]{0,20}$|\n"  # the end of a line or of the text; stars are Markdown's bold type
-        r"|[,;]\s(?!(?:and|or)\s+[-−$\\\d(])(?=[a-z]{2})"  # a comma before a word, but for "and 3"
+        # a comma before a word, but for "and 3" without more words: 1 hour, or 60 minutes, is no list
+        r"|[,;]\s(?!(?:and|or)\s+[-−$\\\d(][^\s%,;]*(?:[,;]|\s*$|\s+[^a-z\s]))(?=[a-z]{2})"
         r"|\s\(?(?:because|since)\s",
         re.M,
     )
