@@ -331,7 +331,7 @@ def is_prose(text: str) -> bool:
     """Whether text is a solution, not a final answer: many words in two sentences, steps, or a long text."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
     has_sentences = re.search(r"[\w)$}][.!?]\s+[\w$\\]", text)
-    has_steps = "\\" not in text and bool(re.search(r"=.*\n", text.strip()))
+    has_steps = bool(re.search(r"\d\s*[-+*/]\s*[\d.]+\s*=.*\n", text.strip()))  # 3 + 2 = 5 and more lines
     return len(text) > 500 or has_steps or (len(words) >= 8 and (len(text) > 200 or bool(has_sentences)))
 
 

@@ -100,6 +100,7 @@ ANSWERS = [  # a gold answer as it is written, and as it is read
     ("#### Step 1\nadd\n#### 7\nThe answer is: 7", "7"),
     ("so #### 7 The answer is: 7", "7"),
     ("Answer: 7", "7"),
+    ("x_1 = 1\nx_2 = 7", "x_1 = 1\nx_2 = 7"),
     ("3 + 4 = 7\n**Final answer:** 7.", "7"),
     ("\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}"),
     (r"The answer is \boxed{\{1, 2\}}.", r"\{1, 2\}"),
