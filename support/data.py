@@ -332,7 +332,8 @@ def is_prose(text: str) -> bool:
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
     has_sentences = re.search(r"[\w)$}][.!?]\s+[\w$\\]", text)
     has_steps = bool(re.search(r"\d\s*[-+*/]\s*[\d.]+\s*=.*\n", text.strip()))  # 3 + 2 = 5 and more lines
-    return len(text) > 500 or has_steps or (len(words) >= 8 and (len(text) > 200 or bool(has_sentences)))
+    many_words = len(words) >= 8 and (len(text) > 200 or bool(has_sentences))
+    return len(text) > 500 or has_steps or many_words or "answer is" in text.lower()
 
 
 def last_box(text: str) -> str:

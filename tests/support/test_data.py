@@ -123,6 +123,7 @@ ANSWERS = [  # a gold answer as it is written, and as it is read
     ("The answer is: " + SOLUTION, BadInput("not marked by")),
     ("#### Solution\nWe add.", BadInput("not marked by")),
     ("so\n####", BadInput("not marked by")),
+    ("Final Answer: The final answer is 4", BadInput("not marked by")),
     ("3 + 2 = 5\n10 / 2 = 5", BadInput("not marked by")),
     ("['5']", BadInput("has a list written as text in answer")),
     ('["5", "6"]', BadInput("has a list written as text in answer")),
