@@ -35,9 +35,9 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
     """KL(student || teacher) = sum_v p (log p - log q), exact: (C, V), (C, V), (C,) -> (C,).
 
     ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary. With them
-    the gradient in log p is p (log p - log q), exactly zero where p = q. Without them it has another p, which
-    the backward pass of log_softmax removes only up to rounding; AdamW, which divides a gradient by its own
-    size, would turn the rest into full-size updates.
+    the gradient in log p is p (log p - log q), exactly zero where p = q. Without them it is larger by
+    p. The backward pass of log_softmax cancels that p, but only up to rounding, and AdamW, which divides a
+    gradient by its own size, would make full-size updates of what remains.
     """
     p, q = student_logp.exp(), teacher_logp.exp()
     return (p * (student_logp - teacher_logp) - p + q).sum(-1)
@@ -53,8 +53,8 @@ def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float 
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., arXiv 2306.13649).
 
     beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. The derivatives
-    through the logarithms cancel, so these need no gradient. What remains is the gradient
-    (1 - beta) p (log p - log m) in log p, exactly zero where p = q.
+    of the logarithms cancel in the sum over the vocabulary, so they are computed without gradient. The
+    gradient in log p is (1 - beta) p (log p - log m), exactly zero where p = q.
     """
     with torch.no_grad():
         log_ratio = (teacher_logp - student_logp).clamp_max(80)  # log q - log p; e^89 overflows in fp32
@@ -152,7 +152,7 @@ class OutputHead:
             bias=getattr(linear, "bias", None),
             scale=scale,
             softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=min(vocab_size, len(linear.weight)),  # with two tokenizers, it is the larger one's
+            vocab_size=min(vocab_size, len(linear.weight)),  # with two tokenizers it may be larger
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -215,5 +215,4 @@ def opd_backward(
         statistics.append(token_statistics(student_logp, teacher_logp, token_chunk))
     if leaf.grad is not None:
         student_hidden.backward(leaf.grad)
-    # Without tokens there is still one chunk, an empty one.
     return loss, {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}

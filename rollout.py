@@ -173,6 +173,8 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
         sampled = rollouts.response_mask[row]
         text = torch.cat([prompt, rollouts.tokens[row][sampled]])
         ids.append(text[:-1])  # the last token predicts nothing
-        no_loss = loss_mask.new_zeros(len(prompt) - 1)  # all prompt tokens but the last predict prompt tokens
+        no_loss = loss_mask.new_zeros(
+            len(prompt) - 1
+        )  # a prompt token before the last predicts a prompt token
         predicts.append(torch.cat([no_loss, loss_mask[row][sampled]]))
     return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)

@@ -24,7 +24,7 @@ def linear(step: int, steps: int, budget: int, start: int, growth: int, interval
     """The horizon in tokens at `step`, from 0 to steps - 1: the formula of all four schedules.
 
     `budget` is T, and `start` is H0 in tokens. A schedule that does not grow has growth 0 and interval 1, so
-    H = H0. Every formula is called with these arguments by name, `step` apart, whether it uses them or not.
+    H = H0. Every formula gets all these arguments, by name except `step`, whether it uses them or not.
     """
     return min(budget, start + growth * (step // interval))
 

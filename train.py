@@ -58,7 +58,7 @@ class Knobs:
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
     eval_data: str = knob("", "held-out problems; default: test split of --data, or part of a single file")
     question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
-    answer_column: str = knob("", "of the answers of held-out problems; default: found by name")
+    answer_column: str = knob("", "column of the held-out answers; default: found by name")
     skip_bad_rows: bool = knob(False, "leave out rows that cannot be read, instead of stopping")
     instruction: str = knob(INSTRUCTION, "text after each problem")
     system_prompt: str = knob("", "system message; the chat template's own if empty")

@@ -337,7 +337,7 @@ def is_prose(text: str) -> bool:
 
 
 def last_box(text: str) -> str:
-    r"""The content of the \boxed{} that closes last, but for empty ones; empty if there is none."""
+    r"""The content of the last non-empty \boxed{} to close; empty if there is none."""
     for start, end in reversed(boxes(text)):
         if content := text[start:end].strip():
             return content

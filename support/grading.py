@@ -13,7 +13,7 @@ Conventions, where mathematics does not decide:
 | choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
 | parts | (a) 5, (b) 6 is compared as text |
 | bases | 101_2 needs its base, and is not converted |
-| a:b | the fraction a/b, but a time of day with am or pm; longer ratios are compared as text |
+| a:b | the fraction a/b, unless am or pm makes it a time of day; longer ratios are compared as text |
 | words | compared as text, ignoring case; so is everything that math-verify cannot read completely |
 | gold unreadable | the texts differ, and math-verify cannot read the gold: not correct, and reported |
 | several boxes | the first that is not blank counts; `correct_last` shows the last |
@@ -116,7 +116,7 @@ def boxes(text: str) -> list[tuple[int, int]]:
     """
     found = []
     opened: list[tuple[bool, int]] = []  # (whether it is a box, where its content starts)
-    escaped = r"\\[\\{}](?!boxed|fbox)"  # some models write \\boxed for \boxed
+    escaped = r"\\[\\{}](?!boxed|fbox)"  # but not of \\boxed, which some models write for \boxed
     for match in re.finditer(rf"(?P<box>\\(?:boxed|fbox)\s*{{)|{escaped}|(?P<brace>[{{}}])", text):
         if match["box"] or match["brace"] == "{":
             opened.append((bool(match["box"]), match.end()))

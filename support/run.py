@@ -75,7 +75,7 @@ class Run:
         return row
 
     def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
-        """Show an answer of this step: not here."""
+        """Does nothing here; CheckpointedRun shows an answer of this step."""
 
     def stop_non_finite(
         self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
