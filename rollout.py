@@ -173,8 +173,6 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
         sampled = rollouts.response_mask[row]
         text = torch.cat([prompt, rollouts.tokens[row][sampled]])
         ids.append(text[:-1])  # the last token predicts nothing
-        no_loss = loss_mask.new_zeros(
-            len(prompt) - 1
-        )  # a prompt token before the last predicts a prompt token
+        no_loss = loss_mask.new_zeros(len(prompt) - 1)  # prompt tokens before the last predict prompt tokens
         predicts.append(torch.cat([no_loss, loss_mask[row][sampled]]))
     return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)
