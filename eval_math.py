@@ -79,11 +79,12 @@ def after_phrase(text: str) -> list[str]:
     """What follows "the answer is", "answer:" or "answer =", up to the end of the sentence."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     phrases = re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I)
+    # The last part of a list: "and 3" in "1, 2, and 3", but not "or 60 minutes" in "1 hour, or 60 minutes".
+    last_part = r"(?:and|or)\s+[-−$\\\d(][^\s%,;]*(?:[,;]|\s*$|\s+[^a-z\s])"
     end = re.compile(
         r"\.\s"  # a full stop
         r"|\.?\*{0,9}[ \t]{0,20}$|\n"  # the end of a line or of the text; stars are Markdown's bold type
-        # a comma before a word, but for "and 3" without more words: 1 hour, or 60 minutes, is no list
-        r"|[,;]\s(?!(?:and|or)\s+[-−$\\\d(][^\s%,;]*(?:[,;]|\s*$|\s+[^a-z\s]))(?=[a-z]{2})"
+        rf"|[,;]\s(?!{last_part})(?=[a-z]{{2}})"  # a comma before a word
         r"|\s\(?(?:because|since)\s",
         re.M,
     )

@@ -144,7 +144,7 @@ def hand_check(names: Names, student: Tensor, teacher: Tensor, number: int) -> s
     kl, p = terms.sum().item(), student[token].exp().item()
     gradient = terms[token].item() - p * kl
     sign, moves = ("positive", "lowers") if gradient > 0 else ("negative", "raises")
-    if gradient == 0:  # the two models are the same
+    if gradient == 0:  # p = q
         sign, moves = "zero", "keeps"
     return CHECK.format(
         number=number,

@@ -70,7 +70,10 @@ def score_answers(records: list[dict]) -> dict:
 
 
 def majority_is_right(group: list[dict]) -> bool:
-    """Whether the most frequent answer is right: at least half of those of its text, units aside."""
+    """Whether the most frequent answer is right.
+
+    Answers that differ in units alone are one answer, which is right if at least half of them are.
+    """
     votes = defaultdict(list)
     for r in group:
         if r["extracted"] is not None:

@@ -186,7 +186,6 @@ def test_cache_reads_are_those_of_every_token_before():
 
 def test_ranks(world, tmp_path, monkeypatch):
     """The rows of a run, which torchrun starts in processes of their own and here is in this one."""
-
     run = bench_ranks.subprocess.run
 
     def run_here(command, **options):
