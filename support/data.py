@@ -328,7 +328,7 @@ def final_answer(text: str, column: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Whether text is a solution, not a final answer: sentences, lines of calculation, "answer is", or long."""
+    """Whether text is a solution, not a final answer: sentences, calculations, "answer is", or long text."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
     has_sentences = re.search(r"[\w)$}][.!?]\s+[\w$\\]", text)
     has_steps = bool(re.search(r"\d\s*[-+*/]\s*[\d.]+\s*=.*\n", text.strip()))  # 3 + 2 = 5 and more lines
