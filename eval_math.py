@@ -76,9 +76,10 @@ def after_hashes(text: str) -> list[str]:
 
 
 def after_phrase(text: str) -> list[str]:
-    """What follows "the answer is", "answer:" or "answer =", up to the end of the sentence."""
+    """What follows "the answer is", "answer:", "answer =" or a heading "Answer", up to the sentence's end."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
-    phrases = re.finditer(r"answer(?: is|:| =)(?:[\s:*]|(?:\$\$|\\\[)\s*\n){0,20}", text, re.I)
+    phrase = r"answer\*{0,3}(?: is| ?:| =)|^[#* ]{0,9}(?:final )?answer[#* ]{0,9}$"  # "**Answer**: 5"
+    phrases = re.finditer(rf"(?:{phrase})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}", text, re.I | re.M)
     # The last part of a list: "and 3" in "1, 2, and 3", but not "or 60 minutes" in "1 hour, or 60 minutes".
     last_part = r"(?:and|or)\s+[-−$\\\d(][^\s%,;]*(?:[,;]|\s*$|\s+[^a-z\s])"
     end = re.compile(
@@ -89,8 +90,8 @@ def after_phrase(text: str) -> list[str]:
         re.M,
     )
     found = []
-    for phrase in islice(phrases, 100):
-        rest = text[phrase.end() : phrase.end() + 240]
+    for match in islice(phrases, 100):
+        rest = text[match.end() : match.end() + 240]
         sentence = rest[: end.search(rest).start()].lstrip(" *`").rstrip(" *.`")
         answer = without_prose(sentence)
         if answer and len(answer) <= 200:
@@ -99,10 +100,11 @@ def after_phrase(text: str) -> list[str]:
 
 
 def last_number(text: str) -> list[str]:
-    """The last number, such as 42, -$1,042.50, .5, 1.2e5 or 3/4, in a list of at most one."""
+    """The last number, such as 42, -$1,042.50, .5, 1.2e5, 3/4 or \\frac{3}{4}, in a list of at most one."""
+    fraction = r"\\[dt]?frac\{\d+\}\{\d+\}"
     number = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
     exponent_or_denominator = r"(?:[eE][-+]?\d+(?!\w|\.\d)|/\d+)?"
-    return re.findall(rf"(?<![\d.])[-−]?\$?{number}{exponent_or_denominator}", text)[-1:]
+    return re.findall(rf"(?<![\d.])[-−]?(?:{fraction}|\$?{number}{exponent_or_denominator})", text)[-1:]
 
 
 def extract(response: str, last_box: bool = False) -> str | None:

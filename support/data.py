@@ -35,6 +35,9 @@ ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "soluti
 LONGEST = 200_000  # characters of a question: longer than any context, and enough to stall a tokenizer
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+LOST_BACKSLASH = re.compile(  # "\frac" in JSON is a form feed and "rac"
+    r"\x0crac|\x08(?:oxed|inom|eta|egin|ar)|\t(?:ext|frac)\{|\t(?:imes|heta)\b|\r(?:ight|angle)|\nabla\b"
+)
 NOT_TEXT = {
     b"\x1f\x8b": "gzip-compressed",
     b"PK\x03\x04": "a zip archive",
@@ -257,7 +260,7 @@ def answer_of(row: dict, column: str) -> str:
     """The final answer; parts in a list are joined by a comma. Raises BadRow."""
     columns = (column,) if column else ANSWER_COLUMNS
     if not column and "query" in row:
-        columns = ("response", *columns)
+        columns = (*columns, "response")
     column, value = values_of(row, columns, "answer")[0]
     parts = value if isinstance(value, list) else [value]  # OlympiadBench: an answer may have parts
     if any(map(is_missing, parts)):
@@ -294,6 +297,9 @@ def to_text(value: Any, column: str) -> str:
     if isinstance(value, str):
         if re.search("[\ud800-\udfff]", value):
             raise BadRow(f"has half of a surrogate pair in {column}, which is not valid Unicode")
+        if lost := LOST_BACKSLASH.search(value):
+            what = f"has {lost[0]!r} in {column}, of a LaTeX command whose backslash was taken for an escape"
+            raise BadRow(f"{what}: in JSON, write it twice")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise BadRow(f"has a {type(value).__name__} in {column} where text or a number is needed")

@@ -5,6 +5,7 @@ Conventions, where mathematics does not decide:
 | kind | rule |
 |---|---|
 | units | either side may leave its unit out; two units must be the same; none is converted |
+| letters | m is a unit after a number, and a variable beside variables; M is another variable |
 | percent | 50\% equals 50 and 1/2; without a percent sign, 50 is not 1/2 |
 | decimals | equal an irrational number within 1e-6 of its value, and a fraction exactly |
 | lists, sets | in any order, "or" and "and" are commas; tuples, intervals and matrices in their order |
@@ -30,8 +31,9 @@ LONGEST_ANSWER = 500  # characters of an answer; longer text is not compared
 LONGEST_RESPONSE = 200_000  # characters of a response; what follows is not searched for an answer
 
 SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations unknown to math-verify
-    (r"^[\s=*]+|[\s.,;*]+$", ""),
-    (r"^\$(.*)\$$", r"\1"),
+    ("[\u200b\u2060\ufeff]", ""),
+    (r"^[\s=*]+|[\s.,;*。]+$", ""),
+    (r"(?s)(?<!\\)\$((?:\\.|[^\\$])*)\$", r"\1"),  # two dollar signs are LaTeX's, a single one is money
     ("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),  # NFKC would turn a superscript 5 into 5
     ("[₀-₉]+", r"_{\g<0>}"),
     ("[¼-¾⅐-⅞]", r" \g<0>"),
@@ -41,6 +43,8 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"°|\\degree(?![a-z])", r"^\\circ "),
     ("·", r"\\cdot "),
     ("∈", r"\\in "),
+    ("≈", r"\\approx "),
+    ("、", ","),
     ("∞|[Ii]nfinity", r"\\infty "),
     ("√", r"\\sqrt "),
     ("∛", r"\\sqrt[3] "),
@@ -49,12 +53,16 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"(?<!\\)\\[, ]|\\q?quad(?![a-z])|~|\s", " "),
     (r"\\(?:mbox|mathrm|mathbf|boldsymbol|bm|text(?:bf|it|rm|up))(?![a-z])", r"\\text"),
     (r"^\s*(?:\\text\s*)?\{(?![^{]*\}.)(.*)\}\s*$", r"\1"),
-    (r"\\text\s*(?:\{\s*(\(?\w\)?|[-\d.,\s]*\d)\s*\}|(\w))", r" \1\2"),  # \mathrm e, \text{13}, \textbf{(C)}
+    (r"\\text\s*(?:\{\s*(\(?\w[).:]*|[-\d.,\s]*\d)\s*\}|(\w))", r" \1\2"),  # \mathrm e, \textbf{(C)}
     (r"(?:,\s*)?(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
     (r"\\(?:[dtcs]|nice)frac(?![a-z])", r"\\frac"),
     (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"\\sqrt\s*(\[\d\])?\s*(\d+|\((?:[^()]|\([^()]*\))*\))", r"\\sqrt\1{\2}"),
     (r"\\lg(?![a-z])", r"\\log"),
+    (r"\\langle(?![a-z])", "("),
+    (r"\\rangle(?![a-z])", ")"),
+    (r"\\\\\[\s*[\d.]+\s*(?:pt|em|ex|mm)\s*\]", r"\\\\"),  # space between the rows of a matrix
+    (r"\^\s*(-\s*(?:\d+|[A-Za-z]))", r"^{\1}"),  # 10^-3
     (r"\\varnothing", r"\\emptyset"),
     (r"(\d)\s*x\s*(?=10\s*\^)", r"\1\\times "),
     (r"\bC\((\d+),\s*(\d+)\)|(\w+)\s*\\choose\s*(\w+)", r"\\binom{\1\3}{\2\4}"),
@@ -69,11 +77,17 @@ DECIMAL = r"(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 NUMBER = re.compile(rf"([-+]?)\s*(?:(\d+) +(?=\d+/))?(-?{DECIMAL})(?:\s*[/:]\s*({DECIMAL}))?")
 NAME = re.compile(  # "x =", "a_{n+1} =", "f'(x) =", "f^{-1}(x) =", "(x, y) =", "x \in", "\text{Area} ="
     r"(?:^|(?<=,))\s*((?:m?\s*\\angle\s*)?\\?[A-Za-z]+(?:_\w|_\{[^{}]+\})?'*(?:(?:\^\{-1\})?\(\w\))?"
-    r"|\\text\s*\{[^{}]*\}|\([a-z](?:,\s*[a-z])*\))\s*(?:=|\\in(?![a-z])|\\approx)"
+    r"|\\text\s*\{[^{}]*\}|\([a-z](?:,\s*[a-z])*\)|[A-Za-z](?::[A-Za-z])+)\s*(?:=|\\in(?![a-z])|\\approx)"
 )
-CHOICE = re.compile(r"(?:option )?\(?([a-j])(?:[).:]+|$)(?!\(|\s*[-+*/^=_,])\s*(.*)", re.I | re.S)
+CHOICE = re.compile(  # but "a:b = 2:3" is a ratio, and "(i)" a part
+    r"(?:(?:\\text\s*\{)?(?:option|choice)\}? *)?\(?([a-hj]|(?-i:I))(?:[).]+:?|(?-i:(?<=[A-J]):)|\}?$)"
+    r"(?!\(|\s*[-+*/^=_,])\s*(.*)",
+    re.I | re.S,
+)
 PARTS = re.compile(  # of "(a) 5, (b) 6"
-    r"(?:^\s*\(a\)\s*[^\s(].*\s|[,;]\s*)\([b-j]\)\s*[^\s,;]|[,;]\s*[b-j][).:]\s*(?:-?\d|\\frac|\\sqrt)", re.I
+    r"(?:^\s*\((?:a|i)\)\s*[^\s(].*\s|[,;]\s*)\((?:[b-j]|ii+)\)\s*[^\s,;]"
+    r"|[,;]\s*(?:[b-j]|ii+)[).:]\s*(?:-?\d|\\frac|\\sqrt)",
+    re.I,
 )
 # \frac{1 \pm \sqrt5}{2}; math-verify reads the sign in a sum alone
 TWO_SIGNS = re.compile(r"(?!.*(?:\\\{|\\mp))((?:(?!\\pm|±).)*)(?:\\pm|±)((?:(?!\\pm|±).)*)")
@@ -82,19 +96,30 @@ CALCULATION = re.compile(
     r"^(?:[^A-Za-z,\\<>]|,\d{3}|\\(?:frac|sqrt|binom|times|cdot|div|pm|circ|pi|log|ln|sin|cos|tan)(?![a-z])|\\\W)*"
     r"(?<!!)=(?!.*,(?!\d{3}))"
 )
-NO_UNIT = r"\s*(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|remainder|more|mod)(?![a-z])"
-SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"
-AMOUNT = re.compile(  # a number or formula, and the unit after it
-    r"(.*?(?:[\d)}!%]|\\pi))\s*('{1,2}|(?:\\?\$|[€£₹¢¥])(?: per [a-z]+)?"
+NO_UNIT = (  # words after a number that change its value
+    r"\s*\(?(?:in )?(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|lakh|crore|score|remainder|more"
+    r"|less|mod|base|factorial|divided|minus|plus|over|root|squared|cubed|hal(?:f|ves)|thirds?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?)(?![a-z])"
+)
+POWER = r"(?:\{?-?\d\}?|\\circ)"
+TEXT_UNIT = rf"(?:\\mu\s*)?\\text\s*\{{(?!{NO_UNIT})(?:[^{{}}\d^]|\^{POWER})*\}}(?:\^{POWER})?"
+SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"  # also without a space
+SYMBOL = r"(?-i:(?:[kMGmcn]|\\mu\s*)?(?:Hz|eV|Pa|[JNVWAmgs])|[KCFTLhl]|mol|min|\\Omega)(?![a-z])"
+BARE_UNIT = rf"(?:{SHORT_UNIT}|{SYMBOL})(?:\^{POWER})?"
+AMOUNT = re.compile(  # a number or formula, and the unit after it; a bare unit could also be a variable
+    r"(?P<amount>.*?(?:[\d)}!%]|\\pi))\s*(?P<unit>'{1,2}|(?:\\?\$|[€£₹¢¥])(?: per [a-z]+)?"
     r"|\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\s*)?\{?[CF]?\}?"
-    rf"|\\text\s*\{{(?!{NO_UNIT})[^{{}}\d]*\}}|{SHORT_UNIT}"
-    r"|(?<=\s)(?:[mghsl]|k?[mg]/(?:[shl]|min|c?m)|[ap]\.?m"
-    rf"|\(?(?!{NO_UNIT})[a-z]{{2}}[a-z./ ]*\)?))(\^\{{?[23]\}}?)?",
+    rf"|{TEXT_UNIT}(?:\s*(?:\\cdot|/)?\s*{TEXT_UNIT})*"
+    rf"|(?P<bare>(?:(?={SHORT_UNIT})|(?<=\s)){BARE_UNIT}(?:(?:\s*\\cdot\s*|[/ ]){BARE_UNIT})*"
+    rf"|(?<=\s)(?:[ap]\.?m|\(?(?!{NO_UNIT})[a-z]{{3}}[a-z./ ]*\)?(?:\^{POWER})?)))",
     re.S | re.I,
 )
+VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 UNITS = {r"square (\w+)": r"\1^2", r"cubic (\w+)": r"\1^3", "kilo": "k", "centi": "c", "met(er|re)": "m"}
 UNITS |= {"hour|hr": "h", "minute": "min", "inche?": "in", "feet|foot": "ft", "mile": "mi", "yard": "yd"}
-UNITS |= {"pound": "lb", r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°"}
+UNITS |= {"gram": "g", "lit(er|re)": "l", "second|sec": "s", "pound": "lb", " per ": "/"}
+UNITS |= {r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°"}
+WORD = re.compile(r"(?<![\\A-Za-z])(?:[a-z]{4}|(?:yes|no|odd)(?![a-z]))", re.I)
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
     r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[A-Za-z]'|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
@@ -172,7 +197,7 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
         found, gold = NAME.sub("", found), NAME.sub("", gold)
     if "=" not in gold:
         found = CALCULATION.sub("", found)
-    (found, unit), (gold, other_unit) = split_unit(found), split_unit(gold)
+    (found, unit), (gold, other_unit) = split_unit(found, gold), split_unit(gold, found)
     if unit and other_unit and unit != other_unit:
         return "wrong", found, gold
     if re.fullmatch("[ap]m", unit or other_unit) and ":" in found + gold:  # no ratio: 1:15 pm is not 3:45 pm
@@ -211,20 +236,33 @@ def from_repeating(whole: str, once: str, period: str) -> str:
     return rf"({whole}.{once}0+\frac{{{period}}}{{{10 ** len(once) * (10 ** len(period) - 1)}}})"
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    """A number or formula, and its unit in one spelling: ("5", "cm^2") from "5 square cm"."""
-    amount = AMOUNT.fullmatch(text)
-    if not amount or r"\circ" in amount[2] and number(amount[1]) is None:  # \sin 30^\circ
+def split_unit(text: str, other: str = "") -> tuple[str, str]:
+    """A number or formula, and its unit in one spelling: ("5", "cm^2") from "5 square cm".
+
+    In a list all parts have the same unit. Beside variables, in `text` or in the amount of `other`, only text
+    in \\text{} is a unit, because m may be a variable.
+    """
+    if "," in text:
+        amounts, units = zip(*(split_unit(part.strip()) for part in text.split(",")))
+        if units[0] and len(set(units)) == 1:
+            return ", ".join(amounts), units[0]
+    match = AMOUNT.fullmatch(text)
+    if not match or r"\circ" in match["unit"] and number(match["amount"]) is None:  # \sin 30^\circ
         return text, ""
-    unit = re.sub(r"\\text|unit|[{}().]|(?<=\w)s\b", "", amount[2].lower() + (amount[3] or ""))
+    beside = AMOUNT.fullmatch(other)
+    if match["bare"] and VARIABLE.search(match["amount"] + (beside["amount"] if beside else other)):
+        return text, ""
+    unit = re.sub(r"\\text|unit|[{}().]|(?<=\w)s\b", "", match["unit"].lower())
     for name, short in UNITS.items():
         unit = re.sub(name, short, unit)
-    return amount[1], unit.replace(" ", "")
+    return match["amount"], unit.replace(" ", "")
 
 
 def squeeze(text: str) -> str:
-    r"""Text without spaces (but between two digits), \text and needless braces, in lower case."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).lower()
+    r"""Text without spaces (but between two digits), \text and needless braces; words in lower case."""
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
+    if WORD.search(text):
+        text = text.lower()
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)|(?<=[a-z])\.", "", text))
 
 
@@ -268,15 +306,23 @@ def read(text: str):
     """The sympy object of a formula, decimals as fractions; None if latex2sympy cannot read all of it."""
     import sympy
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     rules = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+    names = ConversionConfig(lowercase_symbols=False)
     if two := TWO_SIGNS.fullmatch(text):
         text = f"{two[1]}+{two[2]}, {two[1]}-{two[2]}"
     is_complex = re.search(r"(?<![A-Za-z])i(?![A-Za-z])", text) is not None
     if sum(map(text.count, "([{")) != sum(map(text.count, ")]}")):
         return None
     try:
-        formula = latex2sympy(text, is_real=not is_complex, convert_degrees=True, normalization_config=rules)
+        formula = latex2sympy(
+            text,
+            is_real=not is_complex,
+            convert_degrees=True,
+            normalization_config=rules,
+            conversion_config=names,
+        )
     except (MemoryError, RecursionError):
         raise
     except Exception:  # its syntax errors have no class of their own
@@ -302,6 +348,8 @@ def equal(gold, found, rounded: bool) -> bool:
             return False  # math-verify takes x + y = 5 for 5
         if isinstance(one, sympy.FiniteSet) and isinstance(other, (sympy.And, sympy.Rel)):
             return False  # math-verify takes 1 < x < 2, and |x| < 2, for the sets of their bounds
+    if isinstance(gold, sympy.Symbol) and isinstance(found, sympy.Symbol):
+        return gold == found  # math-verify ignores case
     sides = gold, found
     values = all(isinstance(side, sympy.Expr) and side.is_number and not side.is_infinite for side in sides)
     if rounded and values and not (gold.is_Rational and found.is_Rational):
