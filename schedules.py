@@ -66,15 +66,13 @@ def make_schedule(
     it reaches the budget at 2/3 of the run. This is our choice; growth and interval of the paper are unknown.
     """
     schedule = SCHEDULES[name]
+    if name == "full" and horizon not in (None, 1, budget):
+        raise BadInput(f"full has the horizon --max-new-tokens, not {horizon}: drop --horizon, or use topd")
     if horizon is None:
         horizon = schedule.horizon
     if horizon == "auto":
-        if name == "full":
-            raise BadInput("--horizon auto chooses where to stop, and full does not stop: use esr or topd")
         horizon = min(schedule.horizon, budget)  # until it is measured; ESR's 100 tokens may exceed a budget
     start = first_horizon(horizon, budget)
-    if name == "full" and start < budget:
-        raise BadInput(f"horizon {horizon:g} is not full: drop --horizon, or use --schedule topd")
     if schedule.uses_growth:
         if interval is None:
             interval = max(1, steps // 30)

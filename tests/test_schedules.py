@@ -61,7 +61,7 @@ def test_the_values_of_a_new_formula_are_checked(monkeypatch, formula, value):
 
 
 def test_full_has_no_horizon_to_measure():
-    with pytest.raises(BadInput, match="full does not stop"):
+    with pytest.raises(BadInput, match="full has the horizon --max-new-tokens, not auto"):
         make_schedule("full", 128, 10, "auto")
     assert make_schedule("esr", 128, 10, "auto")(0) == 100  # until it has been measured
     assert make_schedule("esr", 50, 10, "auto")(0) == 50
