@@ -241,12 +241,8 @@ class Knobs:
     max_new_tokens: int = knob(1024, "longest answer", least=1, group="sampling")
     samples: int = knob(1, "answers to each problem: avg@K, pass@k, maj@K", least=1, most=10**4)
     temperature: float = knob(0.0, "0 is greedy", least=0)
-    top_p: float = knob(
-        1.0, "sample from the most likely tokens that hold this probability", least=0.01, most=1
-    )
-    batch_size: int | str = knob(
-        "auto", "answers sampled together; auto: what fits, up to 64", least=1, word="auto"
-    )
+    top_p: float = knob(1.0, "keep the most likely tokens of this probability", least=0.01, most=1)
+    batch_size: int | str = knob("auto", "answers sampled together, at most 64 if auto", least=1, word="auto")
     seed: int = knob(0, "of the subset and the sampling", least=0, most=2**32)
     dtype: str = knob("", "default: the faster one here", choices=("bfloat16", "float32"), group="run")
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
@@ -314,10 +310,9 @@ def settings(given: dict) -> tuple[Knobs, Path]:
         raise BadInput("nothing to evaluate: give a --model, and a --benchmark or --data")
     if len(knobs.model) > len(ascii_uppercase):
         raise BadInput(f"{len(knobs.model)} models are too many for one comparison: give at most 26")
-    if knobs.samples > 1 and knobs.temperature == 0:
-        raise BadInput(f"{knobs.samples} greedy answers are all the same: add --temperature 0.7, for example")
-    if knobs.top_p < 1 and knobs.temperature == 0:
-        raise BadInput("--top-p does not change greedy answers: add --temperature 0.7, for example")
+    if knobs.temperature == 0 and (knobs.samples > 1 or knobs.top_p < 1):
+        what = "greedy answers to a problem are all the same, and --top-p does not change them"
+        raise BadInput(f"{what}: add --temperature 0.7, for example")
     folder = Path(knobs.resume) if knobs.resume else run_folder.new_folder(knobs.out, "eval")
     dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
     return replace(knobs, dtype=dtype), folder

@@ -252,7 +252,7 @@ BAD = [  # script, flags, what the line names
     ("eval_math", "--resume={here}/run", "start a new one"),
     ("eval_math", "--regrade={here}/none.jsonl", "no graded answers"),
     ("eval_math", "--regrade={here}/test.jsonl", "line 1 is not a graded answer"),
-    ("eval_math", f"{ASK} --top-p=0.5", "does not change greedy answers: add --temperature"),
+    ("eval_math", f"{ASK} --top-p=0.5", "--top-p does not change them: add --temperature"),
     ("train", "--preset=toy --dry-run --max-new-tokens=1024", "exceed the context of 256 tokens"),
     ("eval_math", "--regrade={here}/broken.jsonl", "line 2"),
     ("toy", "--world=middle", "middle"),
