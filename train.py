@@ -44,15 +44,12 @@ class Knobs:
     popd_interval: int | None = knob(None, "steps between two increases; default: 1/30 of the run")
     max_new_tokens: int = knob(1024, "T, the longest response; evaluation always allows T", least=1)
 
+    student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder", group="models and data")
+    teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "another tokenizer needs --divergence sampled")
     preset: str = knob(
-        "",
-        "default: toy if there is no GPU and no model or data flag, else qwen",
-        choices=("toy", "words", "qwen"),
-        group="models and data",
+        "", "default: toy if no GPU, model or data is given, else qwen", choices=("toy", "words", "qwen")
     )
     world: str = knob("opening", "world of the preset toy", choices=toy.WORLDS)
-    student: str = knob("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
-    teacher: str = knob("Qwen/Qwen2.5-1.5B-Instruct", "another tokenizer needs --divergence sampled")
     teacher_device: str = knob("", "cpu, or a second GPU such as cuda:1; default: --device")
     teacher_bits: str = knob("", "quantise its weights, by bitsandbytes; default: no", choices=("8", "4"))
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
