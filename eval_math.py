@@ -198,31 +198,28 @@ def evaluate(
     records = run_folder.whole_batches(path, [i for i, _ in keys])
     # Another batch size rounds differently: a resumed evaluation keeps its own, or takes a smaller one.
     size = min(batch_size, records[0]["batch_size"]) if records else batch_size
-    bar = tqdm(total=len(keys), initial=len(records), desc=path.stem, unit="answer", leave=False)
-    with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, has_box) as grader, bar:
-        for start in range(len(records), len(keys), size):
+    starts = tqdm(range(len(records), len(keys), size), desc=path.stem, unit="batch", leave=False)
+    with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, has_box) as grader:
+        for start in starts:
             batch = keys[start : start + size]
+            questions = [problems[i].question for i, _ in batch]
+            golds = [problems[i].answer for i, _ in batch]
             began = time.perf_counter()
             noise = sampling_noise([("evaluation", seed, i, k) for i, k in batch], max_new_tokens)
             batch_prompts = [prompts[i] for i, _ in batch]
-            batch_problems = [problems[i] for i, _ in batch]
             rollouts = sampler(
                 model, batch_prompts, max_new_tokens, eos_ids, noise, temperature=temperature, top_p=top_p
             )
-            models.check_finite(model, rollouts.logp, [problem.question for problem in batch_problems])
+            models.check_finite(model, rollouts.logp, questions)
             if not records:  # the first batch
                 check_sampling(model, rollouts, temperature, top_p)
             answers = decode_answers(rollouts, tokenizer)
             seconds = (time.perf_counter() - began) / len(answers)
-            golds = [problem.answer for problem in batch_problems]
             verdicts = grader.grade([answer["response"] for answer in answers], golds)
-            for (i, _), answer, verdict in zip(batch, answers, verdicts):
-                about = {"index": i, "problem": problems[i].question, "seconds": seconds, "batch_size": size}
+            for (i, _), question, answer, verdict in zip(batch, questions, answers, verdicts):
+                about = {"index": i, "problem": question, "seconds": seconds, "batch_size": size}
                 records.append(about | answer | verdict)
             file.write("".join(json.dumps(record) + "\n" for record in records[start:]))
-            accuracy = sum(record["correct"] for record in records) / len(records)
-            bar.set_postfix({"correct": f"{accuracy:.1%}"})
-            bar.update(len(batch))
     return records
 
 
