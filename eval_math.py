@@ -248,26 +248,29 @@ class Knobs:
     regrade: str = knob("", "JSONL file of answers to grade again, without a model")
 
 
-def chosen_benchmarks(knobs: Knobs) -> dict[str, Benchmark]:
-    """The benchmarks and files to evaluate on, by name. Raises BadInput if two have the same name."""
+def read_benchmarks(knobs: Knobs) -> dict[str, tuple[str, list[data.Problem]]]:
+    """Instruction and problems of each benchmark and file, by its name. Raises BadInput."""
     chosen = {name: BENCHMARKS[name] for name in knobs.benchmark}
     chosen |= {Path(name).stem: Benchmark(name, "test", INSTRUCTION) for name in knobs.data}
     given = knobs.benchmark + knobs.data
     if len(chosen) < len(given):
         raise BadInput(f"{', '.join(given)}: two have the same name; rename a file, or give each once")
-    return chosen
+    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
+    benchmarks = {}
+    for title, (source, split, instruction) in chosen.items():
+        problems = data.distinct(data.read_problems(source, split, layout), title)
+        problems = data.subset(problems, knobs.limit, knobs.seed)
+        benchmarks[title] = instruction if knobs.instruction is None else knobs.instruction, problems
+    return benchmarks
 
 
 def evaluate_model(
-    name: str,
-    label: str,
-    benchmarks: dict[str, Benchmark],
-    problems: dict[str, list[data.Problem]],
-    knobs: Knobs,
-    folder: Path,
-    inputs: dict[str, str],  # hashes of problems and models, for config.json
+    name: str, label: str, benchmarks: dict, knobs: Knobs, folder: Path, inputs: dict[str, str]
 ) -> dict[str, list[dict]]:
-    """The records of one model by benchmark, also written to files whose names begin with `label`."""
+    """The records of one model by benchmark, also written to files whose names begin with `label`.
+
+    `benchmarks` is what `read_benchmarks` returns; `inputs` are the hashes for config.json.
+    """
     device = models.find_device(knobs.device)
     tokenizer = models.load_tokenizer(name)
     model = models.load_model(name, getattr(torch, knobs.dtype), device)
@@ -275,18 +278,15 @@ def evaluate_model(
     if knobs.instruction and tokenizer.chat_template is None:
         print(f"{name} has no chat template: two worked examples take the place of --instruction", flush=True)
     records = {}
-    for title, benchmark in benchmarks.items():
-        instruction = benchmark.instruction if knobs.instruction is None else knobs.instruction
-        prompts = render(
-            tokenizer, problems[title], instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT
-        )
+    for title, (instruction, problems) in benchmarks.items():
+        prompts = render(tokenizer, problems, instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT)
         models.check_context([model.config], prompts, knobs.max_new_tokens)
         batch_size = batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         if not (folder / "config.json").exists():  # once the first model has loaded and its prompts fit
             run_folder.write_config(folder, asdict(knobs), device, inputs)
         records[title] = evaluate(
             model,
-            HeldOut(problems[title], prompts, tokenizer, eos_ids),
+            HeldOut(problems, prompts, tokenizer, eos_ids),
             folder / f"{label}-{title}.jsonl",
             knobs.max_new_tokens,
             batch_size,
@@ -323,21 +323,15 @@ def main() -> int | None:
         print(scores.regrade(given["regrade"], extract, has_box))
         return None
     knobs, folder = settings(given)
-    benchmarks = chosen_benchmarks(knobs)
-    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
-    problems = {}
-    for title, benchmark in benchmarks.items():
-        found = data.distinct(data.read_problems(benchmark.source, benchmark.split, layout), title)
-        problems[title] = data.subset(found, knobs.limit, knobs.seed)
-    # Two models may have the same name, so each gets a letter.
-    labels = [f"{letter}-{Path(name).name}" for letter, name in zip(ascii_uppercase, knobs.model)]
+    benchmarks = read_benchmarks(knobs)
     with run_folder.exclusive(folder, fresh=not knobs.resume):
-        contents = {f"problems of {title}": found for title, found in problems.items()}
+        contents = {f"problems of {title}": problems for title, (_, problems) in benchmarks.items()}
         inputs = run_folder.input_hashes(contents, knobs.model)
         run_folder.check_inputs(folder, inputs)
         records = {}
-        for label, name in zip(labels, knobs.model):
-            records[label] = evaluate_model(name, label, benchmarks, problems, knobs, folder, inputs)
+        for letter, name in zip(ascii_uppercase, knobs.model):
+            label = f"{letter}-{Path(name).name}"  # two models may have the same name
+            records[label] = evaluate_model(name, label, benchmarks, knobs, folder, inputs)
         summary = scores.summarize(records) | {"knobs": asdict(knobs)}
         run_folder.write_json(folder / "scores.json", summary)
         print(scores.format_scores(summary))
