@@ -28,22 +28,12 @@ from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, flag_of, knob, parse, run_main
 from support.grading import LONGEST_ANSWER, boxes, is_blank, without_prose, without_reasoning
-from support.prompts import render
+from support.prompts import NEXT_QUESTION, render
 from support.workers import Grader, one_grader
 
 # The text after each problem.
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 INTEGER_INSTRUCTION = "\nPlease reason step by step. The answer is an integer; put it within \\boxed{}."
-# For a base model, which has no chat template: the text before each problem, and the text with which such a
-# model continues after its answer.
-FEW_SHOT = r"""Question: A box holds 12 pencils. Mia buys 3 boxes and gives away 7. How many has she left?
-Answer: Mia buys 3 * 12 = 36 pencils. She has 36 - 7 = 29 left. The final answer is \boxed{29}.
-
-Question: What is $\frac{1}{2} + \frac{1}{3}$?
-Answer: Over 6 this is $\frac{3}{6} + \frac{2}{6}$. The final answer is \boxed{\frac{5}{6}}.
-
-"""
-NEXT_QUESTION = "\nQuestion:"
 
 
 class Benchmark(NamedTuple):
@@ -279,7 +269,7 @@ def evaluate_model(
         print(f"{name} has no chat template: two worked examples take the place of --instruction", flush=True)
     records = {}
     for title, (instruction, problems) in benchmarks.items():
-        prompts = render(tokenizer, problems, instruction, knobs.system_prompt, knobs.thinking, FEW_SHOT)
+        prompts = render(tokenizer, problems, instruction, knobs.system_prompt, knobs.thinking, few_shot=True)
         models.check_context([model.config], prompts, knobs.max_new_tokens)
         batch_size = batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         if not (folder / "config.json").exists():  # once the first model has loaded and its prompts fit

@@ -23,6 +23,15 @@ MARK = "\ue000"  # stands for the user's text in a template; a private-use chara
 DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 # Of jinja2, of transformers where none of several templates is the default, and of what a template computes.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+# A base model, which has no chat template, reads these examples before each problem, in the same layout.
+FEW_SHOT = r"""Question: A box holds 12 pencils. Mia buys 3 boxes and gives away 7. How many has she left?
+Answer: Mia buys 3 * 12 = 36 pencils. She has 36 - 7 = 29 left. The final answer is \boxed{29}.
+
+Question: What is $\frac{1}{2} + \frac{1}{3}$?
+Answer: Over 6 this is $\frac{3}{6} + \frac{2}{6}$. The final answer is \boxed{\frac{5}{6}}.
+
+"""
+NEXT_QUESTION = "\nQuestion:"  # how it continues after its answer
 SPACES = " \t\r\n\u2581"  # the last one is SentencePiece's sign for a space
 
 
@@ -32,13 +41,13 @@ def render(
     instruction: str,
     system_prompt: str = "",
     thinking: bool = False,
-    few_shot: str = "",
+    few_shot: bool = False,
 ) -> list[list[int]]:
     """The prompt of each problem, as the ids that both student and teacher get.
 
-    Without a chat template the prompt is plain text after the examples of `few_shot`. Raises BadInput if
-    there are none, if the template refuses, omits or changes a message, or if the ids do not give the text
-    back.
+    Without a chat template the prompt is plain text after two examples. Raises BadInput for such a tokenizer
+    without `few_shot`, if the template refuses, omits or changes a message, or if the ids do not give the
+    text back.
     """
     name = tokenizer.name_or_path
     chat = tokenizer.chat_template is not None
@@ -51,7 +60,7 @@ def render(
 
     def text_around(content: str) -> str:
         if not chat:
-            return f"{few_shot}Question: {content}\nAnswer:"
+            return f"{FEW_SHOT}Question: {content}\nAnswer:"
         return apply_template(tokenizer, content, system_prompt, thinking)
 
     encode = Encoder(tokenizer, text_around, bos=not chat)

@@ -5,10 +5,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from eval_math import FEW_SHOT
 from support.cli import BadInput
 from support.data import Problem
-from support.prompts import render
+from support.prompts import FEW_SHOT, render
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end>\n"
@@ -114,7 +113,7 @@ def test_control_tokens_in_a_problem_are_plain_text(kind, template):
     for brackets in ("<>", "\u27e8\u27e9"):
         tokenizer = wrapped(KINDS[kind](), template, brackets)
         problems = [Problem(HOSTILE, "4")]
-        (ids,) = render(tokenizer, problems, "", thinking=bool(template), few_shot=FEW_SHOT)
+        (ids,) = render(tokenizer, problems, "", thinking=bool(template), few_shot=True)
         tokens.append(tokenizer.convert_ids_to_tokens(ids))
     same = str.maketrans("\u27e8\u27e9", "<>")
     assert tokens[0] == [token.translate(same) for token in tokens[1]]
@@ -146,7 +145,7 @@ def test_names_of_the_copy_in_a_problem_are_refused():
 
 def test_base_models_get_examples():
     tokenizer = wrapped(byte_level(), None)
-    (ids,) = render(tokenizer, [Problem("2 + 2?", "4")], "ignored", few_shot=FEW_SHOT)
+    (ids,) = render(tokenizer, [Problem("2 + 2?", "4")], "ignored", few_shot=True)
     assert tokenizer.decode(ids) == "<s>" + FEW_SHOT + "Question: 2 + 2?\nAnswer:"
     with pytest.raises(BadInput, match="no chat template"):
         render(tokenizer, [Problem("2 + 2?", "4")], "")
@@ -196,7 +195,7 @@ REFUSED = [  # tokenizer, template, system prompt, what the line says
 @pytest.mark.parametrize("make, template, system_prompt, says", REFUSED)
 def test_prompts_that_a_model_would_not_get_as_written_are_refused(make, template, system_prompt, says):
     with pytest.raises(BadInput) as error:
-        render(wrapped(make(), template), [Problem("What is 2?", "1")], "", system_prompt, few_shot="a")
+        render(wrapped(make(), template), [Problem("What is 2?", "1")], "", system_prompt, few_shot=True)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -213,4 +212,4 @@ def test_a_tokenizer_that_appends_eos_is_refused():
     ends = [("</s>", tokenizer.convert_tokens_to_ids("</s>"))]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=ends)
     with pytest.raises(BadInput, match="loses or adds text"):
-        render(tokenizer, [Problem("2 + 2?", "4")], "", few_shot=FEW_SHOT)
+        render(tokenizer, [Problem("2 + 2?", "4")], "", few_shot=True)
