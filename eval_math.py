@@ -97,23 +97,19 @@ def last_number(text: str) -> list[str]:
     return re.findall(rf"(?<![\d.])[-−]?(?:{fraction}|\$?{number}{exponent_or_denominator})", text)[-1:]
 
 
-def extract(response: str, last_box: bool = False) -> str | None:
+def extract(response: str) -> str | None:
     r"""The final answer of a response, by the first rule that finds one; None if there is none.
 
     The rules: \boxed{x}, "#### x", "the answer is x", the last number. The first box counts, not the last: a
-    student that has not learned to stop continues after its answer and repeats boxes. With `last_box` the
-    last box counts instead, for a column of the scores that shows the effect.
+    student that has not learned to stop continues after its answer and repeats boxes. A column of the scores
+    shows what the last box would give.
     """
     response = without_reasoning(response)
     for rule in (boxed, after_hashes, after_phrase, last_number):
         found = rule(response)
         if found:
-            return found[-1 if rule is boxed and last_box else 0]
+            return found[0]
     return None
-
-
-def has_box(response: str) -> bool:
-    return bool(boxed(without_reasoning(response)))
 
 
 def is_correct(response: str, answer: str) -> bool:
@@ -124,7 +120,7 @@ def is_correct(response: str, answer: str) -> bool:
     if data.is_missing(answer):
         raise ValueError(f"the answer is empty: {answer!r}")
     gold = data.final_answer(data.to_text(answer, "answer"), "answer")
-    return one_grader(extract, has_box).verdict(response, gold)["correct"]
+    return one_grader(extract, boxed).verdict(response, gold)["correct"]
 
 
 def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:
@@ -189,7 +185,7 @@ def evaluate(
     # Another batch size rounds differently: a resumed evaluation keeps its own, or takes a smaller one.
     size = min(batch_size, records[0]["batch_size"]) if records else batch_size
     starts = tqdm(range(len(records), len(keys), size), desc=path.stem, unit="batch", leave=False)
-    with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, has_box) as grader:
+    with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, boxed) as grader:
         for start in starts:
             batch = keys[start : start + size]
             questions = [problems[i].question for i, _ in batch]
@@ -310,7 +306,7 @@ def main() -> int | None:
     if "regrade" in given:
         if others := ", ".join(flag_of(name) for name in given if name != "regrade"):
             raise BadInput(f"--regrade grades one file and takes no other flag: drop {others}")
-        print(scores.regrade(given["regrade"], extract, has_box))
+        print(scores.regrade(given["regrade"], extract, boxed))
         return None
     knobs, folder = settings(given)
     benchmarks = read_benchmarks(knobs)

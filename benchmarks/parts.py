@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import train
-from eval_math import INSTRUCTION, extract, has_box
+from eval_math import INSTRUCTION, boxed, extract
 from extras.continuous import continuous_rollout
 from opd import OutputHead, log_probs, opd_backward, reverse_kl
 from rollout import model_inputs, rollout, sampling_noise
@@ -190,7 +190,7 @@ def run_evaluation(knobs: Knobs, out: Path) -> None:
     rng = random.Random(knobs.seed)
     golds = [rng.choice(problems).answer for _ in range(knobs.answers)]
     answers = [gold if i % 2 else rng.choice(problems).answer for i, gold in enumerate(golds)]
-    with Grader(extract, has_box) as grader:
+    with Grader(extract, boxed) as grader:
         started = time.perf_counter()
         verdicts = grader.grade([rf"So it is \boxed{{{answer}}}." for answer in answers], golds)
         seconds = time.perf_counter() - started

@@ -19,7 +19,7 @@ from probe import mean_of_tokens
 from root import RESULTS
 
 import train
-from eval_math import decode_answers, extract, has_box
+from eval_math import boxed, decode_answers, extract
 from extras.other_tokenizer import prepare
 from extras.profile_horizon import in_batches
 from rollout import Rollout
@@ -57,7 +57,7 @@ def rows_of_answers(
     """Accuracy, cut, repeating and newline of a student's answers."""
     answers = [answer for part in parts for answer in decode_answers(part, tokenizer)]
     texts = [answer["response"] for answer in answers]
-    with Grader(extract, has_box) as grader:
+    with Grader(extract, boxed) as grader:
         verdicts = grader.grade(texts, [problem.answer for problem in problems])
     every = torch.arange(len(answers))
     shares = {

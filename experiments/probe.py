@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
-from eval_math import INSTRUCTION, extract, has_box
+from eval_math import INSTRUCTION, boxed, extract
 from extras.profile_horizon import in_batches, scored
 from rollout import Rollout
 from schedules import make_schedule
@@ -401,7 +401,7 @@ def run_probe(name: str, argv: list[str]) -> str:
     check_settings(path, run_folder.read_csv(path) if path.exists() else [], settings)
     settings |= {"hardware": run_folder.environment(models.find_device(knobs.device))["hardware"]}
     try:
-        with Grader(extract, has_box) as grader:
+        with Grader(extract, boxed) as grader:
             rows = [row | settings for row in probe(load(knobs, grader))]
         if not rows:
             raise BadInput("all answers end within the shortest prefix: lower --prefixes")

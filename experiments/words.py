@@ -36,7 +36,7 @@ from root import RESULTS
 from sweep import ENDS, SWEEP_SEED, Sweep, Unit
 
 import train
-from eval_math import extract, has_box
+from eval_math import boxed, extract
 from extras import profile_horizon
 from rollout import rollout
 from support import data, run_folder, words
@@ -176,7 +176,7 @@ def decay(setup: Setup, problems: int) -> list[dict]:
     chosen = data.subset(data.read_problems(settings.data, "test"), problems, knobs.seed)
     chosen = [problem for problem in chosen for _ in range(knobs.samples)]
     prompts = render(setup.pair.tokenizer, chosen, settings.instruction)
-    with Grader(extract, has_box) as grader:
+    with Grader(extract, boxed) as grader:
         return list(probe.decay(probe.Setup(setup.pair, None, chosen, prompts, grader, knobs)))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import train
-from eval_math import decode_answers, extract, has_box
+from eval_math import boxed, decode_answers, extract
 from opd import reverse_kl
 from rollout import Rollout, rollout, sampling_noise
 from support import data, models, run_folder
@@ -129,7 +129,7 @@ def problems_with_answers(
         )
         scores = {name: score(pair, rollouts, run.temperature) for name, pair in pairs.items()}
         responses = [decoded["response"] for decoded in decode_answers(rollouts, before.tokenizer)]
-        with Grader(extract, has_box) as grader:
+        with Grader(extract, boxed) as grader:
             for row, (problem, response) in enumerate(zip(problems, responses)):
                 found = answer(texts, writer, rollouts, row, scores)
                 if problem.answer is not None:

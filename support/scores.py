@@ -162,7 +162,7 @@ def warnings_of(s: dict) -> list[str]:
     return found
 
 
-def regrade(file: str, extract: Callable[..., str | None], has_box: Callable[[str], bool]) -> str:
+def regrade(file: str, extract: Callable[[str], str | None], boxed: Callable[[str], list[str]]) -> str:
     """Grade the answers of a JSONL file again: their scores and how many verdicts differ. Raises BadInput."""
     path = Path(file)
     records = data.read_jsonl(path) if path.is_file() else []
@@ -173,7 +173,7 @@ def regrade(file: str, extract: Callable[..., str | None], has_box: Callable[[st
             if not isinstance(record.get(name), kinds):
                 what = f"{file} {place} is not a graded answer, its {name} is {record.get(name)!r:.40}"
                 raise BadInput(f"{what}: name a JSONL file that an evaluation wrote, or restore the line")
-    with Grader(extract, has_box) as grader:
+    with Grader(extract, boxed) as grader:
         verdicts = grader.grade([r["response"] for r in records], [r["gold"] for r in records])
     changed = sum(old["verdict"] != new["verdict"] for old, new in zip(records, verdicts))
     regraded = [old | new for old, new in zip(records, verdicts)]

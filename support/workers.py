@@ -25,19 +25,19 @@ LOST = ("timed out", "worker died", "failed")  # verdicts about the grader, not 
 class Grader:
     """Verdicts from worker processes: an answer that hangs or kills a worker costs that answer alone.
 
-    A process starts when an answer first needs one; most are decided as text or number. `extract(response,
-    last_box)` gives the answer of a response or None; `has_box(response)` says whether it has a \\boxed{}.
+    A process starts when an answer first needs one; most are decided as text or number. `extract(response)`
+    gives the answer of a response or None; `boxed(text)` gives the content of each \\boxed{} in order.
     """
 
     def __init__(
         self,
-        extract: Callable[..., str | None],
-        has_box: Callable[[str], bool],
+        extract: Callable[[str], str | None],
+        boxed: Callable[[str], list[str]],
         workers: int | None = None,
         seconds: float = 15.0,  # of wall time per answer, the start of a new worker included
     ):
         self.extract = extract
-        self.has_box = has_box
+        self.boxed = boxed
         self.seconds = seconds
         workers = workers or os.cpu_count() or 1
         self.threads = ThreadPoolExecutor(workers)
@@ -62,7 +62,8 @@ class Grader:
 
     def verdict(self, response: str, gold: str) -> dict:
         extracted = self.extract(response)
-        last = self.extract(response, last_box=True)
+        boxes = self.boxed(grading.without_reasoning(response))
+        last = boxes[-1] if boxes else extracted
         verdict = "no answer" if extracted is None else self.compare(extracted, gold)
         verdict_of_last = verdict if last == extracted else self.compare(last, gold)
         correct = verdict == "right"
@@ -71,7 +72,7 @@ class Grader:
             "gold": gold,
             "verdict": verdict,
             "correct": correct,
-            "correct_strict": correct and self.has_box(response),
+            "correct_strict": correct and bool(boxes),
             "correct_last": verdict_of_last == "right",
         }
 
@@ -103,9 +104,9 @@ class Grader:
 
 
 @cache
-def one_grader(extract: Callable[..., str | None], has_box: Callable[[str], bool]) -> Grader:
+def one_grader(extract: Callable[[str], str | None], boxed: Callable[[str], list[str]]) -> Grader:
     """The grader of single answers, which keeps its worker until this process ends."""
-    return Grader(extract, has_box, workers=1)
+    return Grader(extract, boxed, workers=1)
 
 
 if hasattr(os, "register_at_fork"):  # a child would share its parent's worker, and read the parent's verdicts

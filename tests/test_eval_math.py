@@ -16,7 +16,7 @@ from helpers import in_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_math
-from eval_math import HeldOut, boxed, extract, has_box, is_correct
+from eval_math import HeldOut, boxed, extract, is_correct
 from rollout import Rollout, rollout
 from support import cli, data
 from support.grading import compare_quickly, plain
@@ -289,13 +289,13 @@ def test_first_box_and_last_box():
     """A reported collapse of full rollouts was a last-box extractor reading what came after the answer."""
     response = r"\boxed{7}. Again: \boxed{8}"
     assert extract(response) == "7"
-    assert extract(response, last_box=True) == "8"
+    assert boxed(response)[-1] == "8"
     assert boxed(r"\boxed{1} \fbox{2} {\boxed {3}}") == ["1", "2", "3"]
     assert boxed(r"\boxed{\{1\}} \boxed{2\\{3}} \\boxed{4}") == [r"\{1\}", r"2\\{3}", "4"]
 
 
 def test_hostile_text_is_not_right_in_bounded_time(monkeypatch):
-    with Grader(extract, has_box, workers=1, seconds=1) as grader:
+    with Grader(extract, boxed, workers=1, seconds=1) as grader:
         monkeypatch.setattr(eval_math, "one_grader", lambda *rules: grader)
         for response in HOSTILE:
             started = time.time()
@@ -327,7 +327,7 @@ def test_long_text_is_searched_in_linear_time(start):
         size = 50_000 if start else 1_000_000  # quadratic time is noticed in either
         response = start + text * (size // len(text))
         started = time.process_time()
-        found, _, _ = extract(response), extract(response, last_box=True), has_box(response)
+        found = extract(response)
         compare_quickly(found or "", "42")
         assert time.process_time() - started < 2, text
 
@@ -367,7 +367,7 @@ def test_a_forked_process_has_graders_of_its_own():
 def test_correct_by_three_rules():
     """By the first box or another rule, by a box alone, and by the last box."""
     responses = ["#### 5", r"\boxed{5} \boxed{6}", r"\boxed{6} \boxed{5}", "no"]
-    with Grader(extract, has_box, workers=1) as grader:
+    with Grader(extract, boxed, workers=1) as grader:
         graded = grader.grade(responses, ["5"] * 4)
     assert [one["correct"] for one in graded] == [True, True, False, False]
     assert [one["correct_strict"] for one in graded] == [False, True, False, False]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import END, V, pair_of, tiny
 
 import train
-from eval_math import extract, has_box
+from eval_math import boxed, extract
 from extras.profile_horizon import in_batches
 from support import data, toy
 from support.cli import BadInput, run_main
@@ -71,7 +71,7 @@ def wrong_student_right_teacher():
     pairs = [pair_of(chain(way[0]), chain(RIGHT[0])) for way in (WRONG, RIGHT)]
     for pair in pairs:
         object.__setattr__(pair, "tokenizer", Words())
-    with Grader(extract, has_box, workers=1) as grader:
+    with Grader(extract, boxed, workers=1) as grader:
         yield lambda knobs: probe.Setup(*pairs, *repeated(PROMPTS, knobs), grader, knobs)
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from eval_math import extract, has_box
+from eval_math import boxed, extract
 from support.scores import difference, format_scores, is_repeating, regrade, score_answers, summarize, wilson
 
 
@@ -152,6 +152,6 @@ def test_regrade_counts_verdicts_that_differ_and_leaves_the_file(tmp_path):
     ]
     path.write_text("".join(json.dumps(one) + "\n" for one in records))
     before = path.read_bytes()
-    text = regrade(str(path), extract, has_box)
+    text = regrade(str(path), extract, boxed)
     assert "1 of 3 verdicts differ" in text and "33.3%" in text
     assert path.read_bytes() == before

@@ -17,13 +17,13 @@ def test_neither_torch_nor_math_verify_is_imported_before_it_is_needed():
     assert subprocess.run([sys.executable, "-c", code], cwd=workers.ROOT).returncode == 0
 
 
-def whole(response, last_box=False):
+def whole(response):
     """A rule of extraction: the response is the answer."""
     return response
 
 
-def has_answer(response):
-    return True
+def no_boxes(text):
+    return []
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_worker_that_hangs_or_dies_costs_one_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "COMMAND", [sys.executable, str(worker)])
     found = ["h+1", r"\sqrt{4}", "d+1", r"\sqrt{9}", "h+1", "d+1", "x+1", "6"]
     gold = ["1", "2", "1", "3", "1", "1", "1+x", "6"]
-    with Grader(whole, has_answer, workers=2, seconds=4) as grader:
+    with Grader(whole, no_boxes, workers=2, seconds=4) as grader:
         verdicts = [graded["verdict"] for graded in grader.grade(found, gold)]
         processes = [grader.workers.get(), grader.workers.get()]
         for process in processes:
@@ -60,7 +60,7 @@ def test_a_failure_of_math_verify_is_tried_again_and_lost(tmp_path, monkeypatch)
         "grading.equal = equal\nworkers.work()\n"
     )
     monkeypatch.setattr(workers, "COMMAND", [sys.executable, str(worker)])
-    with Grader(whole, has_answer, workers=1) as grader:
+    with Grader(whole, no_boxes, workers=1) as grader:
         verdicts = [graded["verdict"] for graded in grader.grade(["x+9", "x+7", "x+8", "x+9"], ["9+x"] * 4)]
     assert verdicts == ["right", "failed", "right", "right"]
 
@@ -72,13 +72,13 @@ def test_the_worker_is_the_only_clock(monkeypatch):
 
     monkeypatch.setattr(signal, "alarm", lambda seconds: pytest.fail("an inner clock"))
     assert compare(r"\{x : x > 1\}", r"(1, \infty)") == "right"
-    with Grader(whole, has_answer, workers=1, seconds=3) as grader:
+    with Grader(whole, no_boxes, workers=1, seconds=3) as grader:
         assert grader.verdict("9^{9^{9^{9}}}", "42")["verdict"] == "timed out"
 
 
 def test_workers_give_the_verdicts_of_compare():
     found, gold = ["5", "x+1", "x+1", "x+1"], ["5.0", "1+x", "x-1", r"\unknown{"]
-    with Grader(whole, has_answer, workers=1) as grader:
+    with Grader(whole, no_boxes, workers=1) as grader:
         verdicts = [graded["verdict"] for graded in grader.grade(found, gold)]
     assert verdicts == list(map(compare, found, gold)) == ["right", "right", "wrong", "gold unreadable"]
 
@@ -90,6 +90,6 @@ def test_a_signal_to_the_process_group_does_not_reach_the_workers(monkeypatch):
     monkeypatch.setattr(
         subprocess, "Popen", lambda *args, **kwargs: seen.append(kwargs) or popen(*args, **kwargs)
     )
-    with Grader(whole, has_answer, workers=1) as grader:
+    with Grader(whole, no_boxes, workers=1) as grader:
         assert grader.compare(r"\sqrt{4}", "2") == "right"
     assert seen[0]["start_new_session"]
