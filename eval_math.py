@@ -66,7 +66,7 @@ def after_hashes(text: str) -> list[str]:
 
 
 def after_phrase(text: str) -> list[str]:
-    """What follows "the answer is", "answer:", "answer =" or a heading "Answer", up to the sentence's end."""
+    """What follows the first "the answer is", "answer:" or heading "Answer", up to the end of the sentence."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     phrase = r"answer\*{0,3}(?: is| ?:| =)|^[#* ]{0,9}(?:final )?answer[#* ]{0,9}$"  # "**Answer**: 5"
     phrases = re.finditer(rf"(?:{phrase})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}", text, re.I | re.M)
@@ -79,14 +79,13 @@ def after_phrase(text: str) -> list[str]:
         r"|\s\(?(?:because|since)\s",
         re.M,
     )
-    found = []
     for match in islice(phrases, 100):
         rest = text[match.end() : match.end() + 240]
         sentence = rest[: end.search(rest).start()].lstrip(" *`").rstrip(" *.`")
         answer = without_prose(sentence)
         if answer and len(answer) <= 200:
-            found.append(answer)
-    return found
+            return [answer]
+    return []
 
 
 def last_number(text: str) -> list[str]:
