@@ -256,9 +256,8 @@ def evaluate_model(
 
     `benchmarks` is what `read_benchmarks` returns; `inputs` are the hashes for config.json.
     """
-    device = models.find_device(knobs.device)
     tokenizer = models.load_tokenizer(name)
-    model = models.load_model(name, getattr(torch, knobs.dtype), device)
+    model = models.load_model(name, getattr(torch, knobs.dtype), models.find_device(knobs.device))
     eos_ids = models.eos_ids(tokenizer, model)
     if knobs.instruction and tokenizer.chat_template is None:
         print(f"{name} has no chat template: two worked examples take the place of --instruction", flush=True)
@@ -268,7 +267,7 @@ def evaluate_model(
         models.check_context([model.config], prompts, knobs.max_new_tokens)
         batch_size = batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
         if not (folder / "config.json").exists():  # once the first model has loaded and its prompts fit
-            run_folder.write_config(folder, asdict(knobs), device, inputs)
+            run_folder.write_config(folder, asdict(knobs), model.device, inputs)
         records[title] = evaluate(
             model,
             HeldOut(problems, prompts, tokenizer, eos_ids),
