@@ -5,8 +5,7 @@
 
 --help prints this text; the defaults that it shows are those of the preset qwen.
 """
-# support/ imports none of the five files; functions that it needs are passed in. Left out: top-k and top-p in
-# training (the loss must differentiate the distribution that was sampled), and training on earlier rollouts.
+# support/ imports none of the five files; functions that it needs are passed in.
 # Shapes: B rows, R longest response; M rows, L longest input, N tokens with a loss of a micro-batch; D width.
 
 import math
