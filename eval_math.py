@@ -28,7 +28,7 @@ from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, flag_of, knob, parse, run_main
 from support.grading import LONGEST_ANSWER, boxes, is_blank, without_prose, without_reasoning
-from support.prompts import NEXT_QUESTION, render
+from support.prompts import decode_answers, render
 from support.workers import Grader, one_grader
 
 # The text after each problem.
@@ -120,21 +120,6 @@ def is_correct(response: str, answer: str) -> bool:
         raise ValueError(f"the answer is empty: {answer!r}")
     gold = data.final_answer(data.to_text(answer, "answer"), "answer")
     return one_grader(extract, boxed).verdict(response, gold)["correct"]
-
-
-def decode_answers(rollouts: Rollout, tokenizer) -> list[dict]:
-    """For each row its text, its length in tokens, and whether it ended."""
-    answers = []
-    rows = zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist())
-    for prompt, tokens, mask, finished in rows:
-        text = tokenizer.decode(tokens[mask], skip_special_tokens=True)
-        if tokenizer.chat_template is None:  # a base model ends where it writes the next question itself
-            text, next_question, _ = text.partition(NEXT_QUESTION)
-            finished = finished or bool(next_question)
-        elif tokenizer.decode(prompt[-8:], skip_special_tokens=True).rstrip().endswith("<think>"):
-            text = "<think>" + text  # the template has opened it
-        answers.append({"response": text, "length": int(mask.sum()), "finished": finished})
-    return answers
 
 
 @torch.no_grad()

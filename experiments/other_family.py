@@ -19,13 +19,13 @@ from probe import mean_of_tokens
 from root import RESULTS
 
 import train
-from eval_math import boxed, decode_answers, extract
+from eval_math import boxed, extract
 from extras.other_tokenizer import prepare
 from extras.profile_horizon import in_batches
 from rollout import Rollout
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
-from support.prompts import render
+from support.prompts import decode_answers, render
 from support.scores import is_repeating
 from support.workers import Grader
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 import train
-from eval_math import boxed, decode_answers, extract
+from eval_math import boxed, extract
 from opd import reverse_kl
 from rollout import Rollout, rollout, sampling_noise
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
-from support.prompts import render
+from support.prompts import decode_answers, render
 from support.report import token_texts
 from support.workers import Grader
 

@@ -1,4 +1,4 @@
-"""Prompts: the ids that a model gets for a problem, rendered by the tokenizer and read back to check them.
+"""Prompts as ids, rendered by the tokenizer and read back to check them; and answers as text.
 
 A prompt contains control tokens, such as <|im_end|> or <think>, only where the chat template writes them: in
 a problem they are plain text. Added tokens that consist of spaces alone are not control tokens.
@@ -31,7 +31,6 @@ Question: What is $\frac{1}{2} + \frac{1}{3}$?
 Answer: Over 6 this is $\frac{3}{6} + \frac{2}{6}$. The final answer is \boxed{\frac{5}{6}}.
 
 """
-NEXT_QUESTION = "\nQuestion:"  # how it continues after its answer
 SPACES = " \t\r\n\u2581"  # the last one is SentencePiece's sign for a space
 
 
@@ -73,6 +72,21 @@ def render(
         texts.append(text)
     check_round_trip(tokenizer, prompts, texts)
     return prompts
+
+
+def decode_answers(rollouts, tokenizer) -> list[dict]:
+    """For each row of a `rollout.Rollout` the text, its length in tokens, and whether it ended."""
+    answers = []
+    rows = zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist())
+    for prompt, tokens, mask, finished in rows:
+        text = tokenizer.decode(tokens[mask], skip_special_tokens=True)
+        if tokenizer.chat_template is None:  # a base model ends where it writes the next question itself
+            text, next_question, _ = text.partition("\nQuestion:")
+            finished = finished or bool(next_question)
+        elif tokenizer.decode(prompt[-8:], skip_special_tokens=True).rstrip().endswith("<think>"):
+            text = "<think>" + text  # the template has opened it
+        answers.append({"response": text, "length": int(mask.sum()), "finished": finished})
+    return answers
 
 
 def apply_template(tokenizer, content: str, system_prompt: str, thinking: bool) -> str:

@@ -20,7 +20,7 @@ from eval_math import HeldOut, boxed, extract, is_correct
 from rollout import Rollout, rollout
 from support import cli, data
 from support.grading import compare_quickly, plain
-from support.prompts import render
+from support.prompts import decode_answers, render
 from support.workers import Grader
 
 ROOT = Path(eval_math.__file__).parent
@@ -169,7 +169,7 @@ def test_base_models_end_at_the_next_question():
     unfinished = torch.tensor([False])
     rollouts = Rollout([[1]], tokens, torch.ones_like(tokens, dtype=torch.bool), tokens.float(), unfinished)
     answer = {"response": "4.", "length": 15, "finished": True}
-    assert eval_math.decode_answers(rollouts, Tokenizer()) == [answer]
+    assert decode_answers(rollouts, Tokenizer()) == [answer]
 
 
 def test_reasoning_that_the_template_opens_has_no_answer_until_it_is_closed():
@@ -183,7 +183,7 @@ def test_reasoning_that_the_template_opens_has_no_answer_until_it_is_closed():
         tokens = torch.tensor([list(response)])
         mask = torch.ones_like(tokens, dtype=torch.bool)
         rollouts = Rollout([list(prompt)], tokens, mask, tokens.float(), torch.tensor([False]))
-        return extract(eval_math.decode_answers(rollouts, Tokenizer())[0]["response"])
+        return extract(decode_answers(rollouts, Tokenizer())[0]["response"])
 
     assert extracted(b"3?<think>\n", rb"Is it \boxed{4}? Or 5") is None
     assert extracted(b"3?<think>\n", rb"Is it \boxed{4}?</think> No, 5") == "5"
