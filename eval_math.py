@@ -149,7 +149,7 @@ def evaluate(
     held_out: HeldOut,
     path: Path,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | str,  # "auto": as many as fit into memory
     samples: int = 1,  # answers to each problem
     seed: int = 0,
     temperature: float = 0.0,  # 0 is greedy
@@ -166,8 +166,9 @@ def evaluate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
     records = run_folder.whole_batches(path, [i for i, _ in keys])
+    size = batch_that_fits(model, prompts, max_new_tokens, batch_size)
     # Another batch size rounds differently: a resumed evaluation keeps its own, or takes a smaller one.
-    size = min(batch_size, records[0]["batch_size"]) if records else batch_size
+    size = min(size, records[0]["batch_size"]) if records else size
     starts = tqdm(range(len(records), len(keys), size), desc=path.stem, unit="batch", leave=False)
     with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, boxed) as grader:
         for start in starts:
@@ -234,13 +235,8 @@ def read_benchmarks(knobs: Knobs) -> dict[str, tuple[str, list[data.Problem]]]:
     return benchmarks
 
 
-def evaluate_model(
-    name: str, label: str, benchmarks: dict, knobs: Knobs, folder: Path, inputs: dict[str, str]
-) -> dict[str, list[dict]]:
-    """The records of one model by benchmark, also written to files whose names begin with `label`.
-
-    `benchmarks` is what `read_benchmarks` returns; `inputs` are the hashes for config.json.
-    """
+def evaluate_model(name: str, label: str, benchmarks: dict, knobs: Knobs, folder: Path) -> dict[str, list]:
+    """The records of one model by benchmark, also written to files whose names begin with `label`."""
     tokenizer = models.load_tokenizer(name)
     model = models.load_model(name, getattr(torch, knobs.dtype), models.find_device(knobs.device))
     eos_ids = models.eos_ids(tokenizer, model)
@@ -250,15 +246,12 @@ def evaluate_model(
     for title, (instruction, problems) in benchmarks.items():
         prompts = render(tokenizer, problems, instruction, knobs.system_prompt, knobs.thinking, few_shot=True)
         models.check_context([model.config], prompts, knobs.max_new_tokens)
-        batch_size = batch_that_fits(model, prompts, knobs.max_new_tokens, knobs.batch_size)
-        if not (folder / "config.json").exists():  # once the first model has loaded and its prompts fit
-            run_folder.write_config(folder, asdict(knobs), model.device, inputs)
         records[title] = evaluate(
             model,
             HeldOut(problems, prompts, tokenizer, eos_ids),
             folder / f"{label}-{title}.jsonl",
             knobs.max_new_tokens,
-            batch_size,
+            knobs.batch_size,
             samples=knobs.samples,
             seed=knobs.seed,
             temperature=knobs.temperature,
@@ -296,11 +289,11 @@ def main() -> int | None:
     with run_folder.exclusive(folder, fresh=not knobs.resume):
         contents = {f"problems of {title}": problems for title, (_, problems) in benchmarks.items()}
         inputs = run_folder.input_hashes(contents, knobs.model)
-        run_folder.check_inputs(folder, inputs)
+        run_folder.write_config(folder, asdict(knobs), models.find_device(knobs.device), inputs)
         records = {}
         for letter, name in zip(ascii_uppercase, knobs.model):
             label = f"{letter}-{Path(name).name}"  # two models may have the same name
-            records[label] = evaluate_model(name, label, benchmarks, knobs, folder, inputs)
+            records[label] = evaluate_model(name, label, benchmarks, knobs, folder)
         summary = scores.summarize(records) | {"knobs": asdict(knobs)}
         run_folder.write_json(folder / "scores.json", summary)
         print(scores.format_scores(summary))

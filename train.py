@@ -24,7 +24,6 @@ from opd import DIVERGENCES, Divergence, OutputHead, opd_backward, reverse_kl
 from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
 from support import data, models, report, run_folder, toy
-from support.batch_size import batch_that_fits
 from support.cli import knob, parse, run_main
 from support.prompts import render
 from support.run import CheckpointedRun, Run
@@ -361,7 +360,7 @@ def held_out_scores(model, held_out: HeldOut, path: Path, knobs: Knobs, sampler:
         held_out,
         path=path,
         max_new_tokens=knobs.max_new_tokens,
-        batch_size=batch_that_fits(model, held_out.prompts, knobs.max_new_tokens, knobs.eval_batch),
+        batch_size=knobs.eval_batch,
         seed=knobs.seed,
         temperature=knobs.eval_temperature,
         sampler=sampler,

@@ -30,7 +30,6 @@ import train
 from eval_math import HeldOut, evaluate
 from rollout import rollout
 from support import data, models, run_folder
-from support.batch_size import batch_that_fits
 from support.cli import BadInput, Stopped, flag_of, knob, parse, run_main
 from support.run import Run, check_saving
 from support.scores import score_answers
@@ -105,11 +104,10 @@ class Setup(NamedTuple):
     def answers(self, model, temperature: float) -> list[dict]:
         """A graded answer of `model` to each held-out problem, in their order."""
         length = self.knobs.max_new_tokens
-        batch = batch_that_fits(model, self.held_out.prompts, length, self.knobs.eval_batch)
         how = {"seed": self.knobs.seed, "temperature": temperature}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "answers.jsonl")
-            records = evaluate(model, self.held_out, path, length, batch, **how)
+            records = evaluate(model, self.held_out, path, length, self.knobs.eval_batch, **how)
         return sorted(records, key=lambda record: record["index"])
 
     def scores(self, model, *more: str) -> dict:

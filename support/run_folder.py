@@ -202,8 +202,9 @@ def build_world(knobs, sampler: Callable) -> None:
 def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
     """Create the folder, and hold its lock within the block.
 
-    Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. Errors of disk
-    and memory become a Stopped.
+    Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. After a
+    BadInput within the block nothing is left of a fresh run that has written config.json alone. Errors of
+    disk and memory become a Stopped.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -216,6 +217,10 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
                 raise BadInput(f"another run was started in {folder}: start again, or name another --out")
             try:
                 yield
+            except BadInput:
+                if fresh and {path.name for path in folder.glob("*")} <= {".lock", "config.json"}:
+                    (folder / "config.json").unlink(missing_ok=True)  # the run could not begin
+                raise
             finally:
                 if fresh:  # while the lock is held: afterwards another run may use the folder
                     remove_if_empty(folder, created)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import eval_math
 import opd
 import train
 
@@ -113,7 +114,7 @@ def test_nothing_stands_between_the_command_line_and_the_formula(world, tmp_path
 def test_without_held_out_problems_no_evaluation_code_runs(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", None)
     monkeypatch.setattr(train, "score_answers", None)
-    monkeypatch.setattr(train, "batch_that_fits", None)
+    monkeypatch.setattr(eval_math, "batch_that_fits", None)
     flags = f"--preset toy --steps 2 --eval-every 1 --eval-limit 0 --out {tmp_path}/run"
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
     train.main()

@@ -77,6 +77,15 @@ def test_exclusive_keeps_a_finished_run_next_to_it_and_a_folder_that_was_there(h
     assert list((here / "mine").iterdir()) == []  # a second attempt finds it as the first one did
 
 
+def test_exclusive_removes_a_run_that_could_not_begin_and_keeps_one_that_has_answers(here):
+    for name, left in (("config.json", []), ("eval_before.jsonl", ["config.json", "eval_before.jsonl"])):
+        with pytest.raises(BadInput), run_folder.exclusive(here / "run", fresh=True):
+            (here / "run" / "config.json").write_text("{}")
+            (here / "run" / name).write_text("{}")
+            raise BadInput("the answers do not fit into memory")
+        assert sorted(path.name for path in here.glob("run/*") if path.name != ".lock") == left
+
+
 def test_exclusive_keeps_what_was_written(here):
     with pytest.raises(Stopped, match="out of memory"), run_folder.exclusive(here / "run", fresh=True):
         (here / "run" / "config.json").write_text("{}")
