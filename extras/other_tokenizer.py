@@ -275,31 +275,26 @@ class Scorer:
         self,
         pair,
         rollouts: Rollout,
-        loss_mask: None = None,  # only all tokens
-        divergence: object = None,  # only `sampled`, which tokenizers_differ has checked
+        divergence: object = None,  # not used: `sampled` is the only one with which `prepare` is called
         temperature: float = 1.0,
-        teacher_temperature: float | None = None,
         micro_batch: int = 2048,
     ) -> tuple[float, dict[str, Tensor]]:
-        """The loss and statistics of all response tokens. Raises ValueError for a loss mask.
+        """The loss and statistics of all response tokens.
 
         `teacher_logp` and `reverse_kl` are estimates: log p + A / length and -A / length, with the length of
         the token's chunk; A is 0 for tokens that are not scored. `scored` is 1 or 0; `chunk_length`, in
         tokens, and `log_ratio_per_byte`, (log q - log p) / bytes, are the same number for every token.
         """
-        if loss_mask is not None:
-            raise ValueError("with another tokenizer the loss is over all tokens: drop the loss mask")
         aligned = self.aligned(pair, rollouts)
         read = teacher_rollouts([self.prompts[tuple(p)] for p in rollouts.prompts], aligned, rollouts.tokens)
         normalizer = max(sum(row.bounds[-1][0] for row in aligned), 1)
-        teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
         loss, parts = 0.0, []
         for rows in micro_batches(rollouts, micro_batch):
             ids, predicts = model_inputs(read, rows, read.response_mask)
             with torch.no_grad():
                 hidden = self.hidden_states(pair.teacher, ids)[predicts]
             of_rows = [aligned[row] for row in rows]
-            gain = gains(pair.teacher_head, hidden, of_rows, teacher_temperature)
+            gain = gains(pair.teacher_head, hidden, of_rows, temperature)
             part_loss, part = self.student_part(pair, rollouts, rows, of_rows, gain, normalizer, temperature)
             loss += part_loss
             parts.append(part)
