@@ -91,19 +91,18 @@ class Worker:
 
     def score(
         self, rollouts: Rollout, loss_mask: Tensor, training: bool, **options: Any
-    ) -> tuple[float, dict[str, Tensor], list[str]]:
-        """Loss, statistics, and the names of the weights that have a gradient."""
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Loss and statistics of this rank's share."""
         device = self.pair.student.device
         with torch.set_grad_enabled(training):
             loss, statistics = self.score_rows(
                 self.pair, moved(rollouts, device), loss_mask.to(device), **options
             )
-        names = [name for name, master in self.pair.masters.items() if master.grad is not None]
-        return loss, {name: values.cpu() for name, values in statistics.items()}, names
+        return loss, {name: values.cpu() for name, values in statistics.items()}
 
-    def sum_gradients(self, names: list[str]) -> None:
+    def sum_gradients(self) -> None:
         """Add the fp32 gradients of all ranks into rank 0's masters."""
-        for master in map(self.pair.masters.get, names):
+        for master in self.pair.masters.values():
             if master.grad is None:  # an expert that no token of this rank chose, for example
                 master.grad = torch.zeros_like(master)
             dist.reduce(master.grad, 0)
@@ -210,9 +209,9 @@ class Leader:
         options |= {"training": training, "normalizer": int(mask.sum())}
         rows = self.dealt(rollouts)
         shares = [(moved(selected(rollouts, part), "cpu"), mask[part].cpu()) for part in rows]
-        losses, statistics, names = zip(*self.everywhere("score", shares, **options))
+        losses, statistics = zip(*self.everywhere("score", shares, **options))
         if training:
-            self.everywhere("sum_gradients", [(sorted({*sum(names, [])}),)] * self.size)
+            self.everywhere("sum_gradients", [()] * self.size)
         for part, of_rank in zip(rows, statistics):
             of_rank["row"] = torch.tensor(part)[of_rank["row"]]  # of the step, not of the share
         statistics = {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}

@@ -78,7 +78,7 @@ class ShardedWorker(Worker):
         passes: int,
         normalizer: int,
         **options: Any,
-    ) -> tuple[float, dict[str, Tensor], list[str]]:
+    ) -> tuple[float, dict[str, Tensor]]:
         device = self.pair.student.device
         rollouts, loss_mask = moved(rollouts, device), loss_mask.to(device)
         self.reshard()
@@ -94,7 +94,7 @@ class ShardedWorker(Worker):
             parts.append(part | {"row": torch.tensor(rows, device=device)[part["row"]]})
         self.reshard()
         statistics = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-        return loss, statistics, []
+        return loss, statistics
 
     def pair_with_heads(self):
         """The pair with gathered output heads, embeddings and last norms.
@@ -108,7 +108,7 @@ class ShardedWorker(Worker):
             heads.append(OutputHead.of(model, self.pair.vocab_size))
         return replace(self.pair, student_head=heads[0], teacher_head=heads[1])
 
-    def sum_gradients(self, names: list[str]) -> None:
+    def sum_gradients(self) -> None:
         """FSDP has averaged the gradients: turn the mean into the sum."""
         for master in self.pair.masters.values():
             if master.grad is not None:
