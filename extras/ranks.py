@@ -27,12 +27,12 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rollout import Rollout, rollout
 from support import models
-from support.cli import BadInput, ProcessEnded, Stopped
+from support.cli import BadInput, ProcessEnded, Stopped, flag_of
 from support.run import SIGNALS, CheckpointedRun
 from support.run_folder import is_out_of_memory
 
@@ -44,6 +44,7 @@ class Messages:
 
     def __init__(self):
         self.group = dist.new_group(backend="gloo", timeout=LONG)
+        self.waiting = False  # whether another rank may be sending a result that will not be received
 
     def send(self, rank: int, message: Any) -> None:
         """Raises BadInput if a function in the message cannot be pickled, such as a divergence by lambda."""
@@ -60,14 +61,19 @@ class Messages:
             dist.recv_object_list(message, rank, self.group)
         return message[0]
 
+    def close(self) -> None:
+        """Let the other ranks end; one that may be waiting for this rank notices that the connection ends."""
+        if not self.waiting:
+            for rank in range(1, dist.get_world_size()):
+                with suppress(ProcessEnded):
+                    self.send(rank, ("stop", (), {}))
+        dist.destroy_process_group()
+
 
 class Worker:
     """What every rank does, rank 0 included."""
 
-    collective: tuple[str, ...] = (
-        "prepare",
-        "sum_gradients",
-    )  # the methods in which ranks wait for each other
+    collective: tuple[str, ...] = ("prepare", "sum_gradients")  # here ranks wait for each other
 
     def __init__(self, load_pair: Callable, score: Callable, adamw: Callable):
         self.load_pair = load_pair  # train.load_pair
@@ -113,12 +119,12 @@ class Worker:
 class Leader:
     """Rank 0's side: loads, samples and scores as `train` and `rollout` do, with the help of all ranks."""
 
+    run = CheckpointedRun
+
     def __init__(self, worker: Worker, messages: Messages):
         self.worker = worker
         self.messages = messages
         self.size = dist.get_world_size()
-        self.waiting = False  # whether another rank may be sending a result that will not be received
-        atexit.register(self.close)
 
     def start(self, knobs) -> "Leader":
         """The leader for these settings. Raises BadInput if they do not work with so many processes."""
@@ -126,11 +132,10 @@ class Leader:
         if rows < self.size:
             what = f"a step of {rows} answers cannot be divided among {self.size} processes"
             raise BadInput(f"{what}: raise --batch-size, or lower --nproc-per-node")
-        single = {"--sampler": knobs.sampler != "plain" and knobs.sampler}
-        single |= {"--teacher-device": knobs.teacher_device, "--teacher-bits": knobs.teacher_bits}
-        for flag, value in single.items():
-            if value:
-                what = f"{flag} {value} works in a single process"
+        for name in ("sampler", "teacher_device", "teacher_bits"):
+            value = getattr(knobs, name)
+            if value not in ("", "plain"):
+                what = f"{flag_of(name)} {value} works in a single process"
                 raise BadInput(f"{what}: drop it, or start with python instead of torchrun")
         device = models.find_device(knobs.device)
         if device.index is not None or device.type not in ("cpu", "cuda"):
@@ -147,7 +152,6 @@ class Leader:
             raise BadInput(f"--shard does not work with {other}: drop one of them")
         from extras.shard import ShardedLeader
 
-        atexit.unregister(self.close)
         return ShardedLeader(self, knobs)
 
     def begin(self, method: str, *arguments: Any) -> None:
@@ -161,14 +165,14 @@ class Leader:
         Raises the first error, when all have answered, or at once for a method of `collective`. A process
         that has ended is a ProcessEnded.
         """
-        self.waiting = True
+        self.messages.waiting = True
         for rank, share in enumerate(shares[1:], 1):
             self.messages.send(rank, (method, share, options))
         results = [attempt(getattr(self.worker, method), *shares[0], **options)]
         if isinstance(results[0], Exception) and method in self.worker.collective:
             raise results[0]  # the others may be waiting for this rank forever
         results += [attempt(self.messages.receive, rank) for rank in range(1, len(shares))]
-        self.waiting = False
+        self.messages.waiting = False
         for result in results:
             if isinstance(result, Exception):
                 raise result
@@ -221,17 +225,6 @@ class Leader:
     def adamw(self, pair, knobs) -> torch.optim.Optimizer:
         return self.worker.adamw(pair, knobs)
 
-    def run(self, *arguments: Any) -> CheckpointedRun:
-        return CheckpointedRun(*arguments)
-
-    def close(self) -> None:
-        """Let the other ranks end; one that may be waiting for this rank notices that the connection ends."""
-        if not self.waiting:
-            for rank in range(1, self.size):
-                with suppress(ProcessEnded):
-                    self.messages.send(rank, ("stop", (), {}))
-        dist.destroy_process_group()
-
 
 def join(load_pair: Callable, score: Callable, adamw: Callable) -> Leader:
     """Connect to the other processes that torchrun started. Returns on rank 0; the others work, and exit.
@@ -250,6 +243,7 @@ def join(load_pair: Callable, score: Callable, adamw: Callable) -> Leader:
     worker = Worker(load_pair, score, adamw)
     if rank > 0:
         work(worker, messages)
+    atexit.register(messages.close)
     return Leader(worker, messages)
 
 
@@ -333,11 +327,9 @@ def selected(rollouts: Rollout, rows: list[int]) -> Rollout:
 
 def interleaved(prompts: list[list[int]], parts: list[Rollout]) -> Rollout:
     """The rollouts of all prompts; part r of N has the rows r, r + N, r + 2N, ..."""
-    width = max(part.tokens.shape[1] for part in parts)
-    padded = []
-    for part in parts:
-        by_token = (part.tokens, part.response_mask, part.logp)
-        padded.append([F.pad(values, (0, width - values.shape[1])) for values in by_token])
-        padded[-1].append(part.finished)
-    rows = torch.tensor([row for r in range(len(parts)) for row in range(r, len(prompts), len(parts))])
-    return Rollout(prompts, *(torch.cat(values)[rows.argsort()] for values in zip(*padded)))
+    rows = [(parts[i % len(parts)], i // len(parts)) for i in range(len(prompts))]
+    tokens = pad_sequence([part.tokens[i] for part, i in rows], batch_first=True)
+    response_mask = pad_sequence([part.response_mask[i] for part, i in rows], batch_first=True)
+    logp = pad_sequence([part.logp[i] for part, i in rows], batch_first=True)
+    finished = torch.stack([part.finished[i] for part, i in rows])
+    return Rollout(prompts, tokens, response_mask, logp, finished)
