@@ -36,7 +36,7 @@ class ShardedWorker(Worker):
 
     collective = ("divide", "prepare", "score", "sum_gradients", "clip", "step", "state", "weights")
     whole: str | None = None  # the model that is gathered
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer | None = None  # after `divide`
 
     def load(
         self, student: str, teacher: str, dtype: str, device: torch.device, *arguments, **options
@@ -45,14 +45,15 @@ class ShardedWorker(Worker):
         super().load(student, teacher, dtype, torch.device("cpu"), *arguments, **options)
 
     @torch.no_grad()
-    def divide(self, dtype: torch.dtype, device: torch.device) -> None:
+    def divide(self, knobs, device: torch.device) -> None:
         for name, weight in self.pair.student.named_parameters():
             weight.data = self.pair.masters[name].data  # fp32
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, knobs.dtype), reduce_dtype=torch.float32)
         shard(self.pair.student, mesh=mesh, mp_policy=policy)
         shard(self.pair.teacher, mesh=mesh)
         self.pair = replace(self.pair, masters=dict(self.pair.student.named_parameters()))
+        self.optimizer = self.adamw(self.pair, knobs)
 
     def prepare(self, model: str) -> None:
         """Gather a model for sampling, which then needs no communication."""
@@ -114,9 +115,6 @@ class ShardedWorker(Worker):
             if master.grad is not None:
                 master.grad.mul_(dist.get_world_size())
 
-    def make_optimizer(self, knobs) -> None:
-        self.optimizer = self.adamw(self.pair, knobs)
-
     def clip(self, largest: float) -> None:
         torch.nn.utils.clip_grad_norm_(self.pair.masters.values(), largest)
 
@@ -125,26 +123,17 @@ class ShardedWorker(Worker):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    @torch.no_grad()
-    def state(self) -> dict[str, Tensor] | None:
-        """What `CheckpointedRun.tensors` returns, gathered; on rank 0 alone."""
+    def state(self) -> dict[str, Tensor]:
+        """What `CheckpointedRun.tensors` returns, gathered; empty on other ranks than 0."""
         found = {}
         for name, weight in self.pair.masters.items():
-            for key, value in ({"weight": weight} | self.optimizer.state[weight]).items():
-                value = value.full_tensor() if isinstance(value, DTensor) else value
-                if dist.get_rank() == 0:
-                    found[f"{key}/{name}"] = value.detach().cpu()
-        return found if dist.get_rank() == 0 else None
+            found[f"weight/{name}"] = weight
+            found |= {f"{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
+        return gathered(found)
 
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor] | None:
-        """The student's weights, gathered; on rank 0 alone."""
-        found = {}
-        for name, weight in self.pair.masters.items():
-            value = weight.full_tensor()
-            if dist.get_rank() == 0:
-                found[name] = value.cpu()
-        return found if dist.get_rank() == 0 else None
+    def weights(self) -> dict[str, Tensor]:
+        """The student's weights, gathered; empty on other ranks than 0."""
+        return gathered(self.pair.masters)
 
     @torch.no_grad()
     def restore(self, name: str, values: dict[str, Tensor]) -> None:
@@ -153,9 +142,9 @@ class ShardedWorker(Worker):
         master = self.pair.masters[name]
         for key, value in values.items():
             if value.shape == master.shape and key != "step":
-                value = value.to(master.device)
+                whole = value.to(master.device)
                 values[key] = distribute_tensor(
-                    value, master.device_mesh, master.placements, src_data_rank=None
+                    whole, master.device_mesh, master.placements, src_data_rank=None
                 )
         master.copy_(values.pop("weight"))
         self.optimizer.state[master] = values
@@ -168,7 +157,6 @@ class ShardedLeader(Leader):
         plain = leader.worker
         super().__init__(ShardedWorker(plain.load_pair, plain.score_rows, plain.adamw), leader.messages)
         self.knobs = knobs
-        self.dtype = getattr(torch, knobs.dtype)
         self.begin("shard")  # the other ranks replace their workers as well
 
     def load_pair(self, *arguments: Any, two_tokenizers: bool, **options: Any):
@@ -176,7 +164,7 @@ class ShardedLeader(Leader):
             what = "--shard needs one tokenizer, and the teacher has another"
             raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")
         super().load_pair(*arguments, two_tokenizers=two_tokenizers, **options)
-        self.everywhere("divide", [(self.dtype, models.find_device(self.knobs.device))] * self.size)
+        self.everywhere("divide", [(self.knobs, models.find_device(self.knobs.device))] * self.size)
         return self.worker.pair
 
     def score(self, pair, rollouts: Rollout, loss_mask: Tensor | None = None, **options: Any):
@@ -189,7 +177,6 @@ class ShardedLeader(Leader):
 
     def adamw(self, pair, knobs) -> torch.optim.Optimizer:
         """An optimizer whose steps the other ranks make as well."""
-        self.everywhere("make_optimizer", [(knobs,)] * self.size)
         optimizer = self.worker.optimizer
         optimizer.register_step_pre_hook(lambda *_: self.begin("step", optimizer.param_groups[0]["lr"]))
         return optimizer
@@ -203,7 +190,8 @@ class ShardedLeader(Leader):
         _, kind = type(pair.student).__bases__  # FSDP has put a class of its own in front of the model's
         plain = kind.__new__(kind)
         plain.__dict__.update(pair.student.__dict__)
-        weights = {name: weight.to(self.dtype) for name, weight in weights.items()}
+        dtype = getattr(torch, self.knobs.dtype)
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
         models.save_model(plain, pair.tokenizer, folder, weights)
 
 
@@ -222,6 +210,17 @@ class ShardedRun(CheckpointedRun):
 
     def save_last(self) -> None:
         """Do nothing: after a fault the ranks are in different calls, and cannot gather their shards."""
+
+
+@torch.no_grad()
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors on rank 0, in the CPU's memory; all ranks have to call this."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            found[name] = whole.detach().cpu()
+    return found
 
 
 def sharded(model) -> list[FSDPModule]:
