@@ -9,6 +9,7 @@ KL, its gradient by formula, by autograd and by the estimator, and the gradients
 are wrong. Then it makes one update, and prints the same tokens again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,31 +52,24 @@ def gradients(student_logp: Tensor, teacher_logp: Tensor) -> dict[str, Tensor]:
     y would give.
     """
     p = student_logp.exp()
-    every_token = torch.arange(len(p))
+    log_ratio = student_logp - teacher_logp
+    every_token = torch.zeros(len(p), dtype=torch.long)  # of (V, 1): each token is a row of its own
 
-    def autograd(loss_of, weights: Tensor | None = None) -> Tensor:
+    def autograd(loss: Callable[[Tensor], Tensor]) -> Tensor:
         logits = student_logp.clone().requires_grad_()  # log-probabilities are logits, too
-        logp = torch.log_softmax(logits, dim=-1)[None]
-        tokens = every_token[:1] if weights is None else every_token
-        values = loss_of(logp.expand(len(tokens), -1), teacher_logp.expand(len(tokens), -1), tokens)
-        (values if weights is None else weights * values).sum().backward()
+        loss(torch.log_softmax(logits, dim=-1)).backward()
         return logits.grad
 
-    def k1(logp: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-        return opd.token_logp(logp, tokens) - opd.token_logp(teacher, tokens)
+    def estimator(logp: Tensor) -> Tensor:
+        return p @ opd.sampled_reverse_kl(logp[:, None], teacher_logp[:, None], every_token)
 
-    def k3(logp: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-        log_ratio = opd.token_logp(teacher, tokens) - opd.token_logp(logp, tokens)
-        return log_ratio.exp() - 1 - log_ratio
-
-    reverse_kl = (p * (student_logp - teacher_logp)).sum()
     return {
-        "reverse KL, formula": p * (student_logp - teacher_logp - reverse_kl),
-        "reverse KL, autograd": autograd(opd.reverse_kl),
-        "E[-A log p(y)]": autograd(opd.sampled_reverse_kl, p),
-        "E[k1], wrong": autograd(k1, p),
-        "E[k3], wrong": autograd(k3, p),
-        "forward KL": autograd(opd.forward_kl),
+        "reverse KL, formula": p * (log_ratio - (p * log_ratio).sum()),
+        "reverse KL, autograd": autograd(lambda logp: opd.reverse_kl(logp, teacher_logp, None)),
+        "E[-A log p(y)]": autograd(estimator),
+        "E[k1], wrong": autograd(lambda logp: p @ (logp - teacher_logp)),
+        "E[k3], wrong": autograd(lambda logp: p @ ((teacher_logp - logp).exp() - 1 - (teacher_logp - logp))),
+        "forward KL": autograd(lambda logp: opd.forward_kl(logp, teacher_logp, None)),
     }
 
 
@@ -128,34 +122,23 @@ def token_table(names: Names, student: Tensor, teacher: Tensor, top: int) -> str
     return "\n".join(lines)
 
 
-CHECK = """
+def hand_check(names: Names, student: Tensor, teacher: Tensor, number: int) -> str:
+    """How to compute the gradient of one logit of token `number` by hand."""
+    terms = student.exp() * (student - teacher)
+    token = int(terms.abs().argmax())
+    kl, p, term = terms.sum().item(), student[token].exp().item(), terms[token].item()
+    gradient = term - p * kl
+    sign, moves = ("positive", "lowers") if gradient > 0 else ("negative", "raises")
+    if gradient == 0:  # p = q
+        sign, moves = "zero", "keeps"
+    return f"""
 To check by hand, for token {number}: in each column but the last two multiply p by (log p - log q). These
 products, those of the other tokens included, sum to the reverse KL, {kl:.6f} nats. The gradient of a logit is
-its own product minus p times that sum: for {name!r} {term:.6f} - {p:.6f} * {kl:.6f} = {gradient:.6f}.
+its own product minus p times that sum: for {names(token)!r} {term:.6f} - {p:.6f} * {kl:.6f} = {gradient:.6f}.
 It is {sign}, so the update {moves} this logit. Where p is almost 1, the gradient is almost 0, however large
 the KL is: the student never samples what the teacher would prefer. Only other earlier tokens can change it.
 k1 = log p(y) - log q(y) has the right value, but its gradient is zero on average: as a loss it teaches
 nothing. The gradient of k3 is p - q, that of the forward KL, which is another objective."""
-
-
-def hand_check(names: Names, student: Tensor, teacher: Tensor, number: int) -> str:
-    terms = student.exp() * (student - teacher)
-    token = int(terms.abs().argmax())
-    kl, p = terms.sum().item(), student[token].exp().item()
-    gradient = terms[token].item() - p * kl
-    sign, moves = ("positive", "lowers") if gradient > 0 else ("negative", "raises")
-    if gradient == 0:  # p = q
-        sign, moves = "zero", "keeps"
-    return CHECK.format(
-        number=number,
-        kl=kl,
-        name=names(token),
-        term=terms[token].item(),
-        p=p,
-        gradient=gradient,
-        sign=sign,
-        moves=moves,
-    )
 
 
 def update(pair: train.Pair, rollouts: Rollout, lr: float) -> None:
