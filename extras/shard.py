@@ -11,7 +11,6 @@ In bf16, the gradients of the output head are summed over the chunks of a micro-
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from extras.ranks import Leader, Worker, moved, selected
+from extras.ranks import Leader, Worker, selected
 from opd import OutputHead
 from rollout import Rollout, micro_batches
 from support import models
@@ -71,34 +70,25 @@ class ShardedWorker(Worker):
         self.whole = None
 
     def score(
-        self,
-        rollouts: Rollout,
-        loss_mask: Tensor,
-        training: bool,
-        micro_batch: int,
-        passes: int,
-        normalizer: int,
-        **options: Any,
+        self, rollouts: Rollout, loss_mask: Tensor, training: bool, micro_batch: int, passes: int, **options
     ) -> tuple[float, dict[str, Tensor]]:
-        device = self.pair.student.device
-        rollouts, loss_mask = moved(rollouts, device), loss_mask.to(device)
         self.reshard()
         groups = micro_batches(rollouts, micro_batch)
-        score = partial(self.score_rows, micro_batch=1 << 60, normalizer=normalizer, **options)
         loss, parts = 0.0, []
         for i in range(passes):
             rows = groups[i] if i < len(groups) else groups[0][:1]
             mask = loss_mask[rows] if i < len(groups) else torch.zeros_like(loss_mask[rows])
-            with torch.set_grad_enabled(training):
-                part_loss, part = score(self.pair_with_heads(), selected(rollouts, rows), mask)
+            self.gather_heads()
+            part_loss, part = super().score(
+                selected(rollouts, rows), mask, training, micro_batch=1 << 60, **options
+            )
             loss += part_loss
-            parts.append(part | {"row": torch.tensor(rows, device=device)[part["row"]]})
+            parts.append(part | {"row": torch.tensor(rows)[part["row"]]})
         self.reshard()
-        statistics = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-        return loss, statistics
+        return loss, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def pair_with_heads(self):
-        """The pair with gathered output heads, embeddings and last norms.
+    def gather_heads(self) -> None:
+        """Gather the output heads, and with them the embeddings and last norms.
 
         FSDP gathers them in the model's own forward, which scoring does not call: `train.hidden_states` calls
         the decoder, and `opd.opd_backward` the heads.
@@ -107,7 +97,7 @@ class ShardedWorker(Worker):
         for model in (self.pair.student, self.pair.teacher):
             model.unshard()
             heads.append(OutputHead.of(model, self.pair.vocab_size))
-        return replace(self.pair, student_head=heads[0], teacher_head=heads[1])
+        self.pair = replace(self.pair, student_head=heads[0], teacher_head=heads[1])
 
     def sum_gradients(self) -> None:
         """FSDP has averaged the gradients: turn the mean into the sum."""
@@ -141,10 +131,9 @@ class ShardedWorker(Worker):
         self.reshard()  # a gathered model would keep the old weights
         master = self.pair.masters[name]
         for key, value in values.items():
-            if value.shape == master.shape and key != "step":
-                whole = value.to(master.device)
+            if value.shape == master.shape:  # AdamW's step is a scalar, and not divided
                 values[key] = distribute_tensor(
-                    whole, master.device_mesh, master.placements, src_data_rank=None
+                    value.to(master.device), master.device_mesh, master.placements, src_data_rank=None
                 )
         master.copy_(values.pop("weight"))
         self.optimizer.state[master] = values
