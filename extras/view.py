@@ -25,7 +25,7 @@ from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
 from support.prompts import decode_answers, render
 from support.report import token_texts
-from support.workers import Grader
+from support.workers import one_grader
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TOP = 5  # tokens of each distribution that are shown
@@ -35,8 +35,7 @@ SIGNS = {"\n": "\u21b5\n", "\t": "\u21e5"}
 
 @dataclass(frozen=True)
 class Knobs:
-    out: str = knob("", "the file; default: RUN/view.html", group="the page")
-    answers: int = knob(8, "held-out problems", least=1, most=100)
+    answers: int = knob(8, "held-out problems", least=1, most=100, group="the page")
     data: str = knob("", "file, folder or hub data set instead of the run's held-out problems")
     teacher: bool = knob(False, "also show the teacher's own answers")
     device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
@@ -119,6 +118,7 @@ def problems_with_answers(
     writers = {name: pair.student for name, pair in pairs.items()}
     writers |= {"teacher": before.teacher} if with_teacher else {}
     texts = Texts(before.tokenizer)
+    grader = one_grader(extract, has_box)
     shown: list[dict[str, Any]] = []
     for problem in problems:
         gold = visible(problem.answer or "")
@@ -129,12 +129,11 @@ def problems_with_answers(
         )
         scores = {name: score(pair, rollouts, run.temperature) for name, pair in pairs.items()}
         responses = [decoded["response"] for decoded in decode_answers(rollouts, before.tokenizer)]
-        with Grader(extract, boxed) as grader:
-            for row, (problem, response) in enumerate(zip(problems, responses)):
-                found = answer(texts, writer, rollouts, row, scores)
-                if problem.answer is not None:
-                    found["verdict"] = grader.verdict(response, problem.answer)["verdict"]
-                shown[row]["answers"].append(found)
+        for row, (problem, response) in enumerate(zip(problems, responses)):
+            found = answer(texts, writer, rollouts, row, scores)
+            if problem.answer is not None:
+                found["verdict"] = grader.verdict(response, problem.answer)["verdict"]
+            shown[row]["answers"].append(found)
     return {"texts": list(texts.index), "problems": shown}
 
 
@@ -152,7 +151,7 @@ def write(text: str, out: Path) -> None:
         part.write_text(text, encoding="utf-8")
         run_folder.atomic_rename(part, out)
     except OSError as error:
-        raise BadInput(f"cannot write {out} ({error}): name another file with --out") from error
+        raise BadInput(f"cannot write {out} ({error}): make room, or copy the run elsewhere") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -173,7 +172,7 @@ def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
         raise BadInput(f"{what}: name a run with one tokenizer")
     if not (knobs.data or run.eval_limit):
         raise BadInput(f"{folder} held out no problems (--eval-limit 0): name some with --data")
-    return dataclasses.replace(knobs, out=knobs.out or str(folder / "view.html")), run, folder
+    return knobs, run, folder
 
 
 def load_pairs(run: train.Knobs, folder: Path, device: torch.device) -> dict[str, train.Pair]:
@@ -186,24 +185,19 @@ def load_pairs(run: train.Knobs, folder: Path, device: torch.device) -> dict[str
 
 def main() -> None:
     knobs, run, folder = settings(sys.argv[1:])
-    out = Path(knobs.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise BadInput(f"--out {out} is a folder, or in a folder that does not exist: name a file")
-    if out.exists() and not (out.is_file() and out.suffix == ".html"):
-        raise BadInput(f"--out {out} exists and is not a page: name a file that ends in .html")
     device = models.find_device(knobs.device)
     layout = data.Layout(run.question_column, run.answer_column, run.skip_bad_rows)
     if knobs.data:
         problems = data.read_problems(knobs.data, "test", layout, need_answers=False)
     else:
         _, problems = data.train_and_test(run.data, run.eval_data, run.eval_limit, run.seed, layout)
-    horizon_at = train.schedule_of(run)
-    facts = {"run": folder.resolve().name, "horizon": horizon_at(0), "top": TOP, "units": UNITS}
-    for name in ("student", "teacher", "schedule", "steps", "max_new_tokens", "temperature"):
-        facts[name] = getattr(run, name)
+    shown = ("student", "teacher", "schedule", "max_new_tokens", "temperature")
+    facts = {name: getattr(run, name) for name in shown}
     facts["steps"] = len(run_folder.read_csv(folder / "metrics.csv"))  # a stopped run has fewer
+    facts |= {"run": folder.resolve().name, "horizon": train.schedule_of(run)(0), "top": TOP, "units": UNITS}
     pairs = load_pairs(run, folder, device)
     content = problems_with_answers(pairs, problems[: knobs.answers], run, knobs.teacher)
+    out = folder / "view.html"
     write(page({"facts": facts} | content), out)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
 

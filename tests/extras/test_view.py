@@ -65,9 +65,9 @@ def close(found: list[int], right: torch.Tensor, unit: float) -> bool:
     return torch.allclose(found, right.flatten().float(), rtol=0, atol=0.51 / unit)
 
 
-def test_the_numbers_are_those_of_train_score_and_of_the_models(run, tmp_path, monkeypatch):
-    run_view(monkeypatch, run, "--out", tmp_path / "x.html", "--answers", 2, "--teacher")
-    content = data_of(tmp_path / "x.html")
+def test_the_numbers_are_those_of_train_score_and_of_the_models(run, monkeypatch):
+    run_view(monkeypatch, run, "--answers", 2, "--teacher")
+    content = data_of(run / "view.html")
     assert [a["writer"] for a in content["problems"][1]["answers"]] == ["before", "after", "teacher"]
     knobs = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(run)}))
     pair = train.load_pair(str(run / "student"), knobs.teacher, "float32", torch.device("cpu"))
@@ -154,18 +154,16 @@ def test_twenty_answers_of_512_tokens_take_less_than_2_mb():
 
 
 def test_wrong_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch):
-    old = tmp_path / "old.html"
-    old.write_text("old")
     folder = tmp_path / "folder"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("student"))
+    old = folder / "view.html"
+    old.write_text("old")
     cases = [
         ([], "no run is named"),
         ([tmp_path / "none"], "name the folder of a run"),
-        ([folder, "--out", old], "--resume"),
-        ([run, "--out", tmp_path], "name a file"),
-        ([run, "--out", tmp_path / "none" / "x.html"], "name a file"),
-        ([run, "--answers", "0", "--out", old], "raise it"),
-        ([run, "other", "--out", old], "--help"),
+        ([folder], "--resume"),
+        ([folder, "--answers", "0"], "raise it"),
+        ([folder, "other"], "--help"),
     ]
     for arguments, remedy in cases:
         with pytest.raises(BadInput, match=remedy):
@@ -174,7 +172,7 @@ def test_wrong_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(view.models, "tokenizers_differ", lambda *names, allowed: True)
         with pytest.raises(BadInput, match="different tokenizers.*name a run with one tokenizer"):
-            run_view(monkeypatch, folder, "--out", old)
+            run_view(monkeypatch, folder)
     config = json.loads((run / "config.json").read_text())
     for changed, remedy in (
         (config | {"unknown": 1}, "start a new one"),  # of another version
@@ -182,7 +180,7 @@ def test_wrong_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch)
     ):
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(BadInput, match=remedy):
-            run_view(monkeypatch, folder, "--out", old)
+            run_view(monkeypatch, folder)
     assert old.read_text() == "old"
 
 
@@ -195,7 +193,7 @@ def test_a_page_is_replaced_at_the_end_only(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(run_folder, "atomic_rename", full)
-    with pytest.raises(BadInput, match="no space left.*--out"):
+    with pytest.raises(BadInput, match="no space left.*make room"):
         view.write("new", out)
     assert [path.name for path in tmp_path.iterdir()] == ["view.html"] and out.read_text() == "old"
     monkeypatch.undo()
