@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rollout import Rollout, rollout
+from rollout import Rollout, micro_batches, rollout
 from support import models
 from support.cli import BadInput, ProcessEnded, Stopped, flag_of
 from support.run import SIGNALS, CheckpointedRun
@@ -200,8 +200,7 @@ class Leader:
 
     def dealt(self, rollouts: Rollout) -> list[list[int]]:
         """The rows that each rank scores, dealt out from the longest to the shortest for similar shares."""
-        lengths = [len(p) + n for p, n in zip(rollouts.prompts, rollouts.response_mask.sum(1).tolist())]
-        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        order = [row for (row,) in micro_batches(rollouts, max_tokens=1)]  # the longest first
         return [order[r :: self.size] for r in range(min(self.size, len(order)))]
 
     def score(
