@@ -10,6 +10,7 @@ and at full length, and every token is scored by all three models.
 import dataclasses
 import json
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def score(pair: train.Pair, rollouts: Rollout, temperature: float = 1.0) -> dict
 
     `student_ids`, `student_p`, `teacher_ids` and `teacher_p` are (N, TOP), the most likely first.
     """
-    parts: dict[str, list[Tensor]] = {"student_ids": [], "student_p": [], "teacher_ids": [], "teacher_p": []}
+    parts = defaultdict(list)
 
     def recorded(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
         for name, logp in (("student", student_logp), ("teacher", teacher_logp)):
@@ -119,10 +120,9 @@ def problems_with_answers(
     writers |= {"teacher": before.teacher} if with_teacher else {}
     texts = Texts(before.tokenizer)
     grader = one_grader(extract, has_box)
-    shown: list[dict[str, Any]] = []
-    for problem in problems:
-        gold = visible(problem.answer or "")
-        shown.append({"question": visible(problem.question), "gold": gold, "answers": []})
+    shown: list[dict[str, Any]] = [
+        {"question": visible(p.question), "gold": visible(p.answer or ""), "answers": []} for p in problems
+    ]
     for writer, model in writers.items():
         rollouts = rollout(
             model, prompts, run.max_new_tokens, before.eos_ids, noise, run.temperature, before.vocab_size
@@ -177,8 +177,8 @@ def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
 
 def load_pairs(run: train.Knobs, folder: Path, device: torch.device) -> dict[str, train.Pair]:
     """The student before and after the run, both with the same teacher."""
-    names = {"before": run.student, "after": str(folder / "student")}
-    before, after = (train.load_pair(name, run.teacher, run.dtype, device) for name in names.values())
+    before = train.load_pair(run.student, run.teacher, run.dtype, device)
+    after = train.load_pair(str(folder / "student"), run.teacher, run.dtype, device)
     after = dataclasses.replace(after, teacher=before.teacher, teacher_head=before.teacher_head)
     return {"before": before, "after": after}
 
