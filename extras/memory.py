@@ -73,11 +73,11 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
     tokens, micro_batches = together * length, -(-rows // together)
     vocab = min(student.vocab, teacher.vocab)
     head = 0 if knobs.low_memory else vocab * student.width
-    teacher_weights = weights_bytes(knobs, teacher_config, teacher)
+    teacher_weights = weights_bytes(knobs, teacher_config)
     if is_elsewhere(knobs):  # only its head is copied to the student's device
         teacher_weights = teacher.vocab * teacher.width * item
     chunk = min(CHUNK, together * horizon) * vocab
-    on_gpu = place(knobs.device)[0] == "cuda"
+    on_gpu = torch.device(knobs.device or "cuda").type == "cuda"
     # The gradient of the head, or of the embedding that is tied to it, next to the sum of the gradients. A
     # CPU adds a bf16 tensor to an fp32 one by way of an fp32 copy, a CUDA kernel converts while it adds.
     beside = head * (item if item == 4 or on_gpu else item + 4)
@@ -105,25 +105,22 @@ def estimate(knobs, student_config, teacher_config, prompt: int, horizon: int) -
     return found | {"peak": found["tensors"] + found["fragmentation"] + found["CUDA context"]}
 
 
-def place(device: str) -> tuple[str, int]:
-    """Type and number of a device; by default a GPU."""
-    named = torch.device(device or "cuda")
-    return named.type, named.index or 0
-
-
 def is_elsewhere(knobs) -> bool:
-    """Whether the teacher is on a device of its own."""
-    return place(knobs.teacher_device or knobs.device) != place(knobs.device)
+    """Whether the teacher is on a device of its own; cuda is cuda:0, and the default."""
+    here = torch.device(knobs.device or "cuda")
+    there = torch.device(knobs.teacher_device or here)
+    return (there.type, there.index or 0) != (here.type, here.index or 0)
 
 
-def weights_bytes(knobs, config, shape: Shape) -> int:
+def weights_bytes(knobs, config) -> int:
     """The bytes of the teacher's weights, quantised or not."""
-    total = parameters(config, low_memory=False)[0]
+    item = getattr(torch, knobs.dtype).itemsize
+    total, _ = parameters(config, low_memory=False)
     if not knobs.teacher_bits:
-        return total * shape.item
-    head = shape.vocab * shape.width * shape.item
-    embeddings = head if config.get_text_config(decoder=True).tie_word_embeddings else 2 * head
-    return (total - embeddings // shape.item) * int(knobs.teacher_bits) // 8 + embeddings
+        return total * item
+    text = config.get_text_config(decoder=True)
+    kept = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)  # embedding and head
+    return (total - kept) * int(knobs.teacher_bits) // 8 + kept * item
 
 
 def format_estimate(found: dict[str, int], free: int) -> str:
@@ -153,8 +150,7 @@ def dry_run(knobs, problems: list, test: list, horizon: int, device: torch.devic
     found = estimate(knobs, *configs, max(map(len, prompts)), horizon)
     lines = [format_estimate(found, free_memory(device))]
     if is_elsewhere(knobs):
-        shape = Shape.of(configs[1], getattr(torch, knobs.dtype).itemsize)
-        needed = weights_bytes(knobs, configs[1], shape)
+        needed = weights_bytes(knobs, configs[1])
         free = free_memory(torch.device(knobs.teacher_device))
         verdict = "fits" if needed <= free else "does not fit: name another --teacher-device"
         where = f"the teacher's weights on {knobs.teacher_device}, {needed / 1e9:.2f} GB"
