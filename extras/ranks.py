@@ -217,9 +217,8 @@ class Leader:
             self.everywhere("sum_gradients", [()] * self.size)
         for part, of_rank in zip(rows, statistics):
             of_rank["row"] = torch.tensor(part)[of_rank["row"]]  # of the step, not of the share
-        statistics = {name: torch.cat([part[name] for part in statistics]) for name in statistics[0]}
-        statistics = {name: values.to(rollouts.tokens.device) for name, values in statistics.items()}
-        return sum(losses), statistics
+        device = rollouts.tokens.device
+        return sum(losses), {n: torch.cat([part[n] for part in statistics]).to(device) for n in statistics[0]}
 
     def adamw(self, pair, knobs) -> torch.optim.Optimizer:
         return self.worker.adamw(pair, knobs)
