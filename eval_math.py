@@ -66,7 +66,7 @@ def after_hashes(text: str) -> list[str]:
 
 
 def after_phrase(text: str) -> list[str]:
-    """What follows the first "the answer is", "answer:" or heading "Answer", up to the end of the sentence."""
+    """What follows the first "the answer is", "answer:" or heading "Answer", until the sentence ends."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     phrase = r"answer\*{0,3}(?: is| ?:| =)|^[#* ]{0,9}(?:final )?answer[#* ]{0,9}$"  # "**Answer**: 5"
     phrases = re.finditer(rf"(?:{phrase})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}", text, re.I | re.M)

@@ -119,7 +119,7 @@ def problems_with_answers(
     writers = {name: pair.student for name, pair in pairs.items()}
     writers |= {"teacher": before.teacher} if with_teacher else {}
     texts = Texts(before.tokenizer)
-    grader = one_grader(extract, has_box)
+    grader = one_grader(extract, boxed)
     shown: list[dict[str, Any]] = [
         {"question": visible(p.question), "gold": visible(p.answer or ""), "answers": []} for p in problems
     ]
