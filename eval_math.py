@@ -60,17 +60,18 @@ def boxed(text: str) -> list[str]:
 
 
 def after_hashes(text: str) -> list[str]:
-    """What follows GSM8K's "####"; text without a digit, or "1. Add", is a heading, and skipped."""
-    found = re.findall(r"(?<!#)####(?!#)[ \t]*(?!\**\d+[.)][ \t]+\**[A-Za-z])(\S[^\n]{0,200})", text)
+    """What follows GSM8K's "####", if its first word has a digit and it is no heading like "1. Add"."""
+    heading = r"\**\d+[.)][ \t]+\**[A-Za-z]"
+    found = re.findall(rf"(?<!#)####(?!#)[ \t]*(?!{heading})(\S[^\n]{{0,200}})", text)
     return [answer.strip(" *") for answer in found if re.search(r"\d", answer.split()[0])]
 
 
 def after_phrase(text: str) -> list[str]:
-    """What follows the first "the answer is", "answer:" or heading "Answer", until the sentence ends."""
+    """What follows the first "answer is", "answer:", "answer =" or heading "Answer", until a clause ends."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     phrase = r"answer\*{0,3}(?: is| ?:| =)|^[#* ]{0,9}(?:final )?answer[#* ]{0,9}$"  # "**Answer**: 5"
     phrases = re.finditer(rf"(?:{phrase})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}", text, re.I | re.M)
-    # The last part of a list: "and 3" in "1, 2, and 3", but not "or 60 minutes" in "1 hour, or 60 minutes".
+    # A comma ends the answer in "1 hour, or 60 minutes", but not before the last part of "1, 2, and 3".
     last_part = r"(?:and|or)\s+[-−$\\\d(][^\s%,;]*(?:[,;]|\s*$|\s+[^a-z\s])"
     end = re.compile(
         r"\.\s"  # a full stop
@@ -82,7 +83,7 @@ def after_phrase(text: str) -> list[str]:
     for match in islice(phrases, 100):
         rest = text[match.end() : match.end() + 240]
         sentence = rest[: end.search(rest).start()].lstrip(" *`").rstrip(" *.`")
-        answer = without_prose(sentence)
+        answer = without_prose(sentence)  # 12 from "therefore 12"; None from "add 2 and 3"
         if answer and len(answer) <= 200:
             return [answer]
     return []
@@ -99,9 +100,9 @@ def last_number(text: str) -> list[str]:
 def extract(response: str) -> str | None:
     r"""The final answer of a response, by the first rule that finds one; None if there is none.
 
-    The rules: \boxed{x}, "#### x", "the answer is x", the last number. The first box counts, not the last: a
-    student that has not learned to stop continues after its answer and repeats boxes. A column of the scores
-    shows what the last box would give.
+    The rules, for what follows the last </think>: \boxed{x}, "#### x", "the answer is x", the last number.
+    The first box counts, not the last: a student that has not learned to stop continues after its answer and
+    repeats boxes. A column of the scores shows what the last box would give.
     """
     response = without_reasoning(response)
     for rule in (boxed, after_hashes, after_phrase, last_number):
@@ -124,7 +125,7 @@ def is_correct(response: str, answer: str) -> bool:
 
 @torch.no_grad()
 def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -> None:
-    """Raises BadInput unless one pass over the last answer gives the log-probabilities of the sampler."""
+    """Raise BadInput unless one pass over the last answer gives the log-probabilities of the sampler."""
     row = len(rollouts.prompts) - 1  # the longest prompts come first, so this row has the most padding
     mask = rollouts.response_mask[row]
     ids, predicts = model_inputs(rollouts, [row], rollouts.response_mask)
@@ -160,11 +161,12 @@ def evaluate(
 
     The sampling noise of an answer depends on the seed, the index of its problem and its sample alone, so a
     resumed evaluation gives the same scores. Longest prompts come first: a batch that does not fit into
-    memory fails at once.
+    memory fails at once. A record has the index and the text of its problem, the answer (`decode_answers`),
+    and its verdict by three rules of extraction (support/workers.py).
     """
     problems, prompts, tokenizer, eos_ids = held_out
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    keys = [(i, k) for i in order for k in range(samples)]  # of a problem and a sample
+    keys = [(i, k) for i in order for k in range(samples)]  # (problem, sample) of each answer
     records = run_folder.whole_batches(path, [i for i, _ in keys])
     size = batch_that_fits(model, prompts, max_new_tokens, batch_size)
     # Another batch size rounds differently: a resumed evaluation keeps its own, or takes a smaller one.
@@ -178,6 +180,7 @@ def evaluate(
             began = time.perf_counter()
             noise = sampling_noise([("evaluation", seed, i, k) for i, k in batch], max_new_tokens)
             batch_prompts = [prompts[i] for i, _ in batch]
+            # Without vocab_size: a model is evaluated with all its ids, as it will be used.
             rollouts = sampler(
                 model, batch_prompts, max_new_tokens, eos_ids, noise, temperature=temperature, top_p=top_p
             )

@@ -53,8 +53,8 @@ def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float 
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., arXiv 2306.13649).
 
     beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. The derivatives
-    of the logarithms cancel in the sum over the vocabulary, so they are computed without gradient. The
-    gradient in log p is (1 - beta) p (log p - log m), exactly zero where p = q.
+    of log p and log m cancel at every id, so the logarithms are computed without gradient. The gradient
+    in log p is (1 - beta) p (log p - log m), exactly zero where p = q.
     """
     with torch.no_grad():
         log_ratio = (teacher_logp - student_logp).clamp_max(80)  # log q - log p; e^89 overflows in fp32
@@ -122,8 +122,8 @@ class LinearFP32(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
-        # Rounding a gradient to bf16 has a relative error of at most 2**-8. Rounding a logit of 20 changes it
-        # by up to 0.06, and so the token's probability by 6 %.
+        # Rounding a gradient to bf16 is harmless: its relative error is at most 2**-8. Rounding a logit is
+        # not: one of 20 changes by up to 0.06, and so the token's probability by 6 %.
         grad_logits = grad_logits.to(weight.dtype)
         grad_hidden = grad_logits @ weight if ctx.needs_input_grad[0] else None
         grad_weight = grad_logits.T @ hidden if ctx.needs_input_grad[1] else None
@@ -152,7 +152,7 @@ class OutputHead:
             bias=getattr(linear, "bias", None),
             scale=scale,
             softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=min(vocab_size, len(linear.weight)),  # with two tokenizers it may be larger
+            vocab_size=min(vocab_size, len(linear.weight)),  # vocab_size may exceed it with two tokenizers
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:

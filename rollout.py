@@ -57,7 +57,7 @@ def sample(logits: Tensor, temperature: float, uniform: Tensor, top_p: float = 1
         cumulative = logp.exp().cumsum_(-1)
         threshold = uniform[:, None] * cumulative[:, -1:]  # below the last sum, which is 1 up to rounding
         token = torch.searchsorted(cumulative, threshold, right=True)
-        token = token.clamp_max(logp.shape[-1] - 1)  # NaN logits exceed no threshold
+        token = token.clamp_max(logp.shape[-1] - 1)  # with NaN logits, searchsorted returns V
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
 
 

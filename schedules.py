@@ -71,7 +71,7 @@ def make_schedule(
     if horizon is None:
         horizon = schedule.horizon
     if horizon == "auto":
-        horizon = min(schedule.horizon, budget)  # until it is measured; ESR's 100 tokens may exceed a budget
+        horizon = min(schedule.horizon, budget)  # main calls this again with the measured one
     start = first_horizon(horizon, budget)
     if schedule.uses_growth:
         if interval is None:

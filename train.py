@@ -6,7 +6,8 @@
 --help prints this text; the defaults that it shows are those of the preset qwen.
 """
 # support/ imports none of the five files; functions that it needs are passed in.
-# Shapes: B rows, R longest response; M rows, L longest input, N tokens with a loss of a micro-batch; D width.
+# Shapes: B rows, R longest response; of a micro-batch M rows, L longest input, N tokens with a loss; D hidden
+# size.
 
 import math
 import os
@@ -30,8 +31,8 @@ from support.run import CheckpointedRun, Run
 from support.scores import score_answers
 
 
-# knob(default, help, limits). A numeric flag also accepts `word`; `group` starts a section of --help.
-# PRESET of support/toy.py or words.py overrides some defaults; flags override both.
+# knob(default, help, limits); `word` is a text that a numeric flag accepts too; `group` starts a section of
+# --help. A preset (PRESET in support/toy.py and support/words.py) replaces some defaults; flags replace both.
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")
@@ -118,7 +119,7 @@ class Pair:
 
 
 def hidden_states(model, ids: Tensor) -> Tensor:
-    """The final hidden states, input of the output head: (M, L) -> (M, L, D), on the device of `ids`."""
+    """The final hidden states: (M, L) -> (M, L, D). Without attention mask, as padding is on the right."""
     hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     return hidden.to(ids.device)
 
@@ -389,8 +390,8 @@ def main() -> int | None:
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
-    # Four functions and a class that use the models. With torchrun, those of the same names divide the work
-    # among the processes.
+    # What uses the models. With torchrun, functions and a class of the same names divide the work among the
+    # processes.
     own = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
     engine = ranks.start(knobs) if ranks else own
     horizon_at = schedule_of(knobs)
@@ -406,18 +407,17 @@ def main() -> int | None:
 
     # 2. The models, and what depends on their tokenizers.
     # The exact divergences sum over one vocabulary; `sampled` allows a teacher with another tokenizer.
-    allowed = knobs.divergence == "sampled"
-    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
+    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, knobs.divergence == "sampled")
     pair, prompts, held_out = load_with_prompts(
         engine.load_pair, knobs, device, two_tokenizers, problems, test
     )
     sampler = engine.rollout  # in training; evaluation always samples with engine.rollout
-    scorer = engine.score
-    teacher_held_out = held_out
     if knobs.sampler == "continuous":
         from extras.continuous import continuous_rollout
 
         sampler = continuous_rollout
+    scorer = engine.score
+    teacher_held_out = held_out
     if two_tokenizers:
         from extras.other_tokenizer import prepare
 
@@ -429,9 +429,10 @@ def main() -> int | None:
         horizon_at = schedule_of(knobs)
 
     def grade(model, name: str) -> dict | None:
+        if not test:  # --eval-limit 0
+            return None
         given = teacher_held_out if model is pair.teacher else held_out
-        path = folder / f"eval_{name}.jsonl"
-        return held_out_scores(model, given, path, knobs, engine.rollout) if test else None  # --eval-limit 0
+        return held_out_scores(model, given, folder / f"eval_{name}.jsonl", knobs, engine.rollout)
 
     # 3. Evaluate, train, evaluate again.
     optimizer = engine.adamw(pair, knobs)

@@ -148,7 +148,8 @@ def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
     """What happened and what to try next, in at most three lines; docs/running.md has the rules."""
     few = -(-len(rows) // 10)
     first, last = (fmean(float(row["reverse_kl"]) for row in part) for part in (rows[:few], rows[-few:]))
-    found = [f"The reverse KL of the first and last {few} steps is {first:.3f} and {last:.3f} nats a token"]
+    steps = "step" if few == 1 else f"{few} steps"
+    found = [f"The reverse KL of the first and last {steps} is {first:.3f} and {last:.3f} nats a token"]
     if len(rows) < 10:
         found[0] += ": too few steps to tell."
     elif rows[0]["horizon"] != rows[-1]["horizon"]:
