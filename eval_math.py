@@ -67,10 +67,15 @@ def after_hashes(text: str) -> list[str]:
 
 
 def after_phrase(text: str) -> list[str]:
-    """What follows the first "answer is", "answer:", "answer =" or heading "Answer", until a clause ends."""
+    """What follows the first "answer is", "answer:" or "answer =", or a last heading, until a clause ends."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
-    phrase = r"answer\*{0,3}(?: is| ?:| =)|^[#* ]{0,9}(?:final )?answer[#* ]{0,9}$"  # "**Answer**: 5"
-    phrases = re.finditer(rf"(?:{phrase})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}", text, re.I | re.M)
+    # "**Answer**: 5", or a heading "### Answer" above a last line that is a formula.
+    heading = r"^[#*]{1,9} ?(?:final )?answer[#* ]{0,9}\n(?=\s{0,9}[-$\\\d][^\n]*\s*\Z)"
+    phrases = re.finditer(
+        rf"(?:answer\*{{0,3}}(?: is| ?:| =)|{heading})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}",
+        text,
+        re.I | re.M,
+    )
     # A comma ends the answer in "1 hour, or 60 minutes", but not before the last part of "1, 2, and 3".
     last_part = r"(?:and|or)\s+[-−$\\\d(][^\s%,;]*(?:[,;]|\s*$|\s+[^a-z\s])"
     end = re.compile(

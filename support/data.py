@@ -36,7 +36,7 @@ LONGEST = 200_000  # characters of a question: longer than any context, and enou
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 LOST_BACKSLASH = re.compile(  # "\frac" in JSON is a form feed and "rac"
-    r"\x0crac|\x08(?:oxed|inom|eta|egin|ar)|\t(?:ext|frac)\{|\t(?:imes|heta)\b|\r(?:ight|angle)|\nabla\b"
+    r"\x0crac[{\d\\]|\x08(?:oxed|inom|eta|egin|ar)|\t(?:ext|frac)\{|\t(?:imes|heta)\b|\right[)\]}.|\\]|\nabla\b"
 )
 NOT_TEXT = {
     b"\x1f\x8b": "gzip-compressed",

@@ -62,7 +62,7 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"\\langle(?![a-z])", "("),
     (r"\\rangle(?![a-z])", ")"),
     (r"\\\\\[\s*[\d.]+\s*(?:pt|em|ex|mm)\s*\]", r"\\\\"),  # space between the rows of a matrix
-    (r"\^\s*(-\s*(?:\d+|[A-Za-z]))", r"^{\1}"),  # 10^-3
+    (r"\^\s*(-\s*(?:\d+(?:\.\d+)?|[A-Za-z]))", r"^{\1}"),  # 10^-3
     (r"\\varnothing", r"\\emptyset"),
     (r"(\d)\s*x\s*(?=10\s*\^)", r"\1\\times "),
     (r"\bC\((\d+),\s*(\d+)\)|(\w+)\s*\\choose\s*(\w+)", r"\\binom{\1\3}{\2\4}"),
@@ -80,8 +80,8 @@ NAME = re.compile(  # "x =", "a_{n+1} =", "f'(x) =", "f^{-1}(x) =", "(x, y) =", 
     r"|\\text\s*\{[^{}]*\}|\([a-z](?:,\s*[a-z])*\)|[A-Za-z](?::[A-Za-z])+)\s*(?:=|\\in(?![a-z])|\\approx)"
 )
 CHOICE = re.compile(  # but "a:b = 2:3" is a ratio, and "(i)" a part
-    r"(?:(?:\\text\s*\{)?(?:option|choice)\}? *)?\(?([a-hj]|(?-i:I))(?:[).]+:?|(?-i:(?<=[A-J]):)|\}?$)"
-    r"(?!\(|\s*[-+*/^=_,])\s*(.*)",
+    r"(?:(?:\\text\s*\{)?(?:option|choice)\}? *)?\(?([a-hj]|(?-i:I))"
+    r"(?:[).]+:?|(?-i:(?<=[A-J]):(?!\s*[A-Z]\s*[:=]))|\}?$)(?!\(|\s*[-+*/^=_,])\s*(.*)",
     re.I | re.S,
 )
 PARTS = re.compile(  # of "(a) 5, (b) 6"
@@ -98,20 +98,21 @@ CALCULATION = re.compile(
 )
 NO_UNIT = (  # words after a number that change its value
     r"\s*\(?(?:in )?(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|lakh|crore|score|remainder|more"
-    r"|less|mod|base|factorial|divided|minus|plus|over|root|squared|cubed|hal(?:f|ves)|thirds?"
+    r"|less|mod|base|binary|to|if|factorial|divided|minus|plus|over|root|squared|cubed|hal(?:f|ves)|thirds?"
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?)(?![a-z])"
 )
 POWER = r"(?:\{?-?\d\}?|\\circ)"
 TEXT_UNIT = rf"(?:\\mu\s*)?\\text\s*\{{(?!{NO_UNIT})(?:[^{{}}\d^]|\^{POWER})*\}}(?:\^{POWER})?"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"  # also without a space
-SYMBOL = r"(?-i:(?:[kMGmcn]|\\mu\s*)?(?:Hz|eV|Pa|[JNVWAmgs])|[KCFTLhl]|mol|min|\\Omega)(?![a-z])"
-BARE_UNIT = rf"(?:{SHORT_UNIT}|{SYMBOL})(?:\^{POWER})?"
+SYMBOL = r"(?-i:(?:[kMGmcn]|\\mu\s*)?(?:Hz|eV|Pa|[JNVWAmgs])|[KCFTLhl]|mol|min|\\Omega"
+SYMBOL += r"|yr|wk|mo|qt|pt|ha|cc|hp|d[mLB]|cL|[KMG]B|[munp]F)(?![a-z])"
+BARE_UNIT = rf"(?:{SHORT_UNIT}|(?!{SHORT_UNIT}){SYMBOL})(?:\^{POWER})?"
 AMOUNT = re.compile(  # a number or formula, and the unit after it; a bare unit could also be a variable
     r"(?P<amount>.*?(?:[\d)}!%]|\\pi))\s*(?P<unit>'{1,2}|(?:\\?\$|[€£₹¢¥])(?: per [a-z]+)?"
     r"|\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\s*)?\{?[CF]?\}?"
     rf"|{TEXT_UNIT}(?:\s*(?:\\cdot|/)?\s*{TEXT_UNIT})*"
-    rf"|(?P<bare>(?:(?={SHORT_UNIT})|(?<=\s)){BARE_UNIT}(?:(?:\s*\\cdot\s*|[/ ]){BARE_UNIT})*"
-    rf"|(?<=\s)(?:[ap]\.?m|\(?(?!{NO_UNIT})[a-z]{{3}}[a-z./ ]*\)?(?:\^{POWER})?)))",
+    rf"|(?P<bare>(?:(?={SHORT_UNIT})|(?<=\s)){BARE_UNIT}(?:(?:\s*\\cdot\s*|[/ ]){BARE_UNIT})*)"
+    rf"|(?<=\s)(?:[ap]\.?m|\(?(?!{NO_UNIT})(?:[a-z]{{3}}|[a-z]{{2}}[./ ])[a-z./ ]*\)?(?:\^{POWER})?))",
     re.S | re.I,
 )
 VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")

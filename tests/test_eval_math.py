@@ -246,6 +246,8 @@ EXTRACTED = [  # response, its answer
     (r"**Answer**: $\frac12$", r"$\frac12$"),
     ("**Final Answer**: B", "B"),
     ("Answer : 14", "14"),
+    ("### Final Answer\n\nTherefore, she has 14 dollars.", "14"),
+    ("**Answer**\n\n2 * 7 = 14\nThe answer is 14.", "14"),
     ("7 * 2\n\n### Final Answer\n\n$\\frac12$", r"$\frac12$"),
     (r"**Answer**" + "\n" + r"\[ \frac12 \]", r"\[ \frac12 \]"),
     (r"The probability is $\frac{3}{4}$.", r"\frac{3}{4}"),

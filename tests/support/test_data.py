@@ -183,7 +183,7 @@ BAD_ROWS = [  # a line of a file, and why it cannot be used even to train on
     ({"prompt": user([{"type": "text", "text": "q"}]), "answer": "5"}, "has a list in prompt"),
     ({"prompt": user(" "), "answer": "5"}, "has an empty question in prompt"),
     ({"question": "a\ud800", "answer": "5"}, "half of a surrogate pair in question"),
-    (r'{"question": "q", "answer": "\frac{1}{2}"}', r"has '\x0crac' in answer"),
+    (r'{"question": "q", "answer": "\frac{1}{2}"}', r"has '\x0crac{' in answer"),
     (r'{"question": "q", "answer": "\text{yes}"}', r"has '\text{' in answer"),
     ({"question": "x" * 200_001, "answer": "5"}, "200,001 characters"),
     ('{"question": "q", "answer": 1e400}', "inf in answer"),
