@@ -175,7 +175,8 @@ def evaluate(
     records = run_folder.whole_batches(path, [i for i, _ in keys])
     size = batch_that_fits(model, prompts, max_new_tokens, batch_size)
     # Another batch size rounds differently: a resumed evaluation keeps its own, or takes a smaller one.
-    size = min(size, records[0]["batch_size"]) if records else size
+    if records:
+        size = min(size, records[0]["batch_size"])
     starts = tqdm(range(len(records), len(keys), size), desc=path.stem, unit="batch", leave=False)
     with path.open("a", buffering=1, encoding="utf-8") as file, Grader(extract, boxed) as grader:
         for start in starts:
