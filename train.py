@@ -64,7 +64,7 @@ class Knobs:
     batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
-    sampler: str = knob("plain", "how training rollouts are sampled", choices=("plain", "continuous"))
+    sampler: str = knob("plain", "of training; graphs: faster on CUDA", choices=("plain", "graphs"))
     lr: float = knob(5e-6, "peak learning rate", least=0)
     warmup: float = knob(0.1, "fraction of the steps in which the learning rate rises", least=0, most=1)
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
@@ -412,10 +412,10 @@ def main() -> int | None:
         engine.load_pair, knobs, device, two_tokenizers, problems, test
     )
     sampler = engine.rollout  # in training; evaluation always samples with engine.rollout
-    if knobs.sampler == "continuous":
-        from extras.continuous import continuous_rollout
+    if knobs.sampler == "graphs":
+        from extras.graphs import graph_rollout
 
-        sampler = continuous_rollout
+        sampler = graph_rollout
     scorer = engine.score
     teacher_held_out = held_out
     if two_tokenizers:

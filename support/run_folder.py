@@ -73,8 +73,8 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
 
 def check_device_flags(knobs, device: torch.device) -> None:
     """Raises BadInput for a flag that needs what is not available here."""
-    if knobs.sampler == "continuous" and device.type not in ("cuda", "cpu"):
-        raise BadInput(f"--sampler continuous does not run on {device}: drop it, or use --device cuda")
+    if knobs.sampler == "graphs" and device.type not in ("cuda", "cpu"):
+        raise BadInput(f"--sampler graphs does not run on {device}: drop it, or use --device cuda")
     if knobs.teacher_device:
         models.find_device(knobs.teacher_device)
     if not knobs.dry_run:  # which loads no model

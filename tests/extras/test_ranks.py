@@ -219,7 +219,7 @@ def test_wrong_input_is_one_line_of_the_first_process(world, tmp_path, flags, li
     "settings, line",
     [
         ({"batch_size": 1, "rollouts_per_prompt": 2}, "a step of 2 answers cannot be divided among 3"),
-        ({"sampler": "continuous"}, "--sampler continuous works in a single process: drop it"),
+        ({"sampler": "graphs"}, "--sampler graphs works in a single process: drop it"),
         ({"device": "cpu:0"}, "--device cpu:0 cannot be divided among 3 processes: name cuda"),
         ({"shard": True, "low_memory": True}, "--shard does not work with --low-memory: drop one"),
         ({"shard": True, "horizon": "auto"}, "--shard does not work with --horizon auto: drop one"),

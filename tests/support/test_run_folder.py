@@ -259,8 +259,8 @@ def test_an_estimate_needs_no_library_for_few_bits(monkeypatch):
         run_folder.check_device_flags(train.Knobs(teacher_bits="4"), CPU)
 
 
-def test_continuous_batching_is_refused_where_it_does_not_run():
-    knobs = train.Knobs(sampler="continuous")
+def test_cuda_graphs_are_refused_where_they_do_not_run():
+    knobs = train.Knobs(sampler="graphs")
     run_folder.check_device_flags(knobs, CPU)
-    with pytest.raises(BadInput, match="--sampler continuous does not run on mps: drop it"):
+    with pytest.raises(BadInput, match="--sampler graphs does not run on mps: drop it"):
         run_folder.check_device_flags(knobs, torch.device("mps"))
