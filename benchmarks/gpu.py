@@ -8,8 +8,8 @@ speed and memory depend on shapes alone. Measured, each side in a process of its
 
 steps       a whole step of this project, of a naive loop, and under autocast; peaks of memory next to what
             `--dry-run` estimates
-rollouts    the plain sampler and transformers' continuous batching: tokens per second, and the share of the
-            card's bandwidth that reading weights and KV cache takes
+rollouts    the samplers: tokens per second, and the share of the card's bandwidth that reading weights and KV
+            cache takes; for fewer tokens the plain one with cuDNN's attention, which is off otherwise
 
 Rows go to results/gpu.csv, which is replaced at the end; those of a stopped run stay in results/gpu.part.
 Where a side fails, the column `error` says why.
@@ -36,8 +36,8 @@ HALF = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, 
 BIG = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 STEPS = {  # horizon -> sides
-    "full": ("ours-checkpointing", "naive"),
-    "topd": ("ours-checkpointing", "ours-low-memory", "naive", "autocast"),
+    "full": ("ours-graphs", "ours-graphs-8192", "ours-checkpointing", "naive"),
+    "topd": ("ours-graphs", "ours-checkpointing", "ours-low-memory", "naive", "autocast"),
 }
 WANTED = 0.15  # largest difference of measured and estimated memory
 
@@ -113,8 +113,10 @@ def measurements(plan: Plan, folder: Path) -> Iterator[tuple[Any, str, dict[str,
         about = {"part": "rollouts", "rows": rows, "tokens": plan.rollout_tokens}
         flags = common | {"part": "rollouts", "model": str(folder / "student"), "every": 0, "repeats": 1}
         flags |= {"rows": rows, "horizon": plan.rollout_tokens}
-        for side in ("plain", "continuous"):
+        for side in parts.SAMPLERS:
             yield parts, side, flags, about
+    fewer = {"rows": plan.rollouts[0], "horizon": max(plan.rollout_tokens // 4, 2)}
+    yield parts, "plain-cudnn", flags | fewer, about | {"rows": fewer["rows"], "tokens": fewer["horizon"]}
 
 
 def measure(plan: Plan, folder: Path, out: Path) -> None:

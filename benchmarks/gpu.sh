@@ -5,14 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m pip install --no-index --no-deps --dry-run --quiet -r requirements.txt  # fails if one is missing or old
 device=cuda
-tests=(tests/test_{opd,rollout,schedules,train,eval_math}.py)
+tests=(tests/test_{opd,rollout,schedules,train,eval_math}.py tests/extras/test_graphs.py)
 if [[ " $* " == *" --tiny "* ]]; then
   device=cpu
   tests=(tests/test_opd.py tests/test_schedules.py)  # the others take minutes
 fi
 workers=()
 if python -c "import xdist" 2>/dev/null; then
-  workers=(-n "$(nproc | awk '{print $1 < 4 ? 1 : 4}')")
+  workers=(-n "$(nproc | awk '{print $1 < 4 ? 1 : $1 < 16 ? 4 : 8}')")
 fi
 failed=0
 python -m pytest -q --slow "${workers[@]}" --device "$device" "${tests[@]}" || failed=$?

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import train
 from eval_math import INSTRUCTION, boxed, extract
-from extras.continuous import continuous_rollout
+from extras.graphs import graph_rollout
 from opd import OutputHead, log_probs, opd_backward, reverse_kl
 from rollout import model_inputs, rollout, sampling_noise
 from support import data, models, run_folder
@@ -35,7 +35,8 @@ from support.cli import BadInput, knob, parse, run_main
 from support.prompts import render
 from support.workers import Grader
 
-SIDES = {"loss": ("naive", "ours", "liger", "trl"), "rollouts": ("generate", "plain", "continuous")}
+SAMPLERS = {"plain": rollout, "graphs": graph_rollout}
+SIDES = {"loss": ("naive", "ours", "liger", "trl"), "rollouts": ("generate", *SAMPLERS, "plain-cudnn")}
 SIDES |= {"evaluation": (), "logits": ()}
 
 
@@ -136,6 +137,7 @@ def measure_rollouts(knobs: Knobs) -> dict[str, Any]:
     device = models.find_device(knobs.device)
     torch.manual_seed(knobs.seed)  # of `generate`
     model = models.load_model(knobs.model, getattr(torch, knobs.dtype), device)
+    torch.backends.cuda.enable_cudnn_sdp(knobs.side == "plain-cudnn")
     problems = data.subset(data.read_problems(knobs.data, "train"), knobs.rows, knobs.seed)
     prompts = render(models.load_tokenizer(knobs.model), problems, INSTRUCTION)
     vocab_size = model.config.get_text_config().vocab_size
@@ -147,13 +149,14 @@ def measure_rollouts(knobs: Knobs) -> dict[str, Any]:
             _, mask = sides.generate(model, prompts, knobs.horizon, eos_ids)
             lengths = mask[:, max(map(len, prompts)) :].sum(1).tolist()
         else:
-            sampler = continuous_rollout if knobs.side == "continuous" else rollout
+            sampler = SAMPLERS[knobs.side.removesuffix("-cudnn")]
             noise = sampling_noise([(knobs.seed, 0, row) for row in range(len(prompts))], knobs.horizon)
             lengths = sampler(model, prompts, knobs.horizon, eos_ids, noise).response_mask.sum(1).tolist()
         sides.synchronize(device)
         measured.append((time.perf_counter() - started, lengths))
     seconds, lengths = max(measured[1:], key=lambda m: sum(m[1]) / m[0])  # the most tokens per second
-    row = {"seconds": seconds, "response_tokens": sum(lengths), "tokens_per_s": sum(lengths) / seconds}
+    row = {"first_call_s": measured[0][0], "seconds": seconds}
+    row |= {"response_tokens": sum(lengths), "tokens_per_s": sum(lengths) / seconds}
     row |= {"shortest": min(lengths), "longest": max(lengths)} | sides.peak_columns(device)
     weights = sum(weight.nbytes for weight in model.parameters())
     row |= {"weights_gb_per_s": max(lengths) * weights / seconds / 1e9}

@@ -30,6 +30,7 @@ from transformers import AutoConfig
 import train
 from eval_math import INSTRUCTION
 from extras import memory
+from extras.graphs import graph_rollout
 from rollout import rollout
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
@@ -39,6 +40,8 @@ from support.run import Run
 OURS = {
     "ours": {"checkpointing": False},
     "ours-checkpointing": {"checkpointing": True},
+    "ours-graphs": {"checkpointing": True, "sampler": "graphs"},
+    "ours-graphs-8192": {"checkpointing": True, "sampler": "graphs", "micro_batch": 8192},
     "ours-low-memory": {"checkpointing": True, "low_memory": True},
     "autocast": {"checkpointing": True},
 }
@@ -72,8 +75,7 @@ def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Steps of `train.train`."""
     device = models.find_device(knobs.device)
     settings = train.Knobs(
-        **OURS[knobs.side],
-        micro_batch=knobs.micro_batch,
+        **({"micro_batch": knobs.micro_batch} | OURS[knobs.side]),
         steps=knobs.steps + 1,
         batch_size=knobs.prompts,
         lr=LR,
@@ -103,7 +105,8 @@ def load(knobs: Knobs, settings: train.Knobs, device: torch.device) -> tuple[tra
     names = (knobs.student, knobs.teacher)
     if knobs.side != "autocast":
         flags = (settings.checkpointing, settings.low_memory)
-        return train.load_pair(*names, knobs.dtype, device, *flags), {}
+        how = {"sampler": graph_rollout} if settings.sampler == "graphs" else {}
+        return train.load_pair(*names, knobs.dtype, device, *flags), how
     pair = train.load_pair(*names, "float32", device, settings.checkpointing)
     for weight in pair.teacher.parameters():  # it is not trained
         weight.data = weight.data.to(getattr(torch, knobs.dtype))

@@ -144,12 +144,13 @@ def test_everything_for_a_gpu_runs_on_a_cpu(run, capsys):
     pytest.importorskip("peft")
     rows = run(gpu, "--tiny")
     assert [row["error"] for row in rows] == [""] * len(rows)
-    assert [row["side"] for row in rows[-2:]] == ["plain", "continuous"]
-    assert {row["side"] for row in rows[:-2]} == {*gpu.STEPS["full"], *gpu.STEPS["topd"]}
+    steps, rollouts = ([row for row in rows if row["part"] == part] for part in ("steps", "rollouts"))
+    assert {row["side"] for row in rollouts} == {*parts.SAMPLERS, "plain-cudnn"}
+    assert {row["side"] for row in steps} == {*gpu.STEPS["full"], *gpu.STEPS["topd"]}
     assert all(row["hardware"] and float(row["seconds"]) > 0 for row in rows)
-    assert all(float(row["bandwidth_share"]) > 0 for row in rows[-2:])
-    estimated = [row["side"] for row in rows if row["estimate_gb"]]
-    assert estimated == ["ours-checkpointing", "ours-checkpointing", "ours-low-memory"]
+    assert all(float(row["bandwidth_share"]) > 0 for row in rollouts)
+    estimated = {row["side"] for row in rows if row["estimate_gb"]}
+    assert estimated == {"ours-graphs", "ours-graphs-8192", "ours-checkpointing", "ours-low-memory"}
     assert {"peak_gb", "reserved_gb", "device_gb", "estimate_tensors_gb"} <= set(rows[0])
     printed = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(("rollouts ", "steps ")) for line in printed) == len(rows)
