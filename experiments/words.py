@@ -187,6 +187,8 @@ def decay_in_worlds(knobs: Knobs) -> str:
     """
     path = Path(knobs.csv).with_stem(f"{Path(knobs.csv).stem}_decay")
     run_folder.prepare_file(path, "--csv")
+    rows_before = claims.read_rows(path, ("seed", "student", "curve", "at"))
+    claims.check_settings(path, rows_before.values(), knobs.settings())
     rates = knobs.chosen_rates(knobs.finished(), ("full",))
     if not rates:
         raise BadInput(f"{knobs.csv} has no learning rate of full: run words.py without --decay first")

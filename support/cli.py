@@ -185,6 +185,12 @@ class Output:
             os.close(null)
 
 
+REMEDIES = {  # errors of the operating system that any program can meet: exit code, and what to do
+    errno.ENAMETOOLONG: (2, "give a shorter name"),
+    errno.ENOSPC: (1, "free some space, then start again"),
+}
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Call `main` and exit: code 2 and one line for wrong input, 130 after Ctrl-C. Bugs keep tracebacks.
 
@@ -216,10 +222,11 @@ def exit_code(main: Callable[[], int | None]) -> int | None:
         print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         return error.code if isinstance(error, Stopped) else 2
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in REMEDIES:
             raise
-        print(f"error: {printable(str(error))}: give a shorter name", file=sys.stderr)
-        return 2
+        code, remedy = REMEDIES[error.errno]
+        print(f"error: {printable(str(error))}: {remedy}", file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

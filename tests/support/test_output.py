@@ -59,3 +59,14 @@ def test_a_run_finishes_if_neither_output_can_be_written(world, tmp_path):
 def test_control_characters_are_escaped():
     text = "\x1b[2J\x1b]0;title\x07 a\tb\nc\r\x9b1m é \x7f"
     assert cli.printable(text) == r"\x1b[2J\x1b]0;title\x07 a" + "\tb\nc" + r"\x0d\x9b1m é \x7f"
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def fill():
+        Path("/dev/full").write_text("a row", encoding="utf-8")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(fill)
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and not printed.out
+    assert printed.err.count("\n") == 1 and "free some space" in printed.err
