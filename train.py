@@ -64,7 +64,7 @@ class Knobs:
     batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
-    sampler: str = knob("plain", "of training; graphs: faster on CUDA", choices=("plain", "graphs"))
+    sampler: str = knob("plain", "graphs: the same samples, faster on CUDA", choices=("plain", "graphs"))
     lr: float = knob(5e-6, "peak learning rate", least=0)
     warmup: float = knob(0.1, "fraction of the steps in which the learning rate rises", least=0, most=1)
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
@@ -260,7 +260,7 @@ def train(
             if step == 0 and rollouts.logp is not None:  # is the sampled distribution the one in the loss?
                 sampled = rollouts.logp[statistics["row"], statistics["position"]]
                 scored = statistics["student_logp"]
-                models.check_sampler(pair.student, sampled, scored, knobs.sampler, knobs.dtype)
+                models.check_sampler(pair.student, sampled, scored, knobs.dtype)
 
         # 3. One AdamW step. A non-finite loss or gradient ends the run before the weights move.
         with run.timed("update_s"):
@@ -390,10 +390,15 @@ def main() -> int | None:
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
+    sampler = rollout
+    if knobs.sampler == "graphs":
+        from extras.graphs import graph_rollout
+
+        sampler = graph_rollout
     # What uses the models. With torchrun, functions and a class of the same names divide the work among the
     # processes.
-    own = SimpleNamespace(load_pair=load_pair, rollout=rollout, score=score, adamw=adamw, run=CheckpointedRun)
-    engine = ranks.start(knobs) if ranks else own
+    own = SimpleNamespace(load_pair=load_pair, rollout=sampler, score=score, adamw=adamw, run=CheckpointedRun)
+    engine = ranks.start(knobs, sampler) if ranks else own
     horizon_at = schedule_of(knobs)
     run_folder.build_world(knobs, rollout)  # of the presets toy and words, once
     device = models.find_device(knobs.device)
@@ -411,11 +416,6 @@ def main() -> int | None:
     pair, prompts, held_out = load_with_prompts(
         engine.load_pair, knobs, device, two_tokenizers, problems, test
     )
-    sampler = engine.rollout  # in training; evaluation always samples with engine.rollout
-    if knobs.sampler == "graphs":
-        from extras.graphs import graph_rollout
-
-        sampler = graph_rollout
     scorer = engine.score
     teacher_held_out = held_out
     if two_tokenizers:
@@ -448,7 +448,8 @@ def main() -> int | None:
         # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
         grade_steps = grade if test else None
-        train(pair, optimizer, prompts, horizon_at, knobs, run, grade_steps, sampler=sampler, scorer=scorer)
+        how = {"sampler": engine.rollout, "scorer": scorer}
+        train(pair, optimizer, prompts, horizon_at, knobs, run, grade_steps, **how)
         run.save_student()
         summary["seconds"] = run.seconds()
         summary["after"] = grade(pair.student, "after")

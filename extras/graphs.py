@@ -30,6 +30,7 @@ def graph_rollout(
     noise: Tensor,  # (B, H) from `sampling_noise`
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    top_p: float = 1.0,
 ) -> Rollout:
     """The arguments, the distribution and, up to rounding, the sample of `rollout.rollout`.
 
@@ -56,7 +57,7 @@ def graph_rollout(
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1, :vocab_size]
-        token, token_logp = sample(logits, temperature, noise.index_select(1, t).squeeze(1))
+        token, token_logp = sample(logits, temperature, noise.index_select(1, t).squeeze(1), top_p)
         tokens.index_copy_(1, t, token[:, None])
         logp.index_copy_(1, t, token_logp[:, None])
         response_mask.index_copy_(1, t, ~finished[:, None])

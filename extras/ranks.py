@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rollout import Rollout, micro_batches, rollout
+from rollout import Rollout, micro_batches
 from support import models
 from support.cli import BadInput, ProcessEnded, Stopped, flag_of
 from support.run import SIGNALS, CheckpointedRun
@@ -92,8 +92,8 @@ class Worker:
             if name in self.pair.masters:
                 dist.broadcast(weight.detach(), 0)
 
-    def sample(self, model: str, *arguments: Any, **options: Any) -> Rollout:
-        return moved(rollout(getattr(self.pair, model), *arguments, **options), "cpu")
+    def sample(self, model: str, *arguments: Any, sampler: Callable, **options: Any) -> Rollout:
+        return moved(sampler(getattr(self.pair, model), *arguments, **options), "cpu")
 
     def score(
         self, rollouts: Rollout, loss_mask: Tensor, training: bool, **options: Any
@@ -126,15 +126,15 @@ class Leader:
         self.messages = messages
         self.size = dist.get_world_size()
 
-    def start(self, knobs) -> "Leader":
+    def start(self, knobs, sampler: Callable[..., Rollout]) -> "Leader":
         """The leader for these settings. Raises BadInput if they do not work with so many processes."""
+        self.sampler = sampler
         rows = knobs.batch_size * knobs.rollouts_per_prompt
         if rows < self.size:
             what = f"a step of {rows} answers cannot be divided among {self.size} processes"
             raise BadInput(f"{what}: raise --batch-size, or lower --nproc-per-node")
-        for name in ("sampler", "teacher_device", "teacher_bits"):
-            value = getattr(knobs, name)
-            if value not in ("", "plain"):
+        for name in ("teacher_device", "teacher_bits"):
+            if value := getattr(knobs, name):
                 what = f"{flag_of(name)} {value} works in a single process"
                 raise BadInput(f"{what}: drop it, or start with python instead of torchrun")
         device = models.find_device(knobs.device)
@@ -147,9 +147,11 @@ class Leader:
             raise BadInput(f"{what}: lower --nproc-per-node, or add --device cpu")
         if not knobs.shard:
             return self
-        if knobs.low_memory or knobs.horizon == "auto":
-            other = "--low-memory" if knobs.low_memory else "--horizon auto"
-            raise BadInput(f"--shard does not work with {other}: drop one of them")
+        others = {"--low-memory": knobs.low_memory, "--horizon auto": knobs.horizon == "auto"}
+        others |= {"--sampler graphs": knobs.sampler == "graphs"}
+        for other, given in others.items():
+            if given:
+                raise BadInput(f"--shard does not work with {other}: drop one of them")
         from extras.shard import ShardedLeader
 
         return ShardedLeader(self, knobs)
@@ -191,12 +193,13 @@ class Leader:
     def rollout(
         self, model, prompts: list[list[int]], horizon: int, eos_ids: set[int], noise: Tensor, **options: Any
     ) -> Rollout:
-        """As `rollout.rollout`, of the pair's student or teacher."""
+        """As the sampler, of the pair's student or teacher."""
         name = "teacher" if model is self.worker.pair.teacher else "student"
         self.everywhere("prepare", [(name,)] * self.size)
         size = min(self.size, len(prompts))
         shares = [(name, prompts[r::size], horizon, eos_ids, noise[r::size]) for r in range(size)]
-        return moved(interleaved(prompts, self.everywhere("sample", shares, **options)), model.device)
+        parts = self.everywhere("sample", shares, sampler=self.sampler, **options)
+        return moved(interleaved(prompts, parts), model.device)
 
     def dealt(self, rollouts: Rollout) -> list[list[int]]:
         """The rows that each rank scores, dealt out from the longest to the shortest for similar shares."""

@@ -146,6 +146,7 @@ class ShardedLeader(Leader):
         plain = leader.worker
         super().__init__(ShardedWorker(plain.load_pair, plain.score_rows, plain.adamw), leader.messages)
         self.knobs = knobs
+        self.sampler = leader.sampler
         self.begin("shard")  # the other ranks replace their workers as well
 
     def load_pair(self, *arguments: Any, two_tokenizers: bool, **options: Any):

@@ -220,9 +220,7 @@ def print_notes(student, teacher, dtype: torch.dtype) -> None:
 SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
-def check_sampler(
-    model, sampled: Tensor, scored: Tensor, sampler: str = "plain", dtype_name: str = ""
-) -> None:
+def check_sampler(model, sampled: Tensor, scored: Tensor, dtype_name: str = "") -> None:
     """Compare the log-probabilities recorded while sampling with those of one pass over the text, (N,) each.
 
     They are the same numbers unless cache, padding or positions are wrong, or the model's forward is random.
@@ -234,8 +232,7 @@ def check_sampler(
     if gap.mean() > SAMPLER_TOLERANCE[getattr(torch, dtype_name) if dtype_name else model.dtype]:
         what = f"{type(model).__name__} samples from another distribution than a pass over the text gives"
         size = f"log-probabilities differ by {gap.mean():.2g} nats on average, by {gap.max():.2g} at most"
-        remedy = "name another model" if sampler == "plain" else f"drop --sampler {sampler}"
-        raise BadInput(f"{what}, {size}: {remedy}")
+        raise BadInput(f"{what}, {size}: use the plain sampler, or name another model")
 
 
 def check_finite(model, logp: Tensor, questions: list[str]) -> None:

@@ -93,7 +93,9 @@ def assert_same_metrics(one, other):
             assert float(row[name]) == pytest.approx(float(again[name]), rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("size, flags", [(3, ""), (2, "--shard --micro-batch 40 --checkpointing")])
+@pytest.mark.parametrize(
+    "size, flags", [(3, "--sampler graphs"), (2, "--shard --micro-batch 40 --checkpointing")]
+)
 def test_processes_train_the_student_of_one(alone, tmp_path, size, flags):
     """Neither 2 nor 3 divides the 7 answers of a step, nor the 5 of the evaluation."""
     codes, written = run(size, f"{FLAGS} {flags} --eval-limit 5 --out {tmp_path}/run", tmp_path)
@@ -219,10 +221,11 @@ def test_wrong_input_is_one_line_of_the_first_process(world, tmp_path, flags, li
     "settings, line",
     [
         ({"batch_size": 1, "rollouts_per_prompt": 2}, "a step of 2 answers cannot be divided among 3"),
-        ({"sampler": "graphs"}, "--sampler graphs works in a single process: drop it"),
+        ({"teacher_bits": "4"}, "--teacher-bits 4 works in a single process: drop it"),
         ({"device": "cpu:0"}, "--device cpu:0 cannot be divided among 3 processes: name cuda"),
         ({"shard": True, "low_memory": True}, "--shard does not work with --low-memory: drop one"),
         ({"shard": True, "horizon": "auto"}, "--shard does not work with --horizon auto: drop one"),
+        ({"shard": True, "sampler": "graphs"}, "--shard does not work with --sampler graphs: drop one"),
     ],
 )
 def test_settings_that_do_not_work_with_several_processes(monkeypatch, settings, line):
@@ -230,7 +233,7 @@ def test_settings_that_do_not_work_with_several_processes(monkeypatch, settings,
     leader.size = 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(cli.BadInput, match=line):
-        leader.start(train.Knobs(**({"device": "cpu"} | settings)))
+        leader.start(train.Knobs(**({"device": "cpu"} | settings)), rollout)
 
 
 def test_shards_need_one_tokenizer():
