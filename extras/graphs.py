@@ -66,34 +66,38 @@ def graph_rollout(
         return token[:, None]
 
     newest = next_token(ids, positions)
-    position = positions[:, -1:] + 1
+    # Finished rows have position 0, as some rotary embeddings (longrope) depend on the batch's largest one.
+    position = (positions[:, -1:] + 1) * ~finished[:, None]
 
     def decode() -> None:
         newest.copy_(next_token(newest, position))
-        position.add_(1)
+        position.add_(1).mul_(~finished[:, None])
 
-    for step in range(1, horizon):
+    step = 1
+    while step < horizon and not (step % LOOK == 0 and finished.all()):
         if step == 2 and device.type == "cuda":  # after a first call, in which libraries allocate memory
-            decode = recorded(model, decode)
-        if step % LOOK == 0 and finished.all():
-            break
+            decode = recorded(model, decode, device)
         decode()
+        step += 1
+    if t.item() != step:
+        raise refusal(model, "its recording is empty")
     length = int(response_mask.any(0).sum())
     tokens = tokens.where(response_mask, 0)[:, :length]
     logp = logp.where(response_mask, 0)[:, :length]
     return Rollout(prompts, tokens, response_mask[:, :length], logp, finished)
 
 
-def recorded(model, function: Callable[[], None]) -> Callable[[], None]:
+def recorded(model, function: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A call that replays the kernels that `function` launches. Recording them does not run them."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph):  # records a stream of the current device
             function()
     except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise refusal(model, first_line(error)) from error
+        cause = error.__context__ or error  # after an error, the end of the recording raises another one
+        if is_out_of_memory(cause):
+            raise cause from None
+        raise refusal(model, first_line(cause)) from error
     return graph.replay
 
 
@@ -102,7 +106,10 @@ def fixed_cache(model, length: int) -> StaticCache:
 
     The library's layers with a window count in Python, which a graph does not run.
     """
-    cache = StaticCache(config=model.config, max_cache_len=length)
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=length)
+    except KeyError as error:
+        raise refusal(model, f"its cache has no fixed form of {error}") from error
     for layer in cache.layers:
         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
             raise refusal(model, f"its cache has a {type(layer).__name__}")

@@ -68,6 +68,18 @@ def test_it_stops_soon_after_all_rows_have_ended(monkeypatch):
     assert len(calls) <= 4
 
 
+def test_a_finished_row_does_not_change_the_others():
+    """Some rotary embeddings depend on the largest position in the batch."""
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 24, "rope_theta": 1e4}
+    scaling |= {"short_factor": [1.0, 1.0], "long_factor": [4.0, 9.0]}
+    model = tiny(rope_parameters=scaling)
+    prompts = [list(range(5, 25)), [8, 4], [0]]  # after three tokens the first row is at position 23
+    ends = {int(rollout(model, prompts, 3, set(), NOISE[:3]).tokens[0, 2])}
+    expected = rollout(model, prompts, 20, ends, NOISE[:3])
+    assert expected.response_mask.sum(1).tolist()[0] == 3 < len(expected.tokens[0])
+    assert_same(graph_rollout(model, prompts, 20, ends, NOISE[:3]), expected)
+
+
 def test_it_decides_alone():
     """Neither the global generator nor the checkpoint's generation config is used."""
     model = tiny()
@@ -118,6 +130,14 @@ def test_no_state_of_the_cache_is_pythons(family, monkeypatch):
         layers = [vars(layer).items() for layer in caches[-1].layers]
         counts.append([{k: v for k, v in layer if isinstance(v, int) and "max" not in k} for layer in layers])
     assert counts[0] == counts[1]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="on a CPU nothing is recorded")
+def test_an_empty_recording_is_refused(monkeypatch):
+    """As that of a stream on another device would be."""
+    monkeypatch.setattr(graphs, "recorded", lambda model, function, device: lambda: None)
+    with pytest.raises(BadInput, match="its recording is empty"):
+        graph_rollout(tiny(), PROMPTS, HORIZON, {END}, NOISE)
 
 
 def test_models_that_it_cannot_run():
