@@ -227,8 +227,10 @@ def train(
     """The training loop. `run` numbers, times and logs the steps (support/run.py), and saves them.
 
     `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way. Rollouts
-    that the student did not sample have `logp=None`; step 0 compares `logp` with the scorer's `student_logp`.
+    that the student did not sample have `logp=None`; otherwise the first step, and each with a longer
+    horizon, compares `logp` with the scorer's `student_logp`.
     """
+    checked = 0  # the longest horizon so far
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
 
@@ -257,10 +259,9 @@ def train(
                 temperature=knobs.temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if step == 0 and rollouts.logp is not None:  # is the sampled distribution the one in the loss?
-                sampled = rollouts.logp[statistics["row"], statistics["position"]]
-                scored = statistics["student_logp"]
-                models.check_sampler(pair.student, sampled, scored, knobs.dtype)
+            if horizon > checked:  # is the sampled distribution the one in the loss?
+                models.check_rollouts(pair.student, rollouts, statistics, knobs.dtype)
+                checked = horizon
 
         # 3. One AdamW step. A non-finite loss or gradient ends the run before the weights move.
         with run.timed("update_s"):

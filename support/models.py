@@ -235,6 +235,13 @@ def check_sampler(model, sampled: Tensor, scored: Tensor, dtype_name: str = "") 
         raise BadInput(f"{what}, {size}: use the plain sampler, or name another model")
 
 
+def check_rollouts(model, rollouts, statistics: dict[str, Tensor], dtype_name: str) -> None:
+    """`check_sampler` for rollouts that the student has sampled, and the statistics of their tokens."""
+    if rollouts.logp is not None:
+        sampled = rollouts.logp[statistics["row"], statistics["position"]]
+        check_sampler(model, sampled, statistics["student_logp"], dtype_name)
+
+
 def check_finite(model, logp: Tensor, questions: list[str]) -> None:
     """Raises BadInput, with the problem, if a token of (B, R) was sampled from a non-finite distribution."""
     finite = logp.isfinite().all(1)

@@ -273,6 +273,16 @@ def test_a_sampler_of_another_distribution_is_refused_before_the_first_update(dt
     assert all(torch.equal(p, before[name]) for name, p in pair.masters.items())
 
 
+def test_a_sampler_that_is_wrong_beyond_a_length_is_refused_once_the_horizon_reaches_it():
+    """As one whose window or rotary embedding changes there."""
+    pair = pair_of(tiny(), tiny(seed=1), ends=())
+    forgets(pair.student, length=max(map(len, PROMPTS)) + 3)
+    run = Run(pair.student.device)
+    with pytest.raises(cli.BadInput, match="Qwen2ForCausalLM samples from another distribution"):
+        train.train(pair, train.adamw(pair, KNOBS), PROMPTS, lambda step: 3 + 6 * step, KNOBS, run)
+    assert len(run.rows) == 1
+
+
 def test_a_step_has_one_pass_per_micro_batch_and_one_per_token():
     """Checking the sampler costs no pass of its own, at step 0 either."""
     pair = pair_of(tiny(), tiny(seed=1))
