@@ -10,7 +10,6 @@ At V = 151,936 the fp32 logits of one token take 0.6 MB, so those of a whole bat
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -107,72 +106,8 @@ def token_statistics(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor)
     }
 
 
-class LinearFP32(torch.autograd.Function):
-    """hidden @ weight.T of bf16 tensors on a CUDA device, with fp32 results.
-
-    Rounding logits to bf16 changes the gradient, more so the closer student and teacher are (RESULTS.md
-    has figures). `torch.mm` with `out_dtype` has no derivative of its own.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden, weight = ctx.saved_tensors
-        # Rounding a gradient to bf16 is harmless: its relative error is at most 2**-8. Rounding a logit is
-        # not: one of 20 changes by up to 0.06, and so the token's probability by 6 %.
-        grad_logits = grad_logits.to(weight.dtype)
-        grad_hidden = grad_logits @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = grad_logits.T @ hidden if ctx.needs_input_grad[1] else None
-        return grad_hidden, grad_weight
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """The last layer of a causal LM, from hidden states to the logits of the first `vocab_size` ids."""
-
-    weight: Tensor  # (V or more, D)
-    bias: Tensor | None
-    scale: float  # a constant factor of the logits
-    softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
-    vocab_size: int  # V: logits of the first V ids are returned
-
-    @classmethod
-    def of(cls, model, vocab_size: int) -> "OutputHead":
-        """The head of a Hugging Face causal LM."""
-        linear = model.get_output_embeddings()
-        config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-        scale = scale / getattr(config, "logits_scaling", 1.0)  # Granite divides
-        return cls(
-            weight=linear.weight,
-            bias=getattr(linear, "bias", None),
-            scale=scale,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=min(vocab_size, len(linear.weight)),  # vocab_size may exceed it with two tokenizers
-        )
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(C, D) -> (C, V) fp32 logits. On a CPU, bf16 matmuls round them to bf16 first."""
-        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-            logits = LinearFP32.apply(hidden, self.weight)
-        else:
-            logits = F.linear(hidden, self.weight)
-        logits = logits[:, : self.vocab_size].float()
-        if self.bias is not None:  # some models forbid ids with -inf, for which p log p would be NaN
-            logits = logits + self.bias[: self.vocab_size].clamp_min(-1e4)
-        if self.scale != 1:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-
 def opd_backward(
-    student_head: Callable[[Tensor], Tensor],  # (C, D) -> (C, V) logits
+    student_head: Callable[[Tensor], Tensor],  # (C, D) -> (C, V) logits: `OutputHead` in support/models.py
     student_hidden: Tensor,  # (N, D) the states that predict the tokens
     teacher_head: Callable[[Tensor], Tensor],
     teacher_hidden: Tensor,  # (N, D) of the teacher

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eval_math import INSTRUCTION, HeldOut, evaluate
-from opd import DIVERGENCES, Divergence, OutputHead, opd_backward, reverse_kl
+from opd import DIVERGENCES, Divergence, opd_backward, reverse_kl
 from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
 from support import data, models, report, run_folder, toy
@@ -105,8 +105,8 @@ class Pair:
     student: torch.nn.Module
     teacher: torch.nn.Module
     masters: dict[str, Tensor]  # by name, of every weight that is trained
-    student_head: OutputHead
-    teacher_head: OutputHead
+    student_head: models.OutputHead  # from hidden states to logits, fp32 where the device can
+    teacher_head: models.OutputHead
     tokenizer: object
     vocab_size: int  # ids from here on are neither sampled nor scored; with two tokenizers, the larger size
     eos_ids: set[int]  # ids that end a response
@@ -135,8 +135,8 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
 
 def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
     """A pair of loaded models; casts the student in place. Raises BadInput if a head is not supported."""
-    student_head = OutputHead.of(student, vocab_size)
-    teacher_head = OutputHead.of(teacher, vocab_size)
+    student_head = models.OutputHead.of(student, vocab_size)
+    teacher_head = models.OutputHead.of(teacher, vocab_size)
     models.check_head(student, hidden_states, student_head)
     models.check_head(teacher, hidden_states, teacher_head)
     teacher_head = models.move_head(teacher_head, student.device)  # the two distributions are compared there

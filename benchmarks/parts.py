@@ -27,7 +27,7 @@ from torch import Tensor
 import train
 from eval_math import INSTRUCTION, boxed, extract
 from extras.graphs import graph_rollout
-from opd import OutputHead, log_probs, opd_backward, reverse_kl
+from opd import log_probs, opd_backward, reverse_kl
 from rollout import model_inputs, rollout, sampling_noise
 from support import data, models, run_folder
 from support.batch_size import Shape
@@ -87,7 +87,7 @@ def loss_of(side: str) -> Callable[..., Tensor]:
         return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1).mean()
 
     def ours(hidden, weight, teacher_hidden, teacher_weight, tokens):
-        head, teacher_head = (OutputHead(w, None, 1.0, None, len(w)) for w in (weight, teacher_weight))
+        head, teacher_head = (models.OutputHead(w, None, 1.0, None, len(w)) for w in (weight, teacher_weight))
         return opd_backward(head, hidden, teacher_head, teacher_hidden, tokens, normalizer=len(tokens))[0]
 
     def trl(hidden, weight, teacher_hidden, teacher_weight, tokens):

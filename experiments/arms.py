@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import train
-from opd import Divergence, OutputHead, nll, token_logp
+from opd import Divergence, nll, token_logp
 from rollout import Rollout, rollout, sampling_noise
 from schedules import make_schedule
+from support import models
 from support.cli import BadInput
 
 SHARE = 0.1  # N / T: the horizon of topd-0.1, and the tokens of a row that keep their loss under a mask
@@ -218,7 +219,7 @@ class Arm(NamedTuple):
         knobs = replace(knobs, lr=knobs.lr * self.lr_scale)
         if self.sharpened:
             teacher = deepcopy(pair.student).requires_grad_(False)
-            pair = replace(pair, teacher=teacher, teacher_head=OutputHead.of(teacher, pair.vocab_size))
+            pair = replace(pair, teacher=teacher, teacher_head=models.OutputHead.of(teacher, pair.vocab_size))
         train.train(
             pair,
             train.adamw(pair, knobs),

@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from extras.ranks import Leader, Worker, selected
-from opd import OutputHead
 from rollout import Rollout, micro_batches
 from support import models
 from support.cli import BadInput
@@ -96,7 +95,7 @@ class ShardedWorker(Worker):
         heads = []
         for model in (self.pair.student, self.pair.teacher):
             model.unshard()
-            heads.append(OutputHead.of(model, self.pair.vocab_size))
+            heads.append(models.OutputHead.of(model, self.pair.vocab_size))
         self.pair = replace(self.pair, student_head=heads[0], teacher_head=heads[1])
 
     def sum_gradients(self) -> None:

@@ -4,13 +4,14 @@ import shutil
 import time
 from collections.abc import Callable
 from copy import copy, deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -177,8 +178,72 @@ def recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
     return forward(*args, **kwargs)
 
 
+class LinearFP32(torch.autograd.Function):
+    """hidden @ weight.T of bf16 tensors on a CUDA device, with fp32 results.
+
+    Rounding logits to bf16 changes the gradient, more so the closer student and teacher are (RESULTS.md
+    has figures). `torch.mm` with `out_dtype` has no derivative of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        # Rounding a gradient to bf16 is harmless: its relative error is at most 2**-8. Rounding a logit is
+        # not: one of 20 changes by up to 0.06, and so the token's probability by 6 %.
+        grad_logits = grad_logits.to(weight.dtype)
+        grad_hidden = grad_logits @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = grad_logits.T @ hidden if ctx.needs_input_grad[1] else None
+        return grad_hidden, grad_weight
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The last layer of a causal LM, from hidden states to the logits of the first `vocab_size` ids."""
+
+    weight: Tensor  # (V or more, D)
+    bias: Tensor | None
+    scale: float  # a constant factor of the logits
+    softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
+    vocab_size: int  # V: logits of the first V ids are returned
+
+    @classmethod
+    def of(cls, model, vocab_size: int) -> "OutputHead":
+        """The head of a Hugging Face causal LM."""
+        linear = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale = scale / getattr(config, "logits_scaling", 1.0)  # Granite divides
+        return cls(
+            weight=linear.weight,
+            bias=getattr(linear, "bias", None),
+            scale=scale,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            vocab_size=min(vocab_size, len(linear.weight)),  # vocab_size may exceed it with two tokenizers
+        )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(C, D) -> (C, V) fp32 logits. On a CPU, bf16 matmuls round them to bf16 first."""
+        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+            logits = LinearFP32.apply(hidden, self.weight)
+        else:
+            logits = F.linear(hidden, self.weight)
+        logits = logits[:, : self.vocab_size].float()
+        if self.bias is not None:  # some models forbid ids with -inf, for which p log p would be NaN
+            logits = logits + self.bias[: self.vocab_size].clamp_min(-1e4)
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
 @torch.no_grad()
-def check_head(model, hidden_states: Callable, head: Callable[[Tensor], Tensor]) -> None:
+def check_head(model, hidden_states: Callable, head: OutputHead) -> None:
     """Compare a head with the model's own logits; both get the same ids.
 
     The tolerance is a rounding error of bf16 or fp32, relative to the logits: a soft cap of 30 changes a
@@ -195,13 +260,13 @@ def check_head(model, hidden_states: Callable, head: Callable[[Tensor], Tensor])
     largest = theirs[theirs > -1e4].abs().max().item()  # ids that a model forbids have -inf
     if not torch.allclose(ours, theirs.clamp_min(-1e4), rtol=tolerance, atol=tolerance / 2 * largest):
         raise BadInput(
-            f"{type(model).__name__} computes its logits in a way that opd.OutputHead does not support: "
+            f"{type(model).__name__} computes its logits in a way that OutputHead does not support: "
             "name another model"
         )
 
 
-def move_head(head: Any, device: torch.device) -> Any:
-    """An `opd.OutputHead` on `device`, with the same weight if it is there already."""
+def move_head(head: OutputHead, device: torch.device) -> OutputHead:
+    """The head on `device`, with the same weight if it is there already."""
     bias = None if head.bias is None else head.bias.to(device)
     return replace(head, weight=head.weight.to(device), bias=bias)
 

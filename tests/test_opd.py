@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import DEVICE
 
 import opd
+from support import models
 
 torch.manual_seed(0)
 P, Q = torch.randn(2, 5, dtype=torch.float64).log_softmax(-1)  # student and teacher on 5 tokens
@@ -26,7 +27,7 @@ def normal(*shape, seed):
 def head(seed=0, v=40, d=8, **changes):
     weight = normal(v, d, seed=seed).requires_grad_()
     changes = {name: on_device(value) for name, value in changes.items()}
-    return opd.OutputHead(**(NO_BIAS | {"weight": weight} | changes))
+    return models.OutputHead(**(NO_BIAS | {"weight": weight} | changes))
 
 
 def states(n=10, d=8, seed=0, grad=True):
@@ -173,7 +174,7 @@ def test_tied_weights_get_both_gradients():
     gradients = []
     for chunked in (True, False):
         weight = normal(40, 8, seed=0).requires_grad_()
-        tied, tokens = opd.OutputHead(**(NO_BIAS | {"weight": weight})), torch.arange(10, device=DEVICE)
+        tied, tokens = models.OutputHead(**(NO_BIAS | {"weight": weight})), torch.arange(10, device=DEVICE)
         hidden = torch.tanh(weight[tokens])
         if chunked:
             run(tied, hidden, head(seed=1), states(seed=1, grad=False), tokens, chunk=3)
@@ -247,7 +248,7 @@ def test_fp32_logits_of_bf16_tensors_have_the_gradient_of_the_matmul(monkeypatch
         monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype)))
     hidden = states().detach().bfloat16().requires_grad_()
     weight = head().weight.detach().bfloat16().requires_grad_()
-    logits = opd.LinearFP32.apply(hidden, weight)
+    logits = models.LinearFP32.apply(hidden, weight)
     assert logits.dtype == torch.float32
     exact_hidden, exact_weight = hidden.detach().float(), weight.detach().float()
     assert torch.allclose(logits, exact_hidden @ exact_weight.T, atol=1e-5)  # a GPU sums in another order

@@ -7,7 +7,6 @@ from helpers import END, SIZES, V, pair_of
 
 import train
 from extras import lora
-from opd import OutputHead
 from rollout import rollout, sampling_noise
 from support import models
 from support.cli import BadInput
@@ -137,8 +136,8 @@ REFUSED_HEADS = {
 @pytest.mark.parametrize("name", REFUSED_HEADS)
 def test_refused_by_the_head(name):
     model = size_of(name, **REFUSED_HEADS[name])
-    with pytest.raises(BadInput, match=f"{name} computes its logits in a way that opd.OutputHead does not"):
-        models.check_head(model, train.hidden_states, OutputHead.of(model, V))
+    with pytest.raises(BadInput, match=f"{name} computes its logits in a way that OutputHead does not"):
+        models.check_head(model, train.hidden_states, models.OutputHead.of(model, V))
 
 
 BART = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}

@@ -10,7 +10,6 @@ from helpers import SIZES, V, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import train
-from opd import OutputHead
 from support import models
 from support.cli import BadInput
 
@@ -35,7 +34,7 @@ def random_model(name, **changes):
 @pytest.mark.parametrize("name, changes, scale, softcap", HEADS)
 def test_heads_that_are_supported(name, changes, scale, softcap):
     model = random_model(name, **changes)
-    head = OutputHead.of(model, V - 3)
+    head = models.OutputHead.of(model, V - 3)
     assert (head.scale, head.softcap) == (scale, softcap)
     if name == "Phi":
         torch.nn.init.normal_(head.bias)
@@ -60,7 +59,7 @@ def test_a_head_that_does_more_is_refused_by_name(change):
 
     model.forward = changed
     with pytest.raises(BadInput, match="Qwen2ForCausalLM computes its logits in a way"):
-        models.check_head(model, train.hidden_states, OutputHead.of(model, V))
+        models.check_head(model, train.hidden_states, models.OutputHead.of(model, V))
 
 
 def counted(model):
