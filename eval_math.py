@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
@@ -67,7 +67,7 @@ def after_hashes(text: str) -> list[str]:
 
 
 def after_phrase(text: str) -> list[str]:
-    """What follows the first "answer is", "answer:" or "answer =", or a last heading, until a clause ends."""
+    """The clause after the first "answer is", "answer:" or "answer =", or after a last heading "Answer"."""
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     # "**Answer**: 5", or a heading "### Answer" above a last line that is a formula.
     heading = r"^[#*]{1,9} ?(?:final )?answer[#* ]{0,9}\n(?=\s{0,9}[-$\\\d][^\n]*\s*\Z)"
@@ -107,7 +107,7 @@ def extract(response: str) -> str | None:
 
     The rules, for what follows the last </think>: \boxed{x}, "#### x", "the answer is x", the last number.
     The first box counts, not the last: a student that has not learned to stop continues after its answer and
-    repeats boxes. A column of the scores shows what the last box would give.
+    repeats boxes. The score `last_box` shows what the last box would give.
     """
     response = without_reasoning(response)
     for rule in (boxed, after_hashes, after_phrase, last_number):
@@ -122,9 +122,7 @@ def is_correct(response: str, answer: str) -> bool:
 
     `answer` may be a whole solution, such as GSM8K's. Raises ValueError if it has no final answer.
     """
-    if data.is_missing(answer):
-        raise ValueError(f"the answer is empty: {answer!r}")
-    gold = data.final_answer(data.to_text(answer, "answer"), "answer")
+    gold = data.gold_answer(answer)
     return one_grader(extract, boxed).verdict(response, gold)["correct"]
 
 
@@ -166,8 +164,8 @@ def evaluate(
 
     The sampling noise of an answer depends on the seed, the index of its problem and its sample alone, so a
     resumed evaluation gives the same scores. Longest prompts come first: a batch that does not fit into
-    memory fails at once. A record has the index and the text of its problem, the answer (`decode_answers`),
-    and its verdict by three rules of extraction (support/workers.py).
+    memory fails at once. A record has the index and the text of its problem, the answer, and whether it is
+    `correct`, `correct_strict` (in a box), and `correct_last` (if the last box counts).
     """
     problems, prompts, tokenizer, eos_ids = held_out
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -269,23 +267,6 @@ def evaluate_model(name: str, label: str, benchmarks: dict, knobs: Knobs, folder
     return records
 
 
-def settings(given: dict) -> tuple[Knobs, Path]:
-    """The settings of a new or resumed evaluation, and its folder. Raises BadInput."""
-    if "resume" in given:
-        given = run_folder.resumed(Knobs, given)
-    knobs = Knobs(**given)
-    if not knobs.model or not knobs.benchmark + knobs.data:
-        raise BadInput("nothing to evaluate: give a --model, and a --benchmark or --data")
-    if len(knobs.model) > len(ascii_uppercase):
-        raise BadInput(f"{len(knobs.model)} models are too many for one comparison: give at most 26")
-    if knobs.temperature == 0 and (knobs.samples > 1 or knobs.top_p < 1):
-        what = "greedy answers to a problem are all the same, and --top-p does not change them"
-        raise BadInput(f"{what}: add --temperature 0.7, for example")
-    folder = Path(knobs.resume) if knobs.resume else run_folder.new_folder(knobs.out, "eval")
-    dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
-    return replace(knobs, dtype=dtype), folder
-
-
 def main() -> int | None:
     given = parse(Knobs, __doc__)
     if "regrade" in given:
@@ -293,7 +274,7 @@ def main() -> int | None:
             raise BadInput(f"--regrade grades one file and takes no other flag: drop {others}")
         print(scores.regrade(given["regrade"], extract, boxed))
         return None
-    knobs, folder = settings(given)
+    knobs, folder = run_folder.evaluation_settings(Knobs, given)
     benchmarks = read_benchmarks(knobs)
     with run_folder.exclusive(folder, fresh=not knobs.resume):
         contents = {f"problems of {title}": problems for title, (_, problems) in benchmarks.items()}

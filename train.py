@@ -5,7 +5,6 @@
 
 --help prints this text; the defaults that it shows are those of the preset qwen.
 """
-# support/ imports none of the five files; functions that it needs are passed in.
 # Shapes: B rows, R longest response; of a micro-batch M rows, L longest input, N tokens with a loss; D hidden
 # size.
 
@@ -148,7 +147,8 @@ def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], d
             masters[name] = torch.nn.Parameter(weight.detach().float())
             # Called in backward, each time that autograd has added to the weight's gradient.
             weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
-        # In place: the head holds the same Parameter. Buffers stay in fp32, which rotary frequencies need.
+        # Assigning to .data keeps the Parameter, which the head refers to. Buffers stay in fp32: rotary
+        # frequencies need it.
         weight.data = weight.data.to(dtype)
     return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
 
@@ -169,7 +169,7 @@ def score(
     loss, with the row and the position of each.
     """
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
-    # Of the whole step: a mean per micro-batch would weight tokens unequally.
+    # Divide by the tokens of the whole step: a mean per micro-batch would weight tokens unequally.
     normalizer = int(loss_mask.sum()) if normalizer is None else normalizer
     loss = 0.0
     statistics = []
@@ -224,7 +224,7 @@ def train(
     sampler: Callable[..., Rollout] = rollout,
     scorer: Callable[..., tuple[float, dict[str, Tensor]]] = score,
 ) -> None:
-    """The training loop. `run` numbers, times and logs the steps (support/run.py), and saves them.
+    """The training loop. `run` (support/run.py) yields the step numbers, and times, logs and saves the steps.
 
     `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way. Rollouts
     that the student did not sample have `logp=None`; otherwise the first step, and each with a longer
@@ -249,8 +249,8 @@ def train(
                 vocab_size=pair.vocab_size,
             )
 
-        # 2. The teacher scores every token. The scorer also runs the backward passes, in `opd_backward`:
-        #    afterwards the gradients are in the student's fp32 masters.
+        # 2. Both models score every token, and `opd_backward` backpropagates the loss: afterwards the
+        #    gradients are in the student's fp32 masters.
         with run.timed("score_s"):
             loss, statistics = scorer(
                 pair,
@@ -274,7 +274,7 @@ def train(
             optimizer.zero_grad()
             pair.copy_masters_to_weights()
 
-        # 4. Log; now and then evaluate, and look at an answer.
+        # 4. Evaluate every `eval_every` steps, log, and show an answer every `show_every` steps.
         done = step + 1
         accuracy = ""  # an empty cell; after the last step, main evaluates
         if grade and knobs.eval_every and done % knobs.eval_every == 0 and done < knobs.steps:
@@ -355,21 +355,6 @@ def save_student(pair: Pair, folder: Path) -> None:
     models.save_model(pair.student, pair.tokenizer, folder, state_dict)
 
 
-def held_out_scores(model, held_out: HeldOut, path: Path, knobs: Knobs, sampler: Callable) -> dict:
-    """Scores of full-length answers to the held-out problems; the answers are written to `path`."""
-    records = evaluate(
-        model,
-        held_out,
-        path=path,
-        max_new_tokens=knobs.max_new_tokens,
-        batch_size=knobs.eval_batch,
-        seed=knobs.seed,
-        temperature=knobs.eval_temperature,
-        sampler=sampler,
-    )
-    return score_answers(records)
-
-
 def schedule_of(knobs: Knobs) -> Callable[[int], int]:
     """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule."""
     return make_schedule(
@@ -396,15 +381,13 @@ def main() -> int | None:
         from extras.graphs import graph_rollout
 
         sampler = graph_rollout
-    # What uses the models. With torchrun, functions and a class of the same names divide the work among the
-    # processes.
+    # All that uses the models. With torchrun, `ranks` has the same five, which divide the work.
     own = SimpleNamespace(load_pair=load_pair, rollout=sampler, score=score, adamw=adamw, run=CheckpointedRun)
     engine = ranks.start(knobs, sampler) if ranks else own
     horizon_at = schedule_of(knobs)
     run_folder.build_world(knobs, rollout)  # of the presets toy and words, once
     device = models.find_device(knobs.device)
-    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
-    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
+    problems, test = data.problems_of(knobs)
     if knobs.dry_run:
         from extras import memory
 
@@ -430,10 +413,20 @@ def main() -> int | None:
         horizon_at = schedule_of(knobs)
 
     def grade(model, name: str) -> dict | None:
+        """Scores of full-length answers to the held-out problems; the answers go to the run folder."""
         if not test:  # --eval-limit 0
             return None
-        given = teacher_held_out if model is pair.teacher else held_out
-        return held_out_scores(model, given, folder / f"eval_{name}.jsonl", knobs, engine.rollout)
+        records = evaluate(
+            model,
+            teacher_held_out if model is pair.teacher else held_out,
+            path=folder / f"eval_{name}.jsonl",
+            max_new_tokens=knobs.max_new_tokens,
+            batch_size=knobs.eval_batch,
+            seed=knobs.seed,
+            temperature=knobs.eval_temperature,
+            sampler=engine.rollout,
+        )
+        return score_answers(records)
 
     # 3. Evaluate, train, evaluate again.
     optimizer = engine.adamw(pair, knobs)

@@ -129,8 +129,7 @@ def load(knobs: Knobs) -> Setup:
     """Build the toy world if it is needed, and load models and problems. Raises BadInput."""
     run_folder.build_world(knobs, rollout)
     device = models.find_device(knobs.device)
-    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
-    problems, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
+    problems, test = data.problems_of(knobs)
     return Setup(*train.load_with_prompts(train.load_pair, knobs, device, False, problems, test), knobs)
 
 

@@ -309,6 +309,13 @@ def to_text(value: Any, column: str) -> str:
     return str(int(value) if is_exact else value)
 
 
+def gold_answer(answer: Any) -> str:
+    """The final answer in a text or number; for use from Python. Raises ValueError if there is none."""
+    if is_missing(answer):
+        raise ValueError(f"the answer is empty: {answer!r}")
+    return final_answer(to_text(answer, "answer"), "answer")
+
+
 def final_answer(text: str, column: str) -> str:
     r"""The final answer in a text: after #### or "(The) answer (is):" at its end, or in its last \boxed{}.
 
@@ -382,6 +389,12 @@ def batch(n: int, size: int, step: int, seed: int) -> list[int]:
 @lru_cache(maxsize=2)
 def order(n: int, epoch: int, seed: int) -> list[int]:
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
+
+
+def problems_of(knobs) -> tuple[list[Problem], list[Problem]]:
+    """`train_and_test` with the settings of a training run."""
+    layout = Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
+    return train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
 
 
 def train_and_test(

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -68,6 +69,23 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
     device = models.find_device(knobs.device)
     check_device_flags(knobs, device)
     dtype = models.dtype_name(knobs.dtype, device)
+    return dataclasses.replace(knobs, dtype=dtype), folder
+
+
+def evaluation_settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
+    """The settings of a new or resumed evaluation, and its folder. Raises BadInput."""
+    if "resume" in given:
+        given = resumed(knobs_class, given)
+    knobs = knobs_class(**given)
+    if not knobs.model or not knobs.benchmark + knobs.data:
+        raise BadInput("nothing to evaluate: give a --model, and a --benchmark or --data")
+    if len(knobs.model) > len(ascii_uppercase):
+        raise BadInput(f"{len(knobs.model)} models are too many for one comparison: give at most 26")
+    if knobs.temperature == 0 and (knobs.samples > 1 or knobs.top_p < 1):
+        what = "greedy answers to a problem are all the same, and --top-p does not change them"
+        raise BadInput(f"{what}: add --temperature 0.7, for example")
+    folder = Path(knobs.resume) if knobs.resume else new_folder(knobs.out, "eval")
+    dtype = models.dtype_name(knobs.dtype, models.find_device(knobs.device))
     return dataclasses.replace(knobs, dtype=dtype), folder
 
 
