@@ -294,7 +294,8 @@ def compare_with_one(dtype, tolerance):
 
 def compare(leader, dtype, divided, tolerance):
     """Rollouts and scores of all processes against those of this one."""
-    leader = leader.start(train.Knobs(batch_size=7, clip=1e9, dtype=dtype, shard=divided, device="cpu"))
+    knobs = train.Knobs(batch_size=7, clip=1e9, dtype=dtype, shard=divided, device="cpu")
+    leader = leader.start(knobs, rollout)
     pair = leader.load_pair("", "", dtype, torch.device("cpu"), two_tokenizers=False)
     one = load("", "", dtype, "", "")
     noise = sampling_noise(range(len(PROMPTS)), 9)
