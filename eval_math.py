@@ -233,10 +233,9 @@ def read_benchmarks(knobs: Knobs) -> dict[str, tuple[str, list[data.Problem]]]:
     given = knobs.benchmark + knobs.data
     if len(chosen) < len(given):
         raise BadInput(f"{', '.join(given)}: two have the same name; rename a file, or give each once")
-    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     benchmarks = {}
     for title, (source, split, instruction) in chosen.items():
-        problems = data.distinct(data.read_problems(source, split, layout), title)
+        problems = data.distinct(data.read_problems(source, split, data.layout_of(knobs)), title)
         problems = data.subset(problems, knobs.limit, knobs.seed)
         benchmarks[title] = instruction if knobs.instruction is None else knobs.instruction, problems
     return benchmarks

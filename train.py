@@ -63,7 +63,9 @@ class Knobs:
     batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
-    sampler: str = knob("plain", "graphs: the same samples, faster on CUDA", choices=("plain", "graphs"))
+    sampler: str = knob(
+        "plain", "graphs: the same samples up to rounding, faster on CUDA", choices=("plain", "graphs")
+    )
     lr: float = knob(5e-6, "peak learning rate", least=0)
     warmup: float = knob(0.1, "fraction of the steps in which the learning rate rises", least=0, most=1)
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
@@ -227,8 +229,8 @@ def train(
     """The training loop. `run` (support/run.py) yields the step numbers, and times, logs and saves the steps.
 
     `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way. Rollouts
-    that the student did not sample have `logp=None`; otherwise the first step, and each with a longer
-    horizon, compares `logp` with the scorer's `student_logp`.
+    that the student did not sample have `logp=None`; otherwise `logp` is compared with the scorer's
+    `student_logp` whenever the horizon is longer than in all earlier steps of this process.
     """
     checked = 0  # the longest horizon so far
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal

@@ -1,6 +1,6 @@
 """What only a GPU can show; benchmarks/gpu.sh runs the tests on it first, then this.
 
-    benchmarks/gpu.sh             one CUDA card, under ten minutes, no network
+    benchmarks/gpu.sh             one CUDA card, ten minutes or more, no network
     benchmarks/gpu.sh --tiny      the same with tiny models on a CPU, about a minute
 
 The models have random weights in the shapes of Qwen2.5 0.5B and 1.5B, and the toy's tokenizer and problems:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in under ten minutes and without network: the tests of the five files on the card,
+# What only a GPU can show, in about ten minutes and without network: the tests of the five files on the card,
 # then the measurements of benchmarks/gpu.py. `benchmarks/gpu.sh --tiny` runs the same on a CPU in about a minute.
 set -euo pipefail
 cd "$(dirname "$0")/.."

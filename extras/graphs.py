@@ -18,7 +18,7 @@ from support.cli import BadInput
 from support.models import first_line
 from support.run_folder import is_out_of_memory
 
-LOOK = 32  # tokens between two looks whether all rows have ended
+LOOK = 32  # tokens between two checks of whether all rows have ended
 
 
 @torch.no_grad()

@@ -193,7 +193,7 @@ class Leader:
     def rollout(
         self, model, prompts: list[list[int]], horizon: int, eos_ids: set[int], noise: Tensor, **options: Any
     ) -> Rollout:
-        """As the sampler, of the pair's student or teacher."""
+        """As the sampler that was given to `start`, for the pair's student or teacher."""
         name = "teacher" if model is self.worker.pair.teacher else "student"
         self.everywhere("prepare", [(name,)] * self.size)
         size = min(self.size, len(prompts))

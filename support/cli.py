@@ -192,7 +192,9 @@ REMEDIES = {  # errors of the operating system that any program can meet: exit c
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit: code 2 and one line for wrong input, 130 after Ctrl-C. Bugs keep tracebacks.
+    """Call `main` and exit: one line and code 2 for wrong input, 1 for a full disk, 130 after Ctrl-C.
+
+    Bugs keep their tracebacks.
 
     A `main` that returns None has printed its result: the code is 1 if the output could not be written. One
     that returns 0 has its results in files, and ends the same whether its output is read or not.

@@ -391,10 +391,13 @@ def order(n: int, epoch: int, seed: int) -> list[int]:
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
+def layout_of(knobs) -> Layout:
+    return Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
+
+
 def problems_of(knobs) -> tuple[list[Problem], list[Problem]]:
     """`train_and_test` with the settings of a training run."""
-    layout = Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
-    return train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
+    return train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout_of(knobs))
 
 
 def train_and_test(

@@ -297,7 +297,7 @@ def check_sampler(model, sampled: Tensor, scored: Tensor, dtype_name: str = "") 
     if gap.mean() > SAMPLER_TOLERANCE[getattr(torch, dtype_name) if dtype_name else model.dtype]:
         what = f"{type(model).__name__} samples from another distribution than a pass over the text gives"
         size = f"log-probabilities differ by {gap.mean():.2g} nats on average, by {gap.max():.2g} at most"
-        raise BadInput(f"{what}, {size}: use the plain sampler, or name another model")
+        raise BadInput(f"{what}, {size}: drop --sampler graphs if it was given, or name another model")
 
 
 def check_rollouts(model, rollouts, statistics: dict[str, Tensor], dtype_name: str) -> None:

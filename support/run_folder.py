@@ -200,11 +200,10 @@ def build_world(knobs, sampler: Callable) -> None:
     if not own:
         return
     if not Path(own["data"]).exists():
-        layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
         if knobs.data != own["data"]:
-            data.train_and_test(knobs.data, knobs.eval_data, knobs.eval_limit, knobs.seed, layout)
+            data.problems_of(knobs)
         elif knobs.eval_data:
-            data.read_problems(knobs.eval_data, "test", layout)
+            data.read_problems(knobs.eval_data, "test", data.layout_of(knobs))
         for name in {knobs.student, knobs.teacher} - set(own.values()):
             models.load_tokenizer(name)
             models.load(AutoConfig, name)

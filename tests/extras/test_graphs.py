@@ -1,6 +1,7 @@
 """The sampler with a CUDA graph against the plain one; with --device cuda it records and replays one."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -140,6 +141,27 @@ def test_an_empty_recording_is_refused(monkeypatch):
         graph_rollout(tiny(), PROMPTS, HORIZON, {END}, NOISE)
 
 
+def test_a_recording_that_fails_names_the_first_error(monkeypatch):
+    class Recording:
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise RuntimeError("the end of the recording")
+
+    def fails(error):
+        raise error
+
+    for name in ("CUDAGraph", "device", "graph"):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *given: Recording() if given != (DEVICE,) else nullcontext()
+        )
+    with pytest.raises(BadInput, match=r"does not run in a CUDA graph \(a read on the host\)"):
+        graphs.recorded(tiny(), lambda: fails(RuntimeError("a read on the host")), DEVICE)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.recorded(tiny(), lambda: fails(torch.OutOfMemoryError("full")), DEVICE)
+
+
 def test_models_that_it_cannot_run():
     settings = SIZES | {"full_attn_idxs": [1], "conv_L_cache": 3}
     model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**settings)).eval().to(DEVICE)
@@ -152,23 +174,27 @@ def test_models_that_it_cannot_run():
 
 def test_a_run_has_the_plain_samplers_numbers(world, tmp_path, monkeypatch):
     found = []
+    calls = []
+    original = graphs.graph_rollout
+    monkeypatch.setattr(graphs, "graph_rollout", lambda *a, **k: calls.append(0) or original(*a, **k))
     for sampler in ("plain", "graphs"):
         folder = tmp_path / sampler
         flags = f"--preset toy --steps 3 --eval-limit 0 --dtype float32 --sampler {sampler} --out {folder}"
         monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--device", str(DEVICE)])
         train.main()
+        assert bool(calls) == (sampler == "graphs")
         rows = run_folder.read_csv(folder / "metrics.csv")
         found.append([[float(row[name]) for name in ("reverse_kl", "response_tokens")] for row in rows])
     assert len(found[0]) == 3 and torch.allclose(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-3)
 
 
 def test_another_distribution_is_refused_before_the_first_update(monkeypatch):
-    """The comparison of step 0 covers this sampler."""
+    """The comparison of sampled and scored log-probabilities covers this sampler."""
     pair = pair_of(tiny(), tiny(seed=1))
     knobs = replace(train.Knobs(), steps=1, batch_size=4, show_every=0, eval_limit=0, sampler="graphs")
     original = graphs.sample
     monkeypatch.setattr(graphs, "sample", lambda logits, temperature, *given: original(logits, 1.05, *given))
-    with pytest.raises(BadInput, match="samples from another distribution .*: use the plain sampler, or"):
+    with pytest.raises(BadInput, match="samples from another distribution .*: drop --sampler graphs"):
         optimizer = train.adamw(pair, knobs)
         run = Run(pair.student.device)
         train.train(pair, optimizer, PROMPTS, lambda step: 9, knobs, run, sampler=graph_rollout)

@@ -14,6 +14,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +235,20 @@ def test_settings_that_do_not_work_with_several_processes(monkeypatch, settings,
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(cli.BadInput, match=line):
         leader.start(train.Knobs(**({"device": "cpu"} | settings)), rollout)
+
+
+def test_all_processes_get_the_sampler(monkeypatch):
+    leader = ranks.Leader.__new__(ranks.Leader)
+    leader.size = 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    leader.worker = SimpleNamespace(pair=SimpleNamespace(teacher=None))
+    options = {}
+    monkeypatch.setattr(leader, "everywhere", lambda *given, **named: options.update(named) or [])
+    monkeypatch.setattr(ranks, "interleaved", lambda prompts, parts: parts)
+    monkeypatch.setattr(ranks, "moved", lambda parts, device: parts)
+    leader.start(train.Knobs(device="cpu"), sampler="a sampler")
+    leader.rollout(SimpleNamespace(device="cpu"), [[5], [6]], 3, {END}, sampling_noise(range(2), 3))
+    assert options["sampler"] == "a sampler"
 
 
 def test_shards_need_one_tokenizer():

@@ -259,3 +259,9 @@ def test_a_card_without_bf16_says_what_runs(monkeypatch, capsys):
         models.dtype_name("bfloat16", card)
     other = torch.device("cuda:0")
     assert models.dtype_name("", other) == models.dtype_name("bfloat16", other) == "bfloat16"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cudnn_attention_is_off_on_a_gpu():
+    models.find_device("cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
