@@ -188,7 +188,7 @@ def main() -> None:
     device = models.find_device(knobs.device)
     layout = data.Layout(run.question_column, run.answer_column, run.skip_bad_rows)
     if knobs.data:
-        problems = data.read_problems(knobs.data, "test", layout, need_answers=False)
+        problems = data.read_problems(knobs.data, "test", layout, answers="optional")
     else:
         _, problems = data.train_and_test(run.data, run.eval_data, run.eval_limit, run.seed, layout)
     shown = ("student", "teacher", "schedule", "max_new_tokens", "temperature")

@@ -55,7 +55,7 @@ Row = dict | BadRow
 
 class Problem(NamedTuple):
     question: str
-    answer: str | None  # the final answer alone; None where it cannot be read and is not needed
+    answer: str | None  # the final answer alone; None if it is not used, or cannot be read and is optional
     fault: str = ""  # why there is no answer
 
 
@@ -71,18 +71,19 @@ BY_NAME = Layout()
 
 
 def read_problems(
-    source: str, split: str, layout: Layout = BY_NAME, need_answers: bool = True
+    source: str, split: str, layout: Layout = BY_NAME, answers: str = "needed"
 ) -> list[Problem]:
     """Problems of a file (JSONL, JSON, CSV, parquet), a folder holding `split`.*, or a hub data set.
 
-    A hub data set may name its configuration: `openai/gsm8k:main`. If the layout says so, rows that cannot be
-    read are skipped, and the first three are printed. Raises BadInput.
+    A hub data set may name its configuration: `openai/gsm8k:main`. Answers are "needed", "optional" (None if
+    they cannot be read) or "unused" (None). If the layout says so, rows that cannot be read are skipped, and
+    the first three are printed. Raises BadInput.
     """
     name, rows = read_rows(source, split)
     problems, bad = [], []
     for place, row in rows:
         try:
-            problems.append(to_problem(row, place, layout, need_answers))
+            problems.append(to_problem(row, place, layout, answers))
         except BadRow as error:
             bad.append(f"{place} {error}")
     if not rows:
@@ -223,15 +224,17 @@ def hub_rows(source: str, split: str) -> Iterator[tuple[str, Row]]:
         yield f"row {number}", row
 
 
-def to_problem(row: Row, place: str, layout: Layout, need_answer: bool) -> Problem:
+def to_problem(row: Row, place: str, layout: Layout, answers: str) -> Problem:
     """The problem of a row. Raises BadRow; if an answer cannot be read, only if it is needed."""
     if isinstance(row, BadRow):
         raise row
     question = question_of(row, layout.question_column)
+    if answers == "unused":
+        return Problem(question, None)
     try:
         return Problem(question, answer_of(row, layout.answer_column))
     except BadRow as error:
-        if need_answer:
+        if answers == "needed":
             raise
         return Problem(question, None, f"{place} {error}")
 
@@ -407,10 +410,11 @@ def train_and_test(
 
     The others come from `held_out`, else from the test split of `source`, else from the file itself.
     """
-    problems = read_problems(source, "train", layout, need_answers=False)
+    is_split = limit > 0 and not held_out and Path(source).is_file()
+    problems = read_problems(source, "train", layout, answers="optional" if is_split else "unused")
     if limit == 0:
         return problems, []
-    if held_out or not Path(source).is_file():
+    if not is_split:
         test = read_problems(held_out or source, "test", layout)
         test = subset(distinct(test, held_out or source), limit, seed)
         rest = without(test, problems, source)

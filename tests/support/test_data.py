@@ -161,7 +161,7 @@ def test_answers(tmp_path, answer, found):
     with pytest.raises(BadInput, match="^1 of 1 rows of .*p.jsonl cannot be used: line 1 ") as error:
         data.read_problems(path, "test")
     assert str(found) in str(error.value)
-    (problem,) = data.read_problems(path, "train", need_answers=False)
+    (problem,) = data.read_problems(path, "train", answers="optional")
     assert problem.answer is None and str(found) in problem.fault
 
 
@@ -217,7 +217,7 @@ def test_the_first_three_of_many_bad_rows_are_named(tmp_path, capsys):
     assert out.startswith("5 of 10 rows") and [f"line {i}" in out for i in (2, 4, 6, 8)] == [True] * 3 + [
         False
     ]
-    assert len(data.read_problems(path, "train", need_answers=False)) == 10
+    assert len(data.read_problems(path, "train", answers="optional")) == 10
     assert not capsys.readouterr().out
     with pytest.raises(BadInput, match="10 of 10 rows .* cannot be used: line 1 ") as error:
         data.read_problems(path, "test", Layout(answer_column="gold", skip_bad_rows=True))
@@ -231,11 +231,12 @@ def test_training_needs_no_answers(tmp_path):
     problems, test = data.train_and_test(path, "", 10, 0)
     assert len(problems) == len(test) == 10 and all(p.answer == "5" for p in test)
     assert {p.question for p in test} == {f"q{i}" for i in range(0, 20, 2)}
-    assert data.train_and_test(path, "", 0, 0)[0][3].answer is None
+    assert all(p.answer is None for p in data.train_and_test(path, "", 0, 0)[0])  # not read
 
     prompts = written(tmp_path / "prompts.jsonl", [{"prompt": f"q{i}  "} for i in range(20)])
     rest, test = data.train_and_test(prompts, path, 5, 0, Layout(skip_bad_rows=True))
     assert len(rest) == 15 and not {p.question.strip() for p in rest} & {p.question for p in test}
+    assert not any(p.fault for p in rest)
     with pytest.raises(
         BadInput, match="10 of 20 rows of .*p.jsonl cannot be used: line 2 has an empty answer"
     ):
@@ -293,7 +294,7 @@ def test_cells_of_a_csv_file_are_text(tmp_path):
     cells = {"None": "None", "nan": "nan", "NA": "NA", "007": "007", "5.0": "5", "1e400": "1e400", "": None}
     cells |= {"True": "True", '"1,5"': "1,5", '"a\n""b"""': 'a\n"b"'}
     (tmp_path / "p.csv").write_text("\ufeffquestion,answer\r\n" + "".join(f"q,{c}\r\n" for c in cells))
-    problems = data.read_problems(str(tmp_path / "p.csv"), "train", need_answers=False)
+    problems = data.read_problems(str(tmp_path / "p.csv"), "train", answers="optional")
     assert [p.answer for p in problems] == list(cells.values())
     (tmp_path / "p.csv").write_text("question,answer\nq,5\nq\nq,5,6\n")
     with pytest.raises(BadInput, match="2 of 3 rows .* row 2 has 1 cells, the header 2"):
@@ -322,7 +323,7 @@ def test_numbers_and_chats_of_a_parquet_file(tmp_path):
 
     columns = {"prompt": [user("a"), user("b"), user("c")], "answer": [5.0, None, float("nan")]}
     Dataset.from_dict(columns).to_parquet(tmp_path / "p.parquet")
-    problems = data.read_problems(str(tmp_path / "p.parquet"), "train", need_answers=False)
+    problems = data.read_problems(str(tmp_path / "p.parquet"), "train", answers="optional")
     assert [p[:2] for p in problems] == [("a", "5"), ("b", None), ("c", None)]
 
 
