@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from support import data, models, toy
@@ -207,12 +208,15 @@ def build_world(knobs, sampler: Callable) -> None:
         for name in {knobs.student, knobs.teacher} - set(own.values()):
             models.load_tokenizer(name)
             models.load(AutoConfig, name)
-    if knobs.preset == "toy":
-        toy.build(knobs.world)
-    else:
-        from support import words
+    try:
+        if knobs.preset == "toy":
+            toy.build(knobs.world)
+        else:
+            from support import words
 
-        words.build(sampler)
+            words.build(sampler)
+    except SafetensorError as error:  # such as a full disk, for which safetensors raises no OSError
+        raise Stopped(1, f"cannot write the models ({error}): free some space, then start again") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import pair_of, tiny
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import eval_math
@@ -264,3 +265,12 @@ def test_cuda_graphs_are_refused_where_they_do_not_run():
     run_folder.check_device_flags(knobs, CPU)
     with pytest.raises(BadInput, match="--sampler graphs does not run on mps: drop it"):
         run_folder.check_device_flags(knobs, torch.device("mps"))
+
+
+def test_a_disk_that_fills_while_a_world_is_built_is_one_line(monkeypatch):
+    def full(world):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(toy, "build", full)
+    with pytest.raises(Stopped, match="cannot write the models .*: free some space, then start again"):
+        run_folder.build_world(train.Knobs(preset="toy", student="", teacher="", data=""), rollout)
