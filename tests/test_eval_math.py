@@ -261,9 +261,8 @@ EXTRACTED = [  # response, its answer
     (r"<think>It is \boxed{14}, or", None),
     (r"<think>one</think> \boxed{3} <think>It is \boxed{14}", None),
 ]
+ENDLESS_FORMULAS = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\int_0^1 x^{x^{x^x}} dx}"]
 HOSTILE = [
-    r"\boxed{9^{9^{9^{9}}}}",
-    r"\boxed{\int_0^1 x^{x^{x^x}} dx}",
     r"\boxed{" + "(" * 400 + "}",
     "{" * 100_000,
     "}" * 100_000,
@@ -296,13 +295,18 @@ def test_first_box_and_last_box():
     assert boxed(r"\boxed{\{1\}} \boxed{2\\{3}} \\boxed{4}") == [r"\{1\}", r"2\\{3}", "4"]
 
 
-def test_hostile_text_is_not_right_in_bounded_time(monkeypatch):
-    with Grader(extract, boxed, workers=1, seconds=1) as grader:
-        monkeypatch.setattr(eval_math, "one_grader", lambda *rules: grader)
+def test_hostile_text_is_graded_in_bounded_time():
+    with Grader(extract, boxed, workers=1) as grader:
         for response in HOSTILE:
             started = time.time()
-            assert not is_correct(response, "42"), response[:50]
+            assert grader.verdict(response, "42")["verdict"] in ("wrong", "no answer"), response[:50]
             assert time.time() - started < 10, response[:50]
+
+
+def test_an_endless_formula_ends_in_bounded_time():
+    with Grader(extract, boxed, workers=1, seconds=1) as grader:
+        for response in ENDLESS_FORMULAS:
+            assert grader.verdict(response, "42")["verdict"] == "timed out"
 
 
 ENDLESS = [
