@@ -32,7 +32,7 @@ EOS_IDS = set(range(40, 50))  # rows end one by one
 SECONDS = 60  # for one family
 LARGEST = 2e8  # parameters
 SMALL = {  # settings by the names that configs use; those that a config lacks are skipped
-    32: ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width"),
+    32: ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width", "attention_hidden_size"),
     48: ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim"),
     4: ("num_hidden_layers", "num_attention_heads", "n_layer", "n_head", "num_heads", "num_experts"),
     2: ("num_key_value_heads", "num_experts_per_tok", "decoder_layers", "linear_num_key_heads"),
