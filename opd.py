@@ -33,10 +33,10 @@ def token_logp(logp: Tensor, tokens: Tensor) -> Tensor:
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
     """KL(student || teacher) = sum_v p (log p - log q), exact: (C, V), (C, V), (C,) -> (C,).
 
-    ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary. With them
-    the gradient in log p is p (log p - log q), exactly zero where p = q. Without them it is larger by
-    p. The backward pass of log_softmax cancels that p, but only up to rounding, and AdamW, which divides a
-    gradient by its own size, would make full-size updates of what remains.
+    ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary, so they do
+    not change the value. They make the gradient in log p equal to p (log p - log q), exactly zero where
+    p = q. Without them it has one more p, which the backward pass of log_softmax cancels only up to
+    rounding, and AdamW, which divides a gradient by its own size, makes full-size updates of the rest.
     """
     p, q = student_logp.exp(), teacher_logp.exp()
     return (p * (student_logp - teacher_logp) - p + q).sum(-1)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 @dataclass
 class Rollout:
-    """B sampled responses. The sampler records the mask, because the id used for padding is also a token."""
+    """B sampled responses. The mask cannot be computed from the tokens: 0, which pads, is a token as well."""
 
     prompts: list[list[int]]
     tokens: Tensor  # (B, R) int64, 0 after the end
@@ -33,7 +33,7 @@ def sampling_noise(keys: Iterable[object], horizon: int) -> Tensor:
     """
     rows = []
     for key in keys:
-        seed = random.Random(repr(key)).getrandbits(32)  # of the text; `hash` differs between processes
+        seed = random.Random(repr(key)).getrandbits(32)  # not `hash`, which differs between processes
         generator = torch.Generator().manual_seed(seed)
         rows.append(torch.rand(horizon, generator=generator))
     return torch.stack(rows)
@@ -55,7 +55,7 @@ def sample(logits: Tensor, temperature: float, uniform: Tensor, top_p: float = 1
         if top_p < 1:
             logp = keep_top_p(logp, top_p)
         cumulative = logp.exp().cumsum_(-1)
-        threshold = uniform[:, None] * cumulative[:, -1:]  # below the last sum, which is 1 up to rounding
+        threshold = uniform[:, None] * cumulative[:, -1:]  # scaled by the last sum, which is not exactly 1
         token = torch.searchsorted(cumulative, threshold, right=True)
         token = token.clamp_max(logp.shape[-1] - 1)  # with NaN logits, searchsorted returns V
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
@@ -170,9 +170,9 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
     predicts = []
     for row in rows:
         prompt = rollouts.tokens.new_tensor(rollouts.prompts[row])
-        sampled = rollouts.response_mask[row]
-        text = torch.cat([prompt, rollouts.tokens[row][sampled]])
-        ids.append(text[:-1])  # the last token predicts nothing
+        is_response = rollouts.response_mask[row]
+        sequence = torch.cat([prompt, rollouts.tokens[row][is_response]])
+        ids.append(sequence[:-1])  # the last token predicts nothing
         no_loss = loss_mask.new_zeros(len(prompt) - 1)  # prompt tokens before the last predict prompt tokens
-        predicts.append(torch.cat([no_loss, loss_mask[row][sampled]]))
+        predicts.append(torch.cat([no_loss, loss_mask[row][is_response]]))
     return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)

@@ -20,11 +20,11 @@ from typing import NamedTuple
 from support.cli import BadInput, NoKnobs, parse, run_main
 
 
-def linear(step: int, steps: int, budget: int, start: int, growth: int, interval: int) -> int:
+def staircase(step: int, steps: int, budget: int, start: int, growth: int, interval: int) -> int:
     """The horizon in tokens at `step`, from 0 to steps - 1: the formula of all four schedules.
 
     `budget` is T, and `start` is H0 in tokens. A schedule that does not grow has growth 0 and interval 1, so
-    H = H0. Every formula gets all these arguments, by name except `step`, whether it uses them or not.
+    H = H0. Every formula is called with all these arguments, by name except `step`.
     """
     return min(budget, start + growth * (step // interval))
 
@@ -32,10 +32,10 @@ def linear(step: int, steps: int, budget: int, start: int, growth: int, interval
 class Schedule(NamedTuple):
     horizon: float  # default of --horizon: up to 1 a fraction of the budget, above 1 a number of tokens
     uses_growth: bool = False  # whether --popd-growth and --popd-interval apply; growth is 0 otherwise
-    formula: Callable[..., int] = linear
+    formula: Callable[..., int] = staircase
 
 
-# A new schedule is an entry here, with a function like `linear` if its formula is another one.
+# A new schedule is an entry here, with a function like `staircase` if its formula is another one.
 SCHEDULES = {
     "full": Schedule(horizon=1.0),
     "popd": Schedule(horizon=0.1, uses_growth=True),
@@ -46,7 +46,8 @@ SCHEDULES = {
 
 def first_horizon(horizon: float, budget: int) -> int:
     """H0 in tokens, at least 1, from a fraction up to 1 or a number of tokens above 1. Raises BadInput."""
-    if not 0 < horizon <= budget or (horizon > 1 and horizon != int(horizon)):
+    is_valid = 0 < horizon <= budget and (horizon <= 1 or horizon == int(horizon))
+    if not is_valid:
         what = f"horizon {horizon:g} is neither a fraction above 0 and up to 1 nor a number of tokens up to"
         raise BadInput(f"{what} --max-new-tokens {budget}: give one of the two")
     return int(horizon) if horizon > 1 else max(1, round(horizon * budget))
@@ -97,7 +98,7 @@ def make_schedule(
 
 
 def main() -> None:
-    parse(NoKnobs, __doc__)
+    parse(NoKnobs, __doc__)  # --help alone
     budget = 1024
     steps = 60
     for name in SCHEDULES:

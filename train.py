@@ -30,8 +30,9 @@ from support.run import CheckpointedRun, Run
 from support.scores import score_answers
 
 
-# knob(default, help, limits); `word` is a text that a numeric flag accepts too; `group` starts a section of
-# --help. A preset (PRESET in support/toy.py and support/words.py) replaces some defaults; flags replace both.
+# knob(default, help, limits `least` and `most`); `word` is a text that a numeric flag accepts too; `group`
+# starts a section of --help. A preset (PRESET in support/toy.py and support/words.py) replaces some defaults;
+# flags replace both.
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")
@@ -109,7 +110,8 @@ class Pair:
     student_head: models.OutputHead  # from hidden states to logits, fp32 where the device can
     teacher_head: models.OutputHead
     tokenizer: object
-    vocab_size: int  # ids from here on are neither sampled nor scored; with two tokenizers, the larger size
+    # Ids from here on, which one model alone has, are neither sampled nor scored; none with two tokenizers.
+    vocab_size: int
     eos_ids: set[int]  # ids that end a response
 
     @torch.no_grad()
@@ -135,7 +137,10 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
 
 
 def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
-    """A pair of loaded models; casts the student in place. Raises BadInput if a head is not supported."""
+    """A pair of loaded models, the teacher in `dtype`; the student gets masters, and is cast to it in place.
+
+    Raises BadInput if a head is not supported.
+    """
     student_head = models.OutputHead.of(student, vocab_size)
     teacher_head = models.OutputHead.of(teacher, vocab_size)
     models.check_head(student, hidden_states, student_head)
@@ -168,7 +173,7 @@ def score(
     """Score rollouts with both models, and backpropagate into the masters, unless under `torch.no_grad()`.
 
     Returns the loss, the sum of the divergence / `normalizer`, and `token_statistics` of all tokens with a
-    loss, with the row and the position of each.
+    loss, with the `row` of each in `rollouts` and its `position` in the response, both counted from 0.
     """
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
     # Divide by the tokens of the whole step: a mean per micro-batch would weight tokens unequally.
@@ -232,13 +237,13 @@ def train(
     that the student did not sample have `logp=None`; otherwise `logp` is compared with the scorer's
     `student_logp` whenever the horizon is longer than in all earlier steps of this process.
     """
-    checked = 0  # the longest horizon so far
+    longest_checked = 0  # the longest horizon so far, in tokens
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
 
         # 1. The student answers this step's prompts with at most `horizon` tokens each.
         with run.timed("rollout_s"):
-            indices = data.batch(len(prompts), knobs.batch_size, step, knobs.seed)
+            indices = data.batch_indices(len(prompts), knobs.batch_size, step, knobs.seed)
             batch = [prompts[i] for i in indices for _ in range(knobs.rollouts_per_prompt)]
             noise = sampling_noise([(knobs.seed, step, row) for row in range(len(batch))], horizon)
             rollouts = sampler(
@@ -261,9 +266,9 @@ def train(
                 temperature=knobs.temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if horizon > checked:  # is the sampled distribution the one in the loss?
+            if horizon > longest_checked:  # is the sampled distribution the one in the loss?
                 models.check_rollouts(pair.student, rollouts, statistics, knobs.dtype)
-                checked = horizon
+                longest_checked = horizon
 
         # 3. One AdamW step. A non-finite loss or gradient ends the run before the weights move.
         with run.timed("update_s"):
@@ -369,6 +374,20 @@ def schedule_of(knobs: Knobs) -> Callable[[int], int]:
     )
 
 
+def choose_engine(knobs: Knobs, ranks) -> SimpleNamespace:
+    """What a run does with the models, in this process, or with torchrun divided among `ranks`."""
+    sampler = rollout
+    if knobs.sampler == "graphs":
+        from extras.graphs import graph_rollout
+
+        sampler = graph_rollout
+    if ranks:
+        return ranks.start(knobs, sampler)  # has the same five names
+    return SimpleNamespace(
+        load_pair=load_pair, rollout=sampler, score=score, adamw=adamw, run=CheckpointedRun
+    )
+
+
 def main() -> int | None:
     """Check all that can be checked before the first step, then train. Returns 0, or None after --dry-run."""
     # 1. Settings and problems.
@@ -378,16 +397,9 @@ def main() -> int | None:
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
-    sampler = rollout
-    if knobs.sampler == "graphs":
-        from extras.graphs import graph_rollout
-
-        sampler = graph_rollout
-    # All that uses the models. With torchrun, `ranks` has the same five, which divide the work.
-    own = SimpleNamespace(load_pair=load_pair, rollout=sampler, score=score, adamw=adamw, run=CheckpointedRun)
-    engine = ranks.start(knobs, sampler) if ranks else own
+    engine = choose_engine(knobs, ranks)
     horizon_at = schedule_of(knobs)
-    run_folder.build_world(knobs, rollout)  # of the presets toy and words, once
+    run_folder.build_world(knobs, rollout)  # once, of the presets toy and words; `words` samples texts
     device = models.find_device(knobs.device)
     problems, test = data.problems_of(knobs)
     if knobs.dry_run:
@@ -397,8 +409,9 @@ def main() -> int | None:
         return None
 
     # 2. The models, and what depends on their tokenizers.
-    # The exact divergences sum over one vocabulary; `sampled` allows a teacher with another tokenizer.
-    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, knobs.divergence == "sampled")
+    # Raises BadInput if they differ and the divergence, other than `sampled`, sums over one vocabulary.
+    allowed = knobs.divergence == "sampled"
+    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
     pair, prompts, held_out = load_with_prompts(
         engine.load_pair, knobs, device, two_tokenizers, problems, test
     )
@@ -443,9 +456,8 @@ def main() -> int | None:
         # A resumed run finds these answers in its folder, and samples none again. Its student still has the
         # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        grade_steps = grade if test else None
-        how = {"sampler": engine.rollout, "scorer": scorer}
-        train(pair, optimizer, prompts, horizon_at, knobs, run, grade_steps, **how)
+        options = {"grade": grade if test else None, "sampler": engine.rollout, "scorer": scorer}
+        train(pair, optimizer, prompts, horizon_at, knobs, run, **options)
         run.save_student()
         summary["seconds"] = run.seconds()
         summary["after"] = grade(pair.student, "after")

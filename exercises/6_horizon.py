@@ -8,7 +8,7 @@ distillation) stops it after H tokens, the horizon, and raises H during the run.
 T is the budget, the longest response allowed: every `interval` steps H rises by `growth` tokens, up to T. A
 response longer than H is truncated: it has H tokens and no eos token, the token that ends a text. None is
 appended, because the student did not write one there: its loss would be about a decision that the student
-never made. The real ones are `schedules.linear` and `finished` in `rollout.rollout`.
+never made. The real ones are `schedules.staircase` and `finished` in `rollout.rollout`.
 """
 
 from schedules import make_schedule

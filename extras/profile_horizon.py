@@ -62,7 +62,7 @@ def measure(
     writer=None,  # the model whose rollouts are scored; default: the student
 ) -> dict[str, Tensor]:
     """`token_statistics` of full rollouts, with row and position; prompts in training order."""
-    texts = [prompts[i] for i in data.batch(len(prompts), rollouts, 0, knobs.seed)]
+    texts = [prompts[i] for i in data.batch_indices(len(prompts), rollouts, 0, knobs.seed)]
     writer = writer or pair.student
     stream = f"profile {knobs.seed}"
     parts = in_batches(writer, pair, texts, knobs.max_new_tokens, knobs.temperature, stream, batch)

@@ -383,7 +383,7 @@ def subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
     return random.Random(seed).sample(problems, limit)
 
 
-def batch(n: int, size: int, step: int, seed: int) -> list[int]:
+def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     """The prompts of a step, as indices below n, in a new random order every epoch; a step may span two."""
     places = range(step * size, (step + 1) * size)
     return [order(n, place // n, seed)[place % n] for place in places]

@@ -80,7 +80,7 @@ def test_the_whole_method_has_the_loss_and_gradient_of_the_five_files(method):
 def test_the_whole_method_samples_what_it_says(method):
     prompts, mask = pad_left([[5, 6, 7], [8]] * 4, torch.device("cpu"))
     torch.manual_seed(0)
-    ids, response_mask = method["sample"](tiny(), prompts, mask, horizon=30, eos_id=END)
+    ids, response_mask = method["rollout"](tiny(), prompts, mask, horizon=30, eos_id=END)
     assert ids.shape[1] == 3 + response_mask.shape[1]
     for response, kept in zip(ids[:, 3:].tolist(), response_mask.tolist()):
         length = response.index(END) + 1 if END in response else len(response)
@@ -96,7 +96,7 @@ def test_the_whole_method_learns_on_the_toy(method, world):
     torch.manual_seed(0)
 
     def loss() -> float:
-        ids, response_mask = method["sample"](pair.student, *batches[0], horizon=6, eos_id=eos_id)
+        ids, response_mask = method["rollout"](pair.student, *batches[0], horizon=6, eos_id=eos_id)
         return method["opd_loss"](pair.student, pair.teacher, ids, batches[0][1], response_mask).item()
 
     before = loss()

@@ -206,7 +206,7 @@ def test_the_row_of_a_step_has_what_it_says():
     pair = pair_of(tiny(), tiny(seed=1))
     rows = run_training(pair, train.replace(KNOBS, divergence="sampled", decay="constant", warmup=0.5))
     again = pair_of(tiny(), tiny(seed=1))
-    indices = data.batch(len(PROMPTS), 4, 0, 0)
+    indices = data.batch_indices(len(PROMPTS), 4, 0, 0)
     noise = sampling_noise([(0, 0, row) for row in range(4)], 9)
     rollouts = rollout(again.student, [PROMPTS[i] for i in indices], 9, again.eos_ids, noise)
     loss, tokens, grad = gradient(again, rollouts, divergence=opd.sampled_reverse_kl)

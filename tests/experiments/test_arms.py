@@ -62,7 +62,7 @@ def token_logp(model, rollouts, temperature: float = 1.0) -> list[torch.Tensor]:
 def test_seqkd_is_cross_entropy_on_the_teachers_answers(name, horizon):
     steps, pair, start = run(name)
     for step, (rollouts, _, _) in enumerate(steps):
-        questions = [PROMPTS[i] for i in data.batch(4, 4, step, 0)]
+        questions = [PROMPTS[i] for i in data.batch_indices(4, 4, step, 0)]
         noise = sampling_noise([(0, step, row) for row in range(4)], horizon)
         by_teacher = rollout(pair.teacher, questions, horizon, pair.eos_ids, noise)
         assert torch.equal(rollouts.tokens, by_teacher.tokens)

@@ -388,10 +388,17 @@ def test_limit_is_a_seeded_random_subset():
 
 
 def test_batches_repeat_by_seed_and_use_every_prompt_once_an_epoch():
-    first = [data.batch(10, 4, step, 7) for step in range(5)]
-    assert first == [data.batch(10, 4, step, 7) for step in range(5)]
-    assert first != [data.batch(10, 4, step, 8) for step in range(5)]
+    first = [data.batch_indices(10, 4, step, 7) for step in range(5)]
+    assert first == [data.batch_indices(10, 4, step, 7) for step in range(5)]
+    assert first != [data.batch_indices(10, 4, step, 8) for step in range(5)]
     flat = sum(first, [])
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
     assert flat[:10] != flat[10:]
-    assert sorted(data.batch(3, 7, 0, 0)[:6]) == [0, 0, 1, 1, 2, 2]  # more than two epochs in one batch
+    assert sorted(data.batch_indices(3, 7, 0, 0)[:6]) == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]  # more than two epochs in one batch
