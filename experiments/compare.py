@@ -13,7 +13,7 @@ seeds).
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -186,16 +186,6 @@ def train_arm(setup: Setup, arm: Arm) -> ArmRun:
     return run
 
 
-def each_from_start(pair: train.Pair, runs: Iterable) -> Iterator:
-    """The runs, before each of which the student gets the weights that it has now."""
-    start = {name: weight.detach().clone() for name, weight in pair.masters.items()}
-    for run in runs:
-        for name, weight in pair.masters.items():
-            weight.data.copy_(start[name])
-        pair.copy_masters_to_weights()
-        yield run
-
-
 def run_once(setup: Setup, name: str) -> tuple[dict, list[dict]]:
     """Train an arm, or only score the student or the teacher: a row for the CSV, and those of the curve."""
     run = {"arm": name, "seed": setup.knobs.seed}
@@ -239,7 +229,11 @@ def compare(knobs: Knobs, path: Path) -> None:
     if knobs.keep:
         with tempfile.TemporaryDirectory() as folder:
             check_saving(setup.pair, train.save_student, Path(folder))
-    for name, seed in tqdm(each_from_start(setup.pair, wanted), total=len(wanted), unit="run"):
+    start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
+    for name, seed in tqdm(wanted, unit="run"):
+        for weight_name, weight in setup.pair.masters.items():
+            weight.data.copy_(start[weight_name])
+        setup.pair.copy_masters_to_weights()
         row, curve = run_once(setup._replace(knobs=replace(knobs, seed=seed)), name)
         if curve:  # first: a curve without its run, which a stop in between leaves, is ignored
             run_folder.append_csv(claims.curves_path(path), curve)

@@ -29,7 +29,7 @@ from claims import NO, OPEN, YES, Interval, Results, Row, interval, interval_of,
 from compare import Setup
 from figures import VERMILION, plt, save
 from root import RESULTS
-from sweep import CACHE, ENDS, SWEEP_SEED, Sweep, Unit
+from sweep import CACHE, ENDS, SWEEP_SEED, Sweep
 
 from support import toy
 from support.cli import BadInput, knob, parse, run_main
@@ -68,11 +68,9 @@ class Knobs(Sweep):
         worlds = toy.folder_of("toy", toy.Recipe(), CACHE).name
         return sweep.settings_of(toy.PRESET, steps=self.steps, problems=self.problems, worlds=worlds)
 
-    def load(self, place: float, seed: int, arm: str) -> Setup:
+    def measure(self, place: float, seed: int, arm: str, lr: str, student: Row) -> Row:
         ours = {"steps": self.steps, "eval_limit": self.problems, "seed": seed}
-        return sweep.load(build(place, seed), toy.PRESET, **ours)
-
-    def measure(self, setup: Setup, place: float, arm: str, lr: str, student: Row) -> Row:
+        setup = sweep.load(build(place, seed), toy.PRESET, **ours)
         places = {"announced": "", "auto": ""}
         if arm == "student":
             places = {"announced": announced(setup, place), "auto": sweep.horizon_auto(setup)}
@@ -125,12 +123,12 @@ def announced(setup: Setup, q: float) -> float:
 
 
 def run_all(knobs: Knobs) -> None:
-    """The learning rates, then the cells; of several processes each takes the worlds that are free."""
-    tried = ENDS + [(arm, lr) for arm in ARMS for lr in RATES]
-    knobs.run([Unit(q, SWEEP_SEED, tried) for q in CORNERS])
-    chosen = ENDS + list(cells_of(knobs).rates.items())
-    seeds = range(1, knobs.seeds + 1)
-    knobs.run([Unit(q, seed, chosen) for q in PLACES for seed in seeds])
+    """The learning rates, then the cells; several processes share the runs."""
+    tuning = [(q, SWEEP_SEED) for q in CORNERS]
+    worlds = [(q, seed) for q in PLACES for seed in range(1, knobs.seeds + 1)]
+    knobs.run(tuning + worlds, ENDS)
+    knobs.run(tuning, [(arm, lr) for arm in ARMS for lr in RATES])
+    knobs.run(worlds, list(cells_of(knobs).rates.items()))
 
 
 # What the rows show.

@@ -9,8 +9,9 @@ highest mean accuracy, and then kept. Several processes share the work by locks.
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import compare
 from arms import Arm
@@ -30,14 +31,6 @@ ENDS = [("student", ""), ("teacher", "")]  # arms without a learning rate: what 
 
 Place = float | str  # which world
 Key = tuple[Place, int, str, str]  # place, seed, arm, learning rate
-
-
-class Unit(NamedTuple):
-    """Runs that one process makes in a row: pairs of an arm and its learning rate, as text."""
-
-    place: Place
-    seed: int
-    runs: list[tuple[str, str]]
 
 
 def load(folder: Path, preset: dict, **changes: Any) -> Setup:
@@ -67,7 +60,8 @@ def settings_of(preset: dict, **own: Any) -> Row:
 class Sweep:
     """What the settings of a sweep can do with its CSV file. Their class has the names that stand here.
 
-    `measure` trains the student as the arm says, or only scores the student or the teacher: columns of a row.
+    `measure` builds the world if it does not exist, trains its student as the arm says, or only scores the
+    student or the teacher, and returns columns of the row.
     """
 
     csv: str
@@ -77,43 +71,39 @@ class Sweep:
     rates: tuple[str, ...]
     least_teacher = 0.0  # accuracy; a world whose teacher is below it is left out
     settings: Callable[[], Row]  # the columns in which all rows agree
-    load: Callable[[Place, int, str], Setup]  # of place, seed and arm; builds the world if it does not exist
-    measure: Callable[[Setup, Place, str, str, Row], Row]  # arm, learning rate, the untrained student's row
+    measure: Callable[..., Row]  # (place, seed, arm, learning rate, the untrained student's row)
 
-    def run(self, units: list[Unit]) -> None:
-        """First the units that no other process is at; then, once they are free, what the others lack."""
+    def run(self, worlds: list[tuple[Place, int]], runs: list[tuple[str, str]]) -> None:
+        """Make the rows of these worlds, by place and seed, and these arms, each with its learning rate.
+
+        First the runs that no other process is at; then, once they are free, what the others lack. ENDS have
+        to come before the arms.
+        """
         run_folder.prepare_file(Path(self.csv), "--csv")
         CACHE.mkdir(parents=True, exist_ok=True)
         for timeout in (0, -1):
-            for unit in units:
-                name = "-".join(map(str, (self.column, unit.place, unit.seed, *unit.runs[0])))
+            for (place, seed), (arm, lr) in product(worlds, runs):
                 try:
-                    with FileLock(CACHE / f"{name}.lock", timeout=timeout):
-                        self.run_unit(unit)
+                    name = f"{self.column}-{place}-{seed}-{arm}-{lr}.lock"
+                    with FileLock(CACHE / name, timeout=timeout):
+                        self.run_once(place, seed, arm, lr)
                 except Timeout:
                     continue
 
-    def run_unit(self, unit: Unit) -> None:
-        """Make the rows of the unit that are missing."""
+    def run_once(self, place: Place, seed: int, arm: str, lr: str) -> None:
+        """Make the row if it is missing."""
         path = Path(self.csv)
         lock = FileLock(CACHE / f"{path.name}.lock")
         with lock:
             done = self.read()
-        place, seed, runs = unit
-        missing = [run for run in runs if (place, seed, *run) not in done]
-        if not missing or (place, seed) in self.unusable(done):
+        if (place, seed, arm, lr) in done or (place, seed) in self.unusable(done):
             return
-        setup = self.load(place, seed, missing[0][0])
-        student = done.get((place, seed, "student", ""), {})  # otherwise the student is the first run
-        for arm, lr in compare.each_from_start(setup.pair, missing):
-            found = self.measure(setup, place, arm, lr, student)
-            student = found if arm == "student" else student
-            row = {self.column: place, "seed": seed, "arm": arm, "lr": lr} | found | self.settings()
-            with lock:
-                run_folder.append_csv(path, [row])
-            print(f"{self.column} {place}, seed {seed}, {arm} {lr}: {found['accuracy']:.0%}", flush=True)
-            if arm == "teacher" and found["accuracy"] < self.least_teacher:
-                return
+        student = done.get((place, seed, "student", ""), {})
+        found = self.measure(place, seed, arm, lr, student)
+        row = {self.column: place, "seed": seed, "arm": arm, "lr": lr} | found | self.settings()
+        with lock:
+            run_folder.append_csv(path, [row])
+        print(f"{self.column} {place}, seed {seed}, {arm} {lr}: {found['accuracy']:.0%}", flush=True)
 
     def read(self) -> dict[Key, Row]:
         """The rows. Raises BadInput for one of other settings, an incomplete one, or one twice."""

@@ -19,7 +19,6 @@ the sampled accuracy after the i-th quarter of them, `auto` the horizon of `--ho
 import math
 import statistics
 import textwrap
-from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
@@ -33,7 +32,7 @@ from claims import MARGIN, OPEN, Results, Row, interval_of, shown, verdict
 from compare import Setup
 from figures import STYLES, VERMILION, plt, save
 from root import RESULTS
-from sweep import ENDS, SWEEP_SEED, Sweep, Unit
+from sweep import ENDS, SWEEP_SEED, Sweep
 
 import train
 from eval_math import boxed, extract
@@ -114,15 +113,16 @@ class Knobs(Sweep):
         own |= {"problems": self.problems, "rollouts": self.rollouts}
         return sweep.settings_of(self.preset(), **own)
 
-    def load(self, place: str, seed: int, arm: str) -> Setup:
+    def load(self, seed: int, arm: str) -> Setup:
         low_memory = arm in ARMS and ARMS[arm].low_memory
         ours = {"seed": seed, "eval_temperature": 1.0, "low_memory": low_memory}
         return sweep.load(words.build(rollout, words.Recipe(seed)), self.preset(), **ours)
 
-    def measure(self, setup: Setup, place: str, arm: str, lr: str, student: Row) -> Row:
+    def measure(self, place: str, seed: int, arm: str, lr: str, student: Row) -> Row:
+        setup = self.load(seed, arm)
         start = deepcopy(setup.pair.student)
         trained = arm in ARMS
-        whole = setup.knobs.seed != SWEEP_SEED  # other runs only choose a learning rate
+        whole = seed != SWEEP_SEED  # other runs only choose a learning rate
         row = dict.fromkeys(claims.COSTS, 0)
         of_run = dict.fromkeys(OF_RUN, "")
         if trained:
@@ -152,17 +152,14 @@ def by_tenth(tokens: dict, length: int) -> dict[int, float | str]:
 
 
 def run_all(knobs: Knobs) -> None:
-    """Several processes share the runs."""
-
-    def run(seeds: Iterable[int], runs: Iterable[tuple[str, str]]) -> None:
-        knobs.run([Unit(WORLD, seed, [run]) for seed in seeds for run in runs])
-
-    seeds = range(1, knobs.seeds + 1)
-    run((SWEEP_SEED, *seeds), ENDS)
+    """The untrained models, then one arm after the other; several processes share the runs."""
+    tuning = [(WORLD, SWEEP_SEED)]
+    worlds = [(WORLD, seed) for seed in range(1, knobs.seeds + 1)]
+    knobs.run(tuning + worlds, ENDS)
     for arm in knobs.chosen_arms():
         if not knobs.rate:
-            run((SWEEP_SEED,), [(arm, lr) for lr in RATES])
-        run(seeds, knobs.chosen_rates(knobs.read(), (arm,)).items())
+            knobs.run(tuning, [(arm, lr) for lr in RATES])
+        knobs.run(worlds, list(knobs.chosen_rates(knobs.read(), (arm,)).items()))
 
 
 # The teacher on the student's text.
@@ -195,7 +192,7 @@ def decay_in_worlds(knobs: Knobs) -> str:
     lr = rates["full"]
     rows = []
     for seed in range(1, knobs.seeds + 1):
-        setup = knobs.load(WORLD, seed, "full")
+        setup = knobs.load(seed, "full")
         rows += [{"seed": seed, "student": "before"} | row for row in decay(setup, knobs.problems)]
         sweep.train_arm(setup, ARMS["full"], lr, auto=1)
         rows += [{"seed": seed, "student": "after full"} | row for row in decay(setup, knobs.problems)]

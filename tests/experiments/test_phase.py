@@ -49,7 +49,7 @@ def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
     knobs = replace(KNOBS, csv=str(path))
     wanted = [("student", ""), ("auto", "0.001"), ("topd-0.05", "0.001")]
     for _ in range(2):
-        knobs.run([sweep.Unit(0.5, 1, wanted)])
+        knobs.run([(0.5, 1)], wanted)
     rows = read_csv(path)
     assert [(row["arm"], row["lr"]) for row in rows] == wanted
     auto = int(rows[0]["auto"])
