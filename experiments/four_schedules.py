@@ -7,6 +7,7 @@ One seed says nothing about which schedule is best: this shows that all four wor
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from root import RESULTS, ROOT
 
 from support.cli import NoKnobs, Stopped, parse, run_main
-from support.run_folder import append_csv, atomic_rename, read_csv
+from support.run_folder import read_csv, write_csv
 
 TOPD = "--schedule topd --horizon 0.1"
 RUNS = ["--schedule full", "--schedule popd", TOPD, "--schedule esr --horizon 20"]
@@ -41,13 +42,10 @@ def train_row(flags: str, out: Path) -> dict:
 
 def main() -> None:
     parse(NoKnobs, __doc__)
-    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
-        table = Path(folder, "toy.csv")
-        for number, flags in enumerate(RUNS):
-            append_csv(table, [train_row(flags, Path(folder, str(number)))])
-        curve = Path(folder, str(RUNS.index(TOPD)), "curve.png")
-        atomic_rename(table, RESULTS / "toy.csv")
-        atomic_rename(curve, RESULTS / "toy_topd.png")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [train_row(flags, Path(folder, flags)) for flags in RUNS]
+        shutil.copy(Path(folder, TOPD, "curve.png"), RESULTS / "toy_topd.png")
+    write_csv(RESULTS / "toy.csv", list(rows[0]), rows)
 
 
 if __name__ == "__main__":
