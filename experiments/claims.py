@@ -230,11 +230,11 @@ def shown(found: Interval | None, form: str = ".0%") -> str:
     return f"{found.mean:{form}} [{found.low:{form}} to {found.high:{form}}]" if found else "no interval"
 
 
-def verdict(found: Interval, low: float, high: float) -> str:
-    """Whether the interval lies within the limits: YES; outside: NO; neither: OPEN."""
-    if low < found.low and found.high < high:
+def verdict(found: Interval | None, low: float, high: float) -> str:
+    """Whether the interval lies within the limits: YES; outside: NO; neither, or no interval: OPEN."""
+    if found and low < found.low and found.high < high:
         return YES
-    return NO if found.high < low or high < found.low else OPEN
+    return NO if found and (found.high < low or high < found.low) else OPEN
 
 
 class Claim(NamedTuple):

@@ -195,8 +195,7 @@ def report(cells: Cells, knobs: Knobs) -> str:
             lines += [f"  {arm:10} accuracy {shown(interval_of(claims.values(results, arm)))}"]
         for arm in list(ARMS)[1:]:
             share = cells.share(q, arm)
-            word = words[verdict(share, KEPT, math.inf) if share else OPEN]
-            lines += [f"  {arm:10} {word:15} {shown(share)}"]
+            lines += [f"  {arm:10} {words[verdict(share, KEPT, math.inf)]:15} {shown(share)}"]
     return "\n".join([*lines, "", cells.missing(knobs)])
 
 

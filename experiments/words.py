@@ -28,7 +28,7 @@ import claims
 import probe
 import sweep
 from arms import ARMS
-from claims import MARGIN, OPEN, Results, Row, interval_of, shown, verdict
+from claims import MARGIN, Results, Row, interval_of, shown, verdict
 from compare import Setup
 from figures import STYLES, VERMILION, plt, save
 from root import RESULTS
@@ -82,7 +82,7 @@ LOOKS["teacher"] = {"color": "#555555", "marker": "", "linestyle": "--"}
 
 @dataclass(frozen=True)
 class Knobs(Sweep):
-    arms: tuple[str, ...] = knob((), "may be repeated; default: all", choices=RUN)
+    arms: tuple[str, ...] = knob(RUN, "may be repeated", choices=RUN)
     seeds: int = knob(8, "worlds, besides that of the learning rates", least=1)
     steps: int = knob(words.PRESET["steps"], "of training", least=1)
     problems: int = knob(500, "held-out, answered once at temperature 1 and once greedily", least=2)
@@ -91,9 +91,6 @@ class Knobs(Sweep):
     csv: str = knob(str(RESULTS / "words.csv"), "results; the figure is written next to it")
     decay: bool = knob(False, "only measure the decay of the teacher in all other worlds, into ..._decay.csv")
     report: bool = knob(False, "train nothing: table, verdicts and figure of the rows in the CSV")
-
-    def chosen_arms(self) -> tuple[str, ...]:
-        return tuple(arm for arm in RUN if arm in (self.arms or RUN))
 
     def preset(self) -> dict:
         return words.PRESET | {"eval_batch": BATCH, "eval_limit": self.problems, "steps": self.steps}
@@ -156,7 +153,7 @@ def run_all(knobs: Knobs) -> None:
     tuning = [(WORLD, SWEEP_SEED)]
     worlds = [(WORLD, seed) for seed in range(1, knobs.seeds + 1)]
     knobs.run(tuning + worlds, ENDS)
-    for arm in knobs.chosen_arms():
+    for arm in knobs.arms:
         if not knobs.rate:
             knobs.run(tuning, [(arm, lr) for lr in RATES])
         knobs.run(worlds, list(knobs.chosen_rates(knobs.read(), (arm,)).items()))
@@ -184,19 +181,17 @@ def decay_in_worlds(knobs: Knobs) -> str:
     """
     path = Path(knobs.csv).with_stem(f"{Path(knobs.csv).stem}_decay")
     run_folder.prepare_file(path, "--csv")
-    rows_before = claims.read_rows(path, ("seed", "student", "curve", "at"))
-    claims.check_settings(path, rows_before.values(), knobs.settings())
-    rates = knobs.chosen_rates(knobs.finished(), ("full",))
-    if not rates:
+    settings = knobs.settings()
+    claims.check_settings(path, claims.read_rows(path, ("seed", "student", "curve", "at")).values(), settings)
+    lr = knobs.chosen_rates(knobs.finished(), ("full",)).get("full")
+    if not lr:
         raise BadInput(f"{knobs.csv} has no learning rate of full: run words.py without --decay first")
-    lr = rates["full"]
     rows = []
     for seed in range(1, knobs.seeds + 1):
         setup = knobs.load(seed, "full")
         rows += [{"seed": seed, "student": "before"} | row for row in decay(setup, knobs.problems)]
         sweep.train_arm(setup, ARMS["full"], lr, auto=1)
         rows += [{"seed": seed, "student": "after full"} | row for row in decay(setup, knobs.problems)]
-    settings = knobs.settings()
     run_folder.write_csv(path, [*rows[0], *settings], [row | settings for row in rows])
     lines = []
     for key in dict.fromkeys((row["student"], row["curve"], row["at"]) for row in rows):
@@ -212,26 +207,18 @@ def decay_in_worlds(knobs: Knobs) -> str:
 def results_of(knobs: Knobs) -> tuple[Results, dict[str, str]]:
     """By arm and seed the rows with the chosen learning rates, and these."""
     rows = knobs.finished()
-    rates = knobs.chosen_rates(rows, knobs.chosen_arms())
+    rates = knobs.chosen_rates(rows, knobs.arms)
     results = knobs.results(rows, rates).get(WORLD, {})
     return {arm: results[arm] for arm in (*claims.ENDS, *rates) if arm in results}, rates
 
 
 def missing(results: Results, knobs: Knobs) -> str:
-    lacking = claims.missing(results, knobs.chosen_arms(), knobs.seeds, first=1)
+    lacking = claims.missing(results, knobs.arms, knobs.seeds, first=1)
     return f"missing: {'; '.join(lacking)}" if lacking else ""
 
 
 def mean(results: Results, arm: str, name: str) -> float:
     return statistics.fmean(claims.values(results, arm, name) or [math.nan])
-
-
-def text_of(values: list[float], form: str = ".1%") -> str:
-    """The mean with its interval; with too few seeds for one, how many there are."""
-    found = interval_of(values)
-    if found:
-        return shown(found, form)
-    return f"{statistics.fmean(values or [math.nan]):{form}} ({len(values)} seeds)"
 
 
 def cell(value: float, form: str) -> str:
@@ -248,7 +235,7 @@ def report(results: Results, rates: dict[str, str], knobs: Knobs) -> str:
         values = [claims.values(results, arm, name) for name in SCORES.values()]
         spread = statistics.stdev(values[0]) if len(of_arm) > 1 else math.nan
         cells = "".join(cell(mean(results, arm, name), form) for name, (_, form) in TABLE.items())
-        sampled, greedy = map(text_of, values)
+        sampled, greedy = (shown(interval_of(of_kind), ".1%") for of_kind in values)
         lines += [f"{arm:13}{sampled:24}{greedy:24}{spread:6.1%}{cells}{len(of_arm):6}"]
     lines += ["sd: of sampled over seeds; at 1/4: sampled, after a quarter of the steps; length, cut, loops:"]
     lines += ["of sampled answers; gradient: its norm in training"]
@@ -266,10 +253,8 @@ def verdicts(results: Results) -> list[str]:
         for arm in [arm for arm in results if arm in ARMS and arm != other and other in results]:
             texts = []
             for kind, name in SCORES.items():
-                gaps = claims.gaps(results, arm, other, name)
-                found = interval_of(gaps)
-                outcome = verdict(found, low, math.inf) if found else OPEN
-                texts.append(f"{kind} {outcome}, {text_of(gaps, '+.1%')}")
+                found = interval_of(claims.gaps(results, arm, other, name))
+                texts.append(f"{kind} {verdict(found, low, math.inf)}, {shown(found, '+.1%')}")
             lines.append(f"{arm} {text}: {'; '.join(texts)}")
     return lines
 
