@@ -191,9 +191,7 @@ def decay(setup: Setup) -> Iterator[dict]:
     pair, knobs = setup.before, setup.knobs
     lengths = [int(k) for k in knobs.prefixes.split()]
     writers = {"student's prefix": pair.student, "own prefix": pair.teacher}
-    heads = {}
-    for who, model in writers.items():
-        heads[who] = ids_of(sampled(setup, model, setup.prompts, max(lengths), who))
+    heads = {who: ids_of(sampled(setup, m, setup.prompts, lengths[-1], who)) for who, m in writers.items()}
     for k in lengths:
         pairs = enumerate(zip(*heads.values()))
         unfinished = [i for i, both in pairs if not any(ended(head[:k], pair) for head in both)]
@@ -215,9 +213,7 @@ def swap(setup: Setup) -> Iterator[dict]:
     """
     knobs, length = setup.knobs, setup.knobs.max_new_tokens
     writers = {"base": setup.before.student, "trained": setup.after.student}
-    heads = {}
-    for who, model in writers.items():
-        heads[who] = ids_of(sampled(setup, model, setup.prompts, length, who))
+    heads = {who: ids_of(sampled(setup, m, setup.prompts, length, who)) for who, m in writers.items()}
     for who in writers:
         yield accuracy(f"{who} alone", length, graded(setup, dict(enumerate(heads[who]))))
     for k in map(int, knobs.prefixes.split()):
@@ -240,14 +236,12 @@ def cascade(setup: Setup) -> Iterator[dict]:
     each student's own. Caution: in the fixed ones the text beyond N follows a beginning by the base student,
     which the trained one may no longer write; on their own rollouts they are compared on different texts.
     """
-    knobs = setup.knobs
+    knobs, length = setup.knobs, setup.knobs.max_new_tokens
     n = knobs.window()
-    if n >= knobs.max_new_tokens:
+    if n >= length:
         raise BadInput(f"training reached all {n} tokens, none is beyond: lower --horizon")
     pairs = {"before": setup.before, "after": setup.after}
-    own = {}
-    for who, pair in pairs.items():
-        own[who] = sampled(setup, pair.student, setup.prompts, knobs.max_new_tokens, who)
+    own = {who: sampled(setup, pair.student, setup.prompts, length, who) for who, pair in pairs.items()}
     for kind in ("fixed", "own"):
         found = {}
         for who, pair in pairs.items():
