@@ -113,15 +113,8 @@ SIGNED = ("difference", "at N", "fixed, change", "own, change")  # in readings t
 
 
 def read_probe(path: Path) -> list[dict]:
-    """The rows of a probe, values as numbers. Raises BadInput if the file does not hold such rows."""
-    try:
-        rows = [row | {name: float(row[name]) for name in VALUES} for row in read_csv(path)]
-        known = rows[0]["probe"] in PROBE_FIGURES
-    except (IndexError, KeyError, TypeError, ValueError):
-        known = False
-    if not known:
-        raise BadInput(f"{path} does not hold results of a probe: name a file of {', '.join(PROBE_FIGURES)}")
-    return rows
+    """The rows of a probe, values as numbers."""
+    return [row | {name: float(row[name]) for name in VALUES} for row in read_csv(path)]
 
 
 def curve_of(rows: list[dict], curve: str) -> list[dict]:
@@ -222,12 +215,13 @@ PROBE_FIGURES = {
 
 def draw_probe(path: Path) -> str:
     """Draw the figure next to the CSV file `path`; returns the reading. Raises BadInput."""
-    rows = read_probe(path)
-    name = rows[0]["probe"]
     try:
+        rows = read_probe(path)
+        name = rows[0]["probe"]
         text = f"{name}: {reading(rows)}"
-    except (IndexError, KeyError) as error:
-        raise BadInput(f"{path} lacks rows of the probe ({error}): run the probe again") from error
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        what = f"{path} lacks rows of the probe, or does not hold results of a probe ({error})"
+        raise BadInput(f"{what}: run the probe again, or name another file") from error
     shape = {"figsize": (8, 4.4), "layout": "constrained", "squeeze": False, "sharey": True}
     curves = PROBE_FIGURES[name].curves
     figure, axes = plt.subplots(1, 1 if curves else 2, **shape)
