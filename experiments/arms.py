@@ -40,7 +40,7 @@ def by_schedule(name: str, horizon: float | None = None) -> Callable:
     return horizon_of
 
 
-def adaptive(knobs, history: History, span: int = 4) -> Callable[[int], int]:
+def adaptive(knobs, history: History) -> Callable[[int], int]:
     """H doubles when the reverse KL in its second half has stopped falling.
 
     The criterion: of the last four steps at this H, the later two have more than 0.9 times the KL of the
@@ -52,9 +52,8 @@ def adaptive(knobs, history: History, span: int = 4) -> Callable[[int], int]:
         if not history:
             return masked_tokens(knobs)
         horizon = history[-1][0]
-        recent = [kl for h, kl in history if h == horizon][-span:]
-        earlier, later = sum(recent[: span // 2]), sum(recent[span // 2 :])
-        if len(recent) == span and later > 0.9 * earlier:
+        recent = [kl for h, kl in history if h == horizon][-4:]
+        if len(recent) == 4 and sum(recent[2:]) > 0.9 * sum(recent[:2]):
             return min(knobs.max_new_tokens, 2 * horizon)
         return horizon
 
