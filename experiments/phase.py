@@ -61,7 +61,6 @@ class Knobs(Sweep):
     place_of = float
     tuning = tuple(CORNERS)
     rates = RATES
-    least_teacher = LEAST_TEACHER
 
     def settings(self) -> Row:
         """`worlds` is a hash of how toy.py makes them."""
@@ -128,7 +127,8 @@ def run_all(knobs: Knobs) -> None:
     worlds = [(q, seed) for q in PLACES for seed in range(1, knobs.seeds + 1)]
     knobs.run(tuning + worlds, ENDS)
     knobs.run(tuning, [(arm, lr) for arm in ARMS for lr in RATES])
-    knobs.run(worlds, list(cells_of(knobs).rates.items()))
+    cells = cells_of(knobs)
+    knobs.run([world for world in worlds if world not in cells.unusable], list(cells.rates.items()))
 
 
 # What the rows show.
@@ -137,18 +137,21 @@ def run_all(knobs: Knobs) -> None:
 def cells_of(knobs: Knobs) -> "Cells":
     """Raises BadInput if a learning rate has not been tried."""
     rows = knobs.finished()
+    teachers = {key[:2]: row["accuracy"] for key, row in rows.items() if key[2] == "teacher"}
+    unusable = {world: found for world, found in teachers.items() if float(found) < LEAST_TEACHER}
     rates = knobs.chosen_rates(rows, ARMS)
     if lacking := [arm for arm in ARMS if arm not in rates]:
         raise BadInput(f"the learning rates of {', '.join(lacking)} are not all tried: run without --report")
-    return Cells(dict(sorted(knobs.results(rows, rates).items())), rates, knobs.unusable(rows))
+    usable = {key: row for key, row in rows.items() if key[:2] not in unusable}
+    return Cells(dict(sorted(knobs.results(usable, rates).items())), rates, unusable)
 
 
 class Cells(NamedTuple):
     """What the rows say with the chosen learning rates."""
 
-    places: dict[float, Results]
+    places: dict[float, Results]  # without the unusable worlds
     rates: dict[str, str]
-    unusable: dict[tuple[float, int], str]
+    unusable: dict[tuple[float, int], str]  # the worlds whose teacher has not learned the task: its accuracy
 
     def gains(self, q: float, arm: str) -> list[tuple[float, float]]:
         """The accuracies of the arm and of full, minus that of the student, for the seeds with all three."""

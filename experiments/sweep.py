@@ -69,7 +69,6 @@ class Sweep:
     place_of: type  # of the text in that column
     tuning: Collection[Place]  # the places in which learning rates are tried
     rates: tuple[str, ...]
-    least_teacher = 0.0  # accuracy; a world whose teacher is below it is left out
     settings: Callable[[], Row]  # the columns in which all rows agree
     measure: Callable[..., Row]  # (place, seed, arm, learning rate, the untrained student's row)
 
@@ -96,7 +95,7 @@ class Sweep:
         lock = FileLock(CACHE / f"{path.name}.lock")
         with lock:
             done = self.read()
-        if (place, seed, arm, lr) in done or (place, seed) in self.unusable(done):
+        if (place, seed, arm, lr) in done:
             return
         student = done.get((place, seed, "student", ""), {})
         found = self.measure(place, seed, arm, lr, student)
@@ -118,11 +117,6 @@ class Sweep:
             raise BadInput(f"there is no row in {self.csv}: run without --report first, or name --csv")
         return rows
 
-    def unusable(self, rows: dict[Key, Row]) -> dict[tuple[Place, int], str]:
-        """The worlds whose teacher has not learned the task, and its accuracy."""
-        teachers = {key[:2]: row["accuracy"] for key, row in rows.items() if key[2] == "teacher"}
-        return {world: found for world, found in teachers.items() if float(found) < self.least_teacher}
-
     def chosen_rates(self, rows: dict[Key, Row], arms: Collection[str]) -> dict[str, str]:
         """The best learning rate of each arm for which all have been tried; if equal, the lowest."""
         rates = {}
@@ -137,10 +131,9 @@ class Sweep:
         return rates
 
     def results(self, rows: dict[Key, Row], rates: dict[str, str]) -> dict[Place, Results]:
-        """By place the rows with these learning rates, but those of SWEEP_SEED and of unusable worlds."""
-        unusable = self.unusable(rows)
+        """By place the rows with these learning rates, but those of SWEEP_SEED."""
         found: dict[Place, Results] = {}
         for (place, seed, arm, lr), row in rows.items():
-            if seed != SWEEP_SEED and (place, seed) not in unusable and lr == rates.get(arm, ""):
+            if seed != SWEEP_SEED and lr == rates.get(arm, ""):
                 found.setdefault(place, {}).setdefault(arm, {})[seed] = row
         return found

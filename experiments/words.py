@@ -56,7 +56,6 @@ DRAWN = ("student", "full", "topd-0.1", "esr")  # their reverse KL by position
 OF_RUN = ("grad_norm_mean", "grad_norm_max", "accuracy_0", "accuracy_1", "accuracy_2")
 TENTHS = range(10)
 PREFIXES = "0 10 25 50 75"
-BATCH = 250  # answers sampled together
 SCORES = {"sampled": "accuracy", "greedy": "greedy"}  # the columns of the two accuracies
 CLAIMS = {  # about an arm: the arm it is compared with, and the least difference
     "is at least as good as full": ("full", -MARGIN),
@@ -92,9 +91,6 @@ class Knobs(Sweep):
     decay: bool = knob(False, "only measure the decay of the teacher in all other worlds, into ..._decay.csv")
     report: bool = knob(False, "train nothing: table, verdicts and figure of the rows in the CSV")
 
-    def preset(self) -> dict:
-        return words.PRESET | {"eval_batch": BATCH, "eval_limit": self.problems, "steps": self.steps}
-
     column = "world"
     place_of = str
     tuning = (WORLD,)
@@ -105,15 +101,14 @@ class Knobs(Sweep):
 
     def settings(self) -> Row:
         """`worlds` is a hash of how the worlds are made."""
-        source = Path(words.__file__).read_bytes()
-        own = {"worlds": f"words-{sha256(source).hexdigest()[:8]}", "steps": self.steps}
-        own |= {"problems": self.problems, "rollouts": self.rollouts}
-        return sweep.settings_of(self.preset(), **own)
+        worlds = f"words-{sha256(Path(words.__file__).read_bytes()).hexdigest()[:8]}"
+        own = {"steps": self.steps, "problems": self.problems, "rollouts": self.rollouts}
+        return sweep.settings_of(words.PRESET, worlds=worlds, **own)
 
     def load(self, seed: int, arm: str) -> Setup:
         low_memory = arm in ARMS and ARMS[arm].low_memory
-        ours = {"seed": seed, "eval_temperature": 1.0, "low_memory": low_memory}
-        return sweep.load(words.build(rollout, words.Recipe(seed)), self.preset(), **ours)
+        ours = {"steps": self.steps, "eval_limit": self.problems, "seed": seed, "low_memory": low_memory}
+        return sweep.load(words.build(rollout, words.Recipe(seed)), words.PRESET, **ours)
 
     def measure(self, place: str, seed: int, arm: str, lr: str, student: Row) -> Row:
         setup = self.load(seed, arm)
@@ -166,7 +161,7 @@ def decay(setup: Setup, problems: int) -> list[dict]:
     """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
     settings = setup.knobs
     length = settings.max_new_tokens
-    knobs = probe.PrefixKnobs(prefixes=PREFIXES, max_new_tokens=length, sample_batch=BATCH)
+    knobs = probe.PrefixKnobs(prefixes=PREFIXES, max_new_tokens=length, sample_batch=settings.eval_batch)
     chosen = data.subset(data.read_problems(settings.data, "test"), problems, knobs.seed)
     chosen = [problem for problem in chosen for _ in range(knobs.samples)]
     prompts = render(setup.pair.tokenizer, chosen, settings.instruction)
@@ -265,7 +260,7 @@ def draw(results: Results, knobs: Knobs) -> Path:
     for axis, (kind, name) in zip(axes[0], SCORES.items()):
         draw_scores(axis, results, name)
         axis.set(title=f"{kind} answers", xlabel="gain over the student before, points, 95 % over seeds")
-    middles = [(i + 0.5) * knobs.preset()["max_new_tokens"] / 10 for i in TENTHS]
+    middles = [(i + 0.5) * words.PRESET["max_new_tokens"] / 10 for i in TENTHS]
     for axis, writer in zip(axes[1], ("student", "own")):
         for arm in filter(results.get, DRAWN):
             means = [math.nan] * len(TENTHS)  # where a seed has no token: few answers are that long
