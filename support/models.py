@@ -137,7 +137,7 @@ def check_cache(model) -> None:
 
 def save_model(model, tokenizer, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write an ordinary Hugging Face folder, which gets its name only when it is complete."""
-    part, old = folder.with_suffix(".part"), folder.with_suffix(".old")
+    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     saved = copy(model)
@@ -368,8 +368,18 @@ def end_of_turn(tokenizer) -> int | None:
 
 
 def context_length(config) -> int:
-    """The longest sequence that a model of this config has positions for."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
+    """The longest sequence that a model of this config has positions for.
+
+    Rotary frequencies of the types longrope and dynamic change for all rows of a batch when one of them
+    exceeds a length: up to that length alone, a row's distribution does not depend on the other rows.
+    """
+    config = config.get_text_config(decoder=True)
+    lengths = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # the values are dicts if the types of layers differ in it
+        if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
+            lengths.append(part.get("original_max_position_embeddings"))
+    return min(filter(None, lengths), default=1 << 30)
 
 
 def check_context(

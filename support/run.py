@@ -8,13 +8,13 @@ it is complete; the last two are kept, so that a damaged one can be skipped.
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -98,19 +98,17 @@ def check_saving(pair, save_student: Callable[[Any, Path], None], folder: Path) 
 
     So a student that cannot be saved is refused before it is trained.
     """
-    trial = folder / "trial"
     try:
-        save_student(pair, trial)
-        models.load_tokenizer(str(trial))
-        models.load_model(str(trial), pair.student.dtype, torch.device("cpu"))
+        with TemporaryDirectory(dir=folder) as trial:
+            name = f"{trial}/student"
+            save_student(pair, Path(name))
+            models.load_tokenizer(name)
+            models.load_model(name, pair.student.dtype, torch.device("cpu"))
     except models.LOADING_ERRORS as error:
         if run_folder.is_out_of_memory(error):
             raise
         what = f"the student cannot be saved ({type(error).__name__}: {models.first_line(error)})"
         raise BadInput(f"{what}: make room, name another --student, or drop --low-memory") from error
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
-        shutil.rmtree(trial.with_suffix(".part"), ignore_errors=True)
 
 
 class CheckpointedRun(Run):
@@ -263,7 +261,7 @@ class CheckpointedRun(Run):
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files of the folder, the newest first."""
-        return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
+        return sorted(self.folder.glob(f"checkpoint-{'[0-9]' * 6}.safetensors"), reverse=True)
 
     def load(self, total: int) -> None:
         """Restore the newest intact checkpoint, if there is one.

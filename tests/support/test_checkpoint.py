@@ -123,7 +123,10 @@ def test_ten_steps_equal_five_and_resume_and_five(
 def test_a_finished_run_may_grow(world, tmp_path, monkeypatch):
     main(monkeypatch, f"{SHORT} --steps 4 --out {tmp_path}/run")
     elsewhere = "--device cpu --teacher-device cpu"  # the run may move: its GPUs may be gone
+    own = tmp_path / "run" / "checkpoint-best.safetensors"  # a copy by the user is neither read nor counted
+    own.write_bytes(b"")
     main(monkeypatch, f"--resume {tmp_path}/run --steps 7 --micro-batch 99 {elsewhere}")
+    assert own.exists() and len(list(own.parent.glob("checkpoint-*"))) == 3
     assert [int(row["step"]) for row in metrics(tmp_path / "run")] == list(range(7))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 7
 
@@ -517,7 +520,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(world, tmp_path, 
     """It failed when all steps were done, and the student was lost."""
 
     def fail(model, tokenizer, folder, state_dict):
-        (folder.with_suffix(".part")).mkdir()
+        folder.mkdir()
         raise error
 
     monkeypatch.setattr(models, "save_model", fail)

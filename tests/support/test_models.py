@@ -169,10 +169,11 @@ def test_weights_that_are_ignored_are_named(tmp_path, capsys):
 def test_a_saved_model_replaces_the_one_before(world, tmp_path):
     """The folder gets its name when it is complete; leftovers of a save that was killed do not matter."""
     tokenizer = models.load_tokenizer(str(world / "student"))
-    (tmp_path / "student.part").mkdir()
+    (tmp_path / ".student.part").mkdir()
+    (tmp_path / "student.old").mkdir()  # a copy by the user
     for seed in (0, 1):
         models.save_model(tiny(seed), tokenizer, tmp_path / "student")
-    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+    assert {p.name for p in tmp_path.iterdir()} == {"student", "student.old"}
     loaded = models.load_model(str(tmp_path / "student"), torch.float32, torch.device("cpu"))
     weights = tiny(seed=1).state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
@@ -189,6 +190,16 @@ def test_context(length, fits):
             models.check_context([tiny().config, tiny(max_position_embeddings=99).config], prompts, 40)
         with pytest.raises(BadInput, match="context of 64 tokens: remove that problem"):
             models.check_context([tiny().config], [[1] * 64], 40)
+
+
+@pytest.mark.parametrize("kind, context", [("longrope", 32), ("dynamic", 32), ("yarn", 64)])
+def test_a_context_within_which_rows_of_a_batch_do_not_change_each_other(kind, context):
+    """Beyond it, a long row changes the rotary frequencies of all: the same text got other probabilities."""
+    config = tiny().config
+    config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 32}
+    assert models.context_length(config) == context
+    config.rope_parameters = {"full_attention": config.rope_parameters, "sliding_attention": {}}
+    assert models.context_length(config) == context
 
 
 def test_prompts_with_ids_beyond_the_embeddings():
