@@ -89,7 +89,7 @@ class Vocabulary:
 
 
 def unchanging(state: dict) -> dict:
-    """A tokenizer's state that neither normalises the text nor puts a space in front of it."""
+    """A tokenizer's state that does not normalise, truncate or pad, and puts no space in front of a text."""
     normalizer = state["normalizer"] or {}
     parts = [part for part in normalizer.get("normalizers", [normalizer]) if part.get("type") == "Replace"]
     pre_tokenizer = state["pre_tokenizer"] or {}
@@ -98,7 +98,8 @@ def unchanging(state: dict) -> dict:
             part["prepend_scheme"] = "never"
         if part.get("type") == "ByteLevel":
             part["add_prefix_space"] = False
-    return state | {"normalizer": {"type": "Sequence", "normalizers": parts}}
+    normalizer = {"type": "Sequence", "normalizers": parts}
+    return state | {"normalizer": normalizer, "truncation": None, "padding": None}
 
 
 @dataclass(frozen=True)

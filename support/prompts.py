@@ -77,16 +77,24 @@ def render(
 def decode_answers(rollouts, tokenizer) -> list[dict]:
     """For each row of a `rollout.Rollout` the text, its length in tokens, and whether it ended."""
     answers = []
+    hidden = hidden_ids(tokenizer)
     rows = zip(rollouts.prompts, rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist())
     for prompt, tokens, mask, finished in rows:
-        text = tokenizer.decode(tokens[mask], skip_special_tokens=True)
+        text = tokenizer.decode([i for i in tokens[mask].tolist() if i not in hidden])
         if tokenizer.chat_template is None:  # a base model ends where it writes the next question itself
             text, next_question, _ = text.partition("\nQuestion:")
             finished = finished or bool(next_question)
-        elif tokenizer.decode(prompt[-8:], skip_special_tokens=True).rstrip().endswith("<think>"):
+        elif tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>"):
             text = "<think>" + text  # the template has opened it
         answers.append({"response": text, "length": int(mask.sum()), "finished": finished})
     return answers
+
+
+def hidden_ids(tokenizer) -> set[int]:
+    """The special ids, but for the tags of reasoning: what they enclose is not graded."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    return {i for i in special if tokenizer.convert_ids_to_tokens(i) not in ("<think>", "</think>")}
 
 
 def apply_template(tokenizer, content: str, system_prompt: str, thinking: bool) -> str:
@@ -163,6 +171,8 @@ class Encoder:
             what = f"the tokenizer of {self.tokenizer.name_or_path} cannot read control tokens as plain text"
             raise BadInput(f"{what}: remove the problems that contain one")
         plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        plain.no_truncation()
+        plain.no_padding()
         plain.encode_special_tokens = True  # special tokens are not looked for; now all controls are special
         plain.add_special_tokens([AddedToken(t.content, special=True) for t in self.controls.values()])
         for i, token in self.controls.items():

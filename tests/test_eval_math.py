@@ -161,9 +161,11 @@ def test_a_base_model_does_not_read_the_instruction(world, tmp_path, monkeypatch
 def test_base_models_end_at_the_next_question():
     class Tokenizer:
         chat_template = None
+        added_tokens_decoder = {}
+        all_special_ids = []
 
-        def decode(self, tokens, skip_special_tokens):
-            return bytes(tokens.tolist()).decode()
+        def decode(self, tokens):
+            return bytes(tokens).decode()
 
     tokens = torch.tensor([list(b"4.\nQuestion: 3?")])
     unfinished = torch.tensor([False])
@@ -172,12 +174,22 @@ def test_base_models_end_at_the_next_question():
     assert decode_answers(rollouts, Tokenizer()) == [answer]
 
 
+def test_tags_of_reasoning_may_be_special_tokens(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "student")
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    tokens = torch.tensor([tokenizer.encode("<think>5</think>6<|im_end|>")])
+    rollouts = Rollout([[4]], tokens, tokens >= 0, tokens.float(), tokens[:, 0] >= 0)
+    assert decode_answers(rollouts, tokenizer)[0]["response"] == "<think>5</think>6"
+
+
 def test_reasoning_that_the_template_opens_has_no_answer_until_it_is_closed():
     class Tokenizer:
         chat_template = "ends with <think>"
+        added_tokens_decoder = {}
+        all_special_ids = []
 
-        def decode(self, tokens, skip_special_tokens):
-            return bytes(tokens if isinstance(tokens, list) else tokens.tolist()).decode()
+        def decode(self, tokens):
+            return bytes(tokens).decode()
 
     def extracted(prompt, response):
         tokens = torch.tensor([list(response)])

@@ -130,6 +130,13 @@ def test_digits_grouped_on_one_side(student, teacher, text, bounds):
     assert spelled == bounds
 
 
+def test_a_tokenizer_saved_with_truncation_and_padding_reads_the_whole_text():
+    tokenizer = of_bytes("t h")
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=5)
+    assert Vocabulary(tokenizer).encode("the lathe") == Vocabulary(of_bytes("t h")).encode("the lathe")
+
+
 def test_what_is_not_scored():
     align = aligner(KINDS["bytes"], KINDS["merged"])
     own = align.student.encode("a\U0001f600")
