@@ -164,9 +164,7 @@ def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
         raise BadInput("no run is named: python -m extras.view RUN, with flags after it")
     folder = Path(argv[0])
     run = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(folder)}))
-    if not (folder / "student").is_dir():
-        what = f"{folder} has no student, because the run has not finished"
-        raise BadInput(f"{what}: continue it with python train.py --resume {folder}")
+    run_folder.check_finished(folder)
     if models.tokenizers_differ(run.student, run.teacher, allowed=True):
         what = f"the models of {folder} have different tokenizers, and the page needs one vocabulary for both"
         raise BadInput(f"{what}: name a run with one tokenizer")
@@ -186,11 +184,13 @@ def load_pairs(run: train.Knobs, folder: Path, device: torch.device) -> dict[str
 def main() -> None:
     knobs, run, folder = settings(sys.argv[1:])
     device = models.find_device(knobs.device)
-    layout = data.Layout(run.question_column, run.answer_column, run.skip_bad_rows)
     if knobs.data:
-        problems = data.read_problems(knobs.data, "test", layout, answers="optional")
+        problems = data.read_problems(knobs.data, "test", data.layout_of(run), answers="optional")
+        inputs = run_folder.input_hashes({}, (run.student, run.teacher))
     else:
-        _, problems = data.train_and_test(run.data, run.eval_data, run.eval_limit, run.seed, layout)
+        trained_on, problems = data.problems_of(run)
+        inputs = run_folder.training_inputs(run, trained_on, problems)
+    run_folder.check_inputs(folder, inputs)
     shown = ("student", "teacher", "schedule", "max_new_tokens", "temperature")
     facts = {name: getattr(run, name) for name in shown}
     facts["steps"] = len(run_folder.read_csv(folder / "metrics.csv"))  # a stopped run has fewer

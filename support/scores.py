@@ -173,6 +173,12 @@ def regrade(file: str, extract: Callable[[str], str | None], boxed: Callable[[st
             if not isinstance(record.get(name), kinds):
                 what = f"{file} {place} is not a graded answer, its {name} is {record.get(name)!r:.40}"
                 raise BadInput(f"{what}: name a JSONL file that an evaluation wrote, or restore the line")
+    problems: dict[int, tuple] = {}
+    for record in records:
+        problem = record.get("problem"), record["gold"]
+        if problems.setdefault(record["index"], problem) != problem:
+            what = f"{file} has two problems of the index {record['index']}"
+            raise BadInput(f"{what}: grade the files of several evaluations one by one")
     with Grader(extract, boxed) as grader:
         verdicts = grader.grade([r["response"] for r in records], [r["gold"] for r in records])
     changed = sum(old["verdict"] != new["verdict"] for old, new in zip(records, verdicts))

@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 
 from eval_math import boxed, extract
+from support.cli import BadInput
 from support.scores import difference, format_scores, is_repeating, regrade, score_answers, summarize, wilson
 
 
@@ -155,3 +156,9 @@ def test_regrade_counts_verdicts_that_differ_and_leaves_the_file(tmp_path):
     text = regrade(str(path), extract, boxed)
     assert "1 of 3 verdicts differ" in text and "33.3%" in text
     assert path.read_bytes() == before
+
+    path.write_text("".join(json.dumps(one | {"problem": f"of {one['gold']}"}) + "\n" for one in records))
+    other = json.dumps(records[0] | {"problem": "another"})
+    path.write_text(f"{path.read_text()}{other}\n")
+    with pytest.raises(BadInput, match="two problems of the index 0: grade the files .* one by one"):
+        regrade(str(path), extract, boxed)
