@@ -5,10 +5,11 @@ Conventions, where mathematics does not decide:
 | kind | rule |
 |---|---|
 | units | either side may leave its unit out; two units must be the same; none is converted |
-| letters | m is a unit after a number, and a variable beside variables; M is another variable |
+| letters | m is a unit after a number, and a variable beside variables; M is another variable; mW is not MW |
 | percent | 50\% equals 50 and 1/2; without a percent sign, 50 is not 1/2 |
 | decimals | equal an irrational number within 1e-6 of its value, and a fraction exactly |
 | lists, sets | in any order, "or" and "and" are commas; tuples, intervals and matrices in their order |
+| inequalities | a list of them is what all have in common, or their union if that is empty |
 | calculations | 5/2 = 2.5 is 2.5 |
 | names | in x = 5, f(x) = 2x, x \in (0, 1) the name may be left out, but two names must be the same |
 | choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
@@ -32,7 +33,7 @@ LONGEST_RESPONSE = 200_000  # characters of a response; what follows is not sear
 
 SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations unknown to math-verify
     ("[\u200b\u2060\ufeff]", ""),
-    (r"^[\s=*]+|[\s.,;*。]+$", ""),
+    (r"^[\s=*]+|(?:[\s,;*。]|(?<!\.)\.)+$", ""),  # but for an ellipsis
     (r"(?s)(?<!\\)\$((?:\\.|[^\\$])*)\$", r"\1"),  # two dollar signs are LaTeX's, a single one is money
     ("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),  # NFKC would turn a superscript 5 into 5
     ("[₀-₉]+", r"_{\g<0>}"),
@@ -56,8 +57,10 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"\\text\s*(?:\{\s*(\(?\w[).:]*|[-\d.,\s]*\d)\s*\}|(\w))", r" \1\2"),  # \mathrm e, \textbf{(C)}
     (r"(?:,\s*)?(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
     (r"\\(?:[dtcs]|nice)frac(?![a-z])", r"\\frac"),
+    (r"^(?:negative|minus)\s+(?=[\d$\\])", "-"),
     (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"\\sqrt\s*(\[\d\])?\s*(\d+|\((?:[^()]|\([^()]*\))*\))", r"\\sqrt\1{\2}"),
+    (r"\\text\s*\{\s*percent\s*\}|\bpercent\b", r"\\%"),
     (r"\\lg(?![a-z])", r"\\log"),
     (r"\\langle(?![a-z])", "("),
     (r"\\rangle(?![a-z])", ")"),
@@ -68,10 +71,10 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"\bC\((\d+),\s*(\d+)\)|(\w+)\s*\\choose\s*(\w+)", r"\\binom{\1\3}{\2\4}"),
     (r"(\d)\s*e([-+]?\d{1,4})", r"\1\\times 10^{\2}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d{1,50})\}?", lambda found: from_repeating(*found.groups())),
-    (r"\\\{\s*[a-z]\s*(?::|\||\\mid)([^{}]*)\\\}", r"\1"),  # {x : x > 1}
+    (r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?::|\||\\mid)([^{}]*)\\\}", r"\1"),  # {x : x > 1}
     (r"^\s*\](.*)\[\s*$", r"(\1)"),  # ]0, 1[
     (r"^(-?)\s*(\\?\$|[€£₹¥]|USD)\s*(-?[\d.,]*\d)", r"\1\3 \2"),
-    (r"^[\s=*]+|[\s.,;*]+$", ""),
+    (r"^[\s=*]+|(?:[\s,;*]|(?<!\.)\.)+$", ""),
 )
 DECIMAL = r"(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 NUMBER = re.compile(rf"([-+]?)\s*(?:(\d+) +(?=\d+/))?(-?{DECIMAL})(?:\s*[/:]\s*({DECIMAL}))?")
@@ -108,7 +111,7 @@ SYMBOL = r"(?-i:(?:[kMGmcn]|\\mu\s*)?(?:Hz|eV|Pa|[JNVWAmgs])|[KCFTLhl]|mol|min|\
 SYMBOL += r"|yr|wk|mo|qt|pt|ha|cc|hp|d[mLB]|cL|[KMG]B|[munp]F)(?![a-z])"
 BARE_UNIT = rf"(?:{SHORT_UNIT}|(?!{SHORT_UNIT}){SYMBOL})(?:\^{POWER})?"
 AMOUNT = re.compile(  # a number or formula, and the unit after it; a bare unit could also be a variable
-    r"(?P<amount>.*?(?:[\d)}!%]|\\pi))\s*(?P<unit>'{1,2}|(?:\\?\$|[€£₹¢¥])(?: per [a-z]+)?"
+    r"(?P<amount>.*?(?:[\d)}!%]|\\pi))\s*(?P<unit>'{1,2}|\"|(?:\\?\$|[€£₹¢¥])(?: per [a-z]+)?"
     r"|\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\s*)?\{?[CF]?\}?"
     rf"|{TEXT_UNIT}(?:\s*(?:\\cdot|/)?\s*{TEXT_UNIT})*"
     rf"|(?P<bare>(?:(?={SHORT_UNIT})|(?<=\s)){BARE_UNIT}(?:(?:\s*\\cdot\s*|[/ ]){BARE_UNIT})*)"
@@ -119,12 +122,17 @@ VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 UNITS = {r"square (\w+)": r"\1^2", r"cubic (\w+)": r"\1^3", "kilo": "k", "centi": "c", "met(er|re)": "m"}
 UNITS |= {"hour|hr": "h", "minute": "min", "inche?": "in", "feet|foot": "ft", "mile": "mi", "yard": "yd"}
 UNITS |= {"gram": "g", "lit(er|re)": "l", "second|sec": "s", "pound": "lb", " per ": "/"}
-UNITS |= {r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°"}
+UNITS |= {r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°", "''": '"'}
 WORD = re.compile(r"(?<![\\A-Za-z])(?:[a-z]{4}|(?:yes|no|odd)(?![a-z]))", re.I)
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
-    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[A-Za-z]'|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
+    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z](?:[a-z]{2}|[A-Z]{2}))|[A-Za-z]'|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
+    r"|\.\.\.|!!|(?<!\d)(?:\d{4}-\d\d?-\d\d?|\d{3}-\d{4})(?!\d)"  # dates, telephone numbers
     r"|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
+)
+CHANGES = re.compile(  # words before a number that change it
+    r"\b(?:negative|minus|twice|double|triple|(?:half|third|quarter|root) of|(?:less|greater|more) than)\b",
+    re.I,
 )
 BLANK = re.compile(r"(?:\\[hv]?phantom\s*\{[^{}]*\}|\\text\s*\{|\\q?quad|\\[,;: ]|[?_.…~{}\s]|answer)*", re.I)
 
@@ -159,8 +167,10 @@ def is_blank(answer: str) -> bool:
 
 
 def without_prose(sentence: str) -> str | None:
-    """The answer in the rest of a sentence: 12 in "therefore 12", but None in "add 2 and 3"."""
-    if not re.match(r"(?!sqrt|sin|cos|tan|log)[A-Za-z]{3,}[ ,]", sentence):
+    """The answer in the rest of a sentence: 12 in "therefore 12", but None in "add 2 and 3" and "not 12"."""
+    if re.match("(?:not|never) ", sentence, re.I):
+        return None
+    if not re.match(r"(?!sqrt|sin|cos|tan|log)[A-Za-z]{3,}[ ,]", sentence) or CHANGES.search(sentence):
         return sentence or None
     formulas = re.findall(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]", sentence)
     formulas = formulas or re.findall(r"[-−]?\$?\d[\d,./]*", sentence)
@@ -210,7 +220,7 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
         return "right" if ours in (theirs, theirs * Fraction(100) ** percent) else "wrong", found, gold
     if squeeze(found) == squeeze(gold):
         return "right", found, gold
-    set_and_tuple = sorted(text.lstrip("\\ ")[:1] for text in (found, gold)) == ["(", "{"]
+    set_and_tuple = sorted(re.sub(r"[\\\s]|\{\(", "", text)[:1] for text in (found, gold)) == ["(", "{"]
     if two_names or set_and_tuple or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
         return "wrong", found, gold
     return None, found, gold
@@ -253,7 +263,8 @@ def split_unit(text: str, other: str = "") -> tuple[str, str]:
     beside = AMOUNT.fullmatch(other)
     if match["bare"] and VARIABLE.search(match["amount"] + (beside["amount"] if beside else other)):
         return text, ""
-    unit = re.sub(r"\\text|unit|[{}().]|(?<=\w)s\b", "", match["unit"].lower())
+    unit = re.sub(r"\bM(?=(?:W|Hz|Pa|J|e?V|[NAmgs])\b)", "mega", match["unit"])  # 5 MW is not 5 mW
+    unit = re.sub(r"\\text|unit|[{}().]|(?<=\w)s\b", "", unit.lower())
     for name, short in UNITS.items():
         unit = re.sub(name, short, unit)
     return match["amount"], unit.replace(" ", "")
@@ -333,7 +344,11 @@ def read(text: str):
     if isinstance(formula, sympy.MatrixBase) and 1 in formula.shape:
         return sympy.Tuple(*formula)
     if isinstance(formula, sympy.FiniteSet) and all(isinstance(part, sympy.Rel) for part in formula.args):
-        return sympy.Union(*(part.as_set() for part in formula.args))  # x < 1 or x > 2
+        if len(formula.free_symbols) > 1:  # x > 0, y > 0
+            return formula
+        ranges = [part.as_set() for part in formula.args]
+        both = sympy.Intersection(*ranges)
+        return sympy.Union(*ranges) if both == sympy.S.EmptySet else both  # x < 1 or x > 2; 1 < x, x < 2
     if isinstance(formula, sympy.Expr):
         formula = formula.doit()
     return None if formula.has(sympy.zoo, sympy.nan) else formula

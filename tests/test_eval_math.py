@@ -266,6 +266,7 @@ EXTRACTED = [  # response, its answer
     (r"fill \boxed{\phantom{14}} and \boxed{?} and \boxed{\quad}: \boxed{14}", "14"),
     (r"The form is \boxed{answer}, so \boxed{\text{ }} \boxed{14}", "14"),
     (r"\boxed{\boldsymbol{14}}", r"\boldsymbol{14}"),
+    ("The answer is not 5. The answer is 14.", "14"),
     # reasoning
     (r"<think>\boxed{3}? No.</think> So \boxed{14}.", "14"),
     (r"\boxed{3} <think>a</think> \boxed{4} <think>b</think> 14", "14"),
@@ -291,6 +292,13 @@ HOSTILE = [
     "\\" * 100_000,
     "−½√" * 30_000,
 ]
+
+
+@pytest.mark.parametrize(
+    "words", ["negative", "minus", "less than", "half of", "twice", "the square root of"]
+)
+def test_a_number_is_not_taken_out_of_words_that_change_it(words):
+    assert not is_correct(f"The answer is {words} 16.", "16")
 
 
 @pytest.mark.parametrize("response, answer", EXTRACTED)

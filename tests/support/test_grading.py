@@ -7,6 +7,21 @@ from support.grading import compare
 
 # the answer of a response, the gold answer
 EQUAL = {
+    "conjunctions": [
+        (r"x > 1 \text{ and } x < 3", "(1,3)"),
+        (r"x \ne 2 \text{ and } x \ne 3", r"(-\infty,2)\cup(2,3)\cup(3,\infty)"),
+        (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)"),
+        ("x>0, y>0", "y>0, x>0"),
+        (r"\{x \in \mathbb{R} : x > 1\}", r"(1,\infty)"),
+    ],
+    "words for signs": [
+        ("10 percent", "0.1"),
+        (r"10 \text{ percent}", r"\frac{1}{10}"),
+        ("negative 5", "-5"),
+        (r"minus \frac{1}{2}", "-1/2"),
+    ],
+    "sets of points": [(r"\{(2,3), (4,5)\}", "(2,3),(4,5)"), (r"(2,3),(4,5)", r"\{(4,5),(2,3)\}")],
+    "case of units": [("5 KM", "5 km"), ("20 Min", "20 minutes"), ("5 MW", "5"), ("30''", '30"')],
     "integers": [("42", "42"), ("042", "42"), ("+7", "7"), ("x = 27.0", "27"), ("27.", "27")],
     "signs": [("-3", "-3"), ("−3", "-3"), ("–3", "-3"), ("-.5", "-1/2"), (r"\pm 2", "2,-2")],
     "fractions": [
@@ -293,6 +308,15 @@ EQUAL = {
     ],
 }
 DIFFERENT = {
+    "conjunctions": [
+        (r"x > 1 \text{ and } x < 3", r"\mathbb{R}"),
+        (r"x \ne 2, x \ne 3", r"\mathbb{R}"),
+        ("x>0, y>0", "x>0"),
+        ("x>0, y<0", r"x \ne 0"),
+    ],
+    "case of units": [("5 mW", "5 MW"), (r"5\text{ mPa}", r"5\text{ MPa}"), ("5 meV", "5 MeV"), ("5'", '5"')],
+    "hyphens": [("2020-05-04", "2020-04-05"), ("2023-05-04", "2014"), ("555-1234", "-679")],
+    "letters and points": [("BAC", "ABC"), ("3!!", "720"), ("1, 2, 3, ...", "1,2,3")],
     "commas": [("1,234", "(1,234)"), ("(1234)", "(1,234)"), ("1100", r"\{1,100\}")],
     "units": [
         ("2xy", "2ab"),
