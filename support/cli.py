@@ -129,7 +129,8 @@ def check_limits(field: dataclasses.Field, value: Any) -> None:
     least, most = field.metadata["least"], field.metadata["most"]
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and text != text.replace("\0", "").encode(errors="ignore").decode():
-            raise BadInput(f"{flag_of(field.name)} {text!r} has a character that is not text: remove it")
+            what = f"{flag_of(field.name)} {text!r} has a character that is not text"
+            raise BadInput(f"{what}: remove it, or use a locale of UTF-8, such as LC_ALL=C.UTF-8")
     if least is None or value is None or value == field.metadata["word"]:
         return
     if isinstance(value, float) and not math.isfinite(value):
