@@ -6,11 +6,11 @@
     python experiments/compare.py --student A --teacher B --data FILE --arms full --arms topd-0.1 --minutes 30
 
 A row of the CSV is a finished run, one arm with one seed, scored after its last step. Runs whose rows exist
-are not repeated: the same command continues a stopped comparison. Their settings are compared, but not what is
-in the files that they name: if data or a model changes, name another --csv. The arms are in arms.py. Seconds
-are those of sampling, choosing tokens and training, without evaluation; `..._curves.csv` has the accuracy
-during the runs. Left out are checkpoints within a run (a stop costs one run) and several answers to a problem
-(use more seeds).
+are not repeated: the same command continues a stopped comparison. Rows of other settings are refused. What is
+in the files that they name is not compared: if data or a model changes, name another --csv. The arms are in
+arms.py. Seconds are those of sampling, choosing tokens and training, without evaluation; `..._curves.csv` has
+the accuracy during the runs. Left out are checkpoints within a run (a stop costs one run) and several answers
+to a problem (use more seeds).
 """
 
 import tempfile
