@@ -45,8 +45,10 @@ class Sayings:
 
     chat_template = ""
     texts = ("1 + 1.\nSo 2. The answer is 2", "on and on and on. " * 20)
+    added_tokens_decoder = {}
+    all_special_ids = []
 
-    def decode(self, tokens, skip_special_tokens):
+    def decode(self, tokens):
         return self.texts[tokens[0]]
 
 
