@@ -67,7 +67,11 @@ def after_hashes(text: str) -> list[str]:
 
 
 def after_phrase(text: str) -> list[str]:
-    """The clause after the first "answer is", "answer:" or "answer =", or after a last heading "Answer"."""
+    """The first clause with an answer after "answer is", "answer:", "answer =", or below a heading "Answer".
+
+    Other clauses are skipped: "The answer: add 2 and 3. So the answer is 7." gives 7. Below a heading, the
+    last line of the text counts, if it begins like a formula.
+    """
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     # "**Answer**: 5", or a heading "### Answer" above a last line that is a formula.
     heading = r"^[#*]{1,9} ?(?:final )?answer[#* ]{0,9}\n(?=\s{0,9}[-$\\\d][^\n]*\s*\Z)"
@@ -164,8 +168,9 @@ def evaluate(
 
     The sampling noise of an answer depends on the seed, the index of its problem and its sample alone, so a
     resumed evaluation gives the same scores. Longest prompts come first: a batch that does not fit into
-    memory fails at once. A record has the index and the text of its problem, the answer, and whether it is
-    `correct`, `correct_strict` (in a box), and `correct_last` (if the last box counts).
+    memory fails at once. A record has the `index` and the text of its `problem`, the whole `response`, the
+    answer `extracted` from it, the `gold` answer, and whether it is `correct`, `correct_strict` (correct and
+    in a box), and `correct_last` (if the last box counts).
     """
     problems, prompts, tokenizer, eos_ids = held_out
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

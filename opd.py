@@ -51,9 +51,10 @@ def forward_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
 def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float = 0.5) -> Tensor:
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., arXiv 2306.13649).
 
-    beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. The derivatives
-    of log p and log m cancel at every id, so the logarithms are computed without gradient. The gradient
-    in log p is (1 - beta) p (log p - log m), exactly zero where p = q.
+    beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. In the gradient with
+    respect to log p, the derivative of the factor log p contributes (1 - beta) p, and that of log m
+    -(1 - beta) p. They cancel, so the logarithms are computed without gradient. What remains is
+    (1 - beta) p (log p - log m), exactly zero where p = q.
     """
     with torch.no_grad():
         log_ratio = (teacher_logp - student_logp).clamp_max(80)  # log q - log p; e^89 overflows in fp32
@@ -76,7 +77,10 @@ def sampled_reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tenso
 
 
 def nll(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy -log p(y) of the given tokens, for supervised baselines."""
+    """Cross-entropy -log p(y) of the given tokens, for supervised baselines on a teacher's answers.
+
+    On tokens that the student has sampled, as in train.py, its expected gradient is zero.
+    """
     return -token_logp(student_logp, tokens)
 
 
@@ -128,9 +132,10 @@ def opd_backward(
     if len(set(lengths)) > 1:
         raise ValueError(f"the lengths of student states, teacher states and tokens differ: {lengths}")
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    # So that only the (C, V) logits of one chunk exist, the graph is cut at the hidden states: at `leaf`.
+    # So that (C, V) tensors exist for one or two chunks, never for all N tokens, the graph is cut at the
+    # hidden states: at `leaf`.
     # 1. Each chunk runs head, divergence and backward before the next one starts. This fills its rows of
-    #    leaf.grad, and frees its logits.
+    #    leaf.grad, and frees its graph.
     # 2. After the last chunk, one backward pass takes leaf.grad through the rest of the student.
     leaf = student_hidden.detach().requires_grad_(student_hidden.requires_grad)
     chunks = zip(leaf.split(chunk), teacher_hidden.split(chunk), tokens.split(chunk))

@@ -28,8 +28,9 @@ class Rollout:
 def sampling_noise(keys: Iterable[object], horizon: int) -> Tensor:
     """One uniform number in [0, 1) per row and token, (B, H). Each row has a generator seeded by its own key.
 
-    Training uses the key (seed, step, row): a row's sample depends neither on the other rows of the batch nor
-    on the horizon, and no generator state has to be saved.
+    Training uses the key (seed, step, row): a row's noise depends neither on the other rows of the batch nor
+    on the horizon, and no generator state has to be saved. Its tokens depend on the batch through rounding
+    alone: the last digits of the logits differ with the number of rows.
     """
     rows = []
     for key in keys:
@@ -154,7 +155,11 @@ def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+def model_inputs(
+    rollouts: Rollout,
+    rows: list[int],
+    loss_mask: Tensor,  # (B, R) bool, True on response tokens only
+) -> tuple[Tensor, Tensor]:
     """Input ids (M, L) of `rows`, and predicts (M, L) bool: which hidden states predict a token with a loss.
 
     The hidden state at place i predicts the token at place i + 1: the state of the last prompt token predicts

@@ -10,6 +10,8 @@ response length (`--max-new-tokens`). H0 is `--horizon`: a number of tokens N, o
     popd   progressive OPD: H grows from H0 to T (Zhang et al., arXiv 2605.31490)
     topd   truncated OPD: H = rho * T in all steps (the same paper)
     esr    early stopping rollout: H = N tokens in all steps (Zhou et al., arXiv 2605.27028)
+
+Here `topd` and `esr` differ in their default of `--horizon` alone: both accept N and rho.
 """
 
 import math
@@ -72,7 +74,8 @@ def make_schedule(
     if horizon is None:
         horizon = schedule.horizon
     if horizon == "auto":
-        horizon = min(schedule.horizon, budget)  # main calls this again with the measured one
+        # Provisional: `main` of train.py calls this again with the measured horizon.
+        horizon = min(schedule.horizon, budget)
     start = first_horizon(horizon, budget)
     if schedule.uses_growth:
         if interval is None:

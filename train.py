@@ -109,8 +109,9 @@ class Pair:
     masters: dict[str, Tensor]  # by name, of every weight that is trained
     student_head: models.OutputHead  # from hidden states to logits, fp32 where the device can
     teacher_head: models.OutputHead
-    tokenizer: object
-    # Ids from here on, which one model alone has, are neither sampled nor scored; none with two tokenizers.
+    tokenizer: object  # the student's
+    # Ids from vocab_size on exist in one model alone, and are neither sampled nor scored. With two tokenizers
+    # this is the size of the larger vocabulary, so no id is excluded.
     vocab_size: int
     eos_ids: set[int]  # ids that end a response
 
@@ -137,9 +138,10 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
 
 
 def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
-    """A pair of loaded models, the teacher in `dtype`; the student gets masters, and is cast to it in place.
+    """Make a Pair of two loaded models. The teacher already has `dtype`, that of the matmuls.
 
-    Raises BadInput if a head is not supported.
+    The student gets its masters, and its weights are then cast to `dtype` in place. Raises BadInput if a head
+    is not supported.
     """
     student_head = models.OutputHead.of(student, vocab_size)
     teacher_head = models.OutputHead.of(teacher, vocab_size)
@@ -409,7 +411,7 @@ def main() -> int | None:
         return None
 
     # 2. The models, and what depends on their tokenizers.
-    # Raises BadInput if they differ and the divergence, other than `sampled`, sums over one vocabulary.
+    # Two tokenizers are allowed with the divergence `sampled` alone; with another one this raises BadInput.
     allowed = knobs.divergence == "sampled"
     two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
     pair, prompts, held_out = load_with_prompts(
