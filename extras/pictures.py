@@ -34,10 +34,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 def scored_answer(student: str, knobs: train.Knobs) -> tuple[list[str], Tensor, Tensor]:
     """The tokens of an answer to the first held-out problem, their reverse KL, and log q(y) - log p(y)."""
     pair = train.load_pair(student, knobs.teacher, "float32", torch.device("cpu"))
-    layout = data.Layout(knobs.question_column, knobs.answer_column, knobs.skip_bad_rows)
     # One problem at least, also of a run without evaluation.
     limit = knobs.eval_limit or 1
-    _, problems = data.train_and_test(knobs.data, knobs.eval_data, limit, knobs.seed, layout)
+    _, problems = data.train_and_test(knobs.data, knobs.eval_data, limit, knobs.seed, data.layout_of(knobs))
     prompts = render(pair.tokenizer, problems[:1], knobs.instruction, knobs.system_prompt)
     noise = sampling_noise([(knobs.seed, "picture", 0)], SHOWN)
     rollouts = rollout(pair.student, prompts, SHOWN, pair.eos_ids, noise, vocab_size=pair.vocab_size)
@@ -49,7 +48,6 @@ def scored_answer(student: str, knobs: train.Knobs) -> tuple[list[str], Tensor, 
 def draw_step(run: Path) -> Path:
     """The student writes, the teacher scores each token, the horizon cuts: before and after a run."""
     knobs = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(run)}))
-    run_folder.check_finished(run)
     horizon = train.schedule_of(knobs)(0)
     steps = len(run_folder.read_csv(run / "metrics.csv"))  # a stopped run has fewer than its settings say
     rows = {"before": knobs.student, f"after {steps} steps": str(run / "student")}

@@ -9,7 +9,7 @@ Conventions, where mathematics does not decide:
 | percent | 50\% equals 50 and 1/2; without a percent sign, 50 is not 1/2 |
 | decimals | equal an irrational number within 1e-6 of its value, and a fraction exactly |
 | lists, sets | in any order, "or" and "and" are commas; tuples, intervals and matrices in their order |
-| inequalities | a list of them is what all have in common, or their union if that is empty |
+| inequalities | a list, also with "and" or "or", is what all have in common; if that is empty, their union |
 | calculations | 5/2 = 2.5 is 2.5 |
 | names | in x = 5, f(x) = 2x, x \in (0, 1) the name may be left out, but two names must be the same |
 | choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
@@ -33,7 +33,8 @@ LONGEST_RESPONSE = 200_000  # characters of a response; what follows is not sear
 
 SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations unknown to math-verify
     ("[\u200b\u2060\ufeff]", ""),
-    (r"^[\s=*]+|(?:[\s,;*。]|(?<!\.)\.)+$", ""),  # but for an ellipsis
+    (r",\s*(?:\.{3}|…)\s*$", r",\\ldots"),
+    (r"^[\s=*]+|[\s.,;*。]+$", ""),
     (r"(?s)(?<!\\)\$((?:\\.|[^\\$])*)\$", r"\1"),  # two dollar signs are LaTeX's, a single one is money
     ("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),  # NFKC would turn a superscript 5 into 5
     ("[₀-₉]+", r"_{\g<0>}"),
@@ -57,7 +58,7 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"\\text\s*(?:\{\s*(\(?\w[).:]*|[-\d.,\s]*\d)\s*\}|(\w))", r" \1\2"),  # \mathrm e, \textbf{(C)}
     (r"(?:,\s*)?(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
     (r"\\(?:[dtcs]|nice)frac(?![a-z])", r"\\frac"),
-    (r"^(?:negative|minus)\s+(?=[\d$\\])", "-"),
+    (r"^(?i:negative|minus)\s+(?=[\d$\\])", "-"),
     (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"\\sqrt\s*(\[\d\])?\s*(\d+|\((?:[^()]|\([^()]*\))*\))", r"\\sqrt\1{\2}"),
     (r"\\text\s*\{\s*percent\s*\}|\bpercent\b", r"\\%"),
@@ -74,7 +75,7 @@ SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations
     (r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?::|\||\\mid)([^{}]*)\\\}", r"\1"),  # {x : x > 1}
     (r"^\s*\](.*)\[\s*$", r"(\1)"),  # ]0, 1[
     (r"^(-?)\s*(\\?\$|[€£₹¥]|USD)\s*(-?[\d.,]*\d)", r"\1\3 \2"),
-    (r"^[\s=*]+|(?:[\s,;*]|(?<!\.)\.)+$", ""),
+    (r"^[\s=*]+|[\s.,;*]+$", ""),
 )
 DECIMAL = r"(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 NUMBER = re.compile(rf"([-+]?)\s*(?:(\d+) +(?=\d+/))?(-?{DECIMAL})(?:\s*[/:]\s*({DECIMAL}))?")
@@ -122,16 +123,17 @@ VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 UNITS = {r"square (\w+)": r"\1^2", r"cubic (\w+)": r"\1^3", "kilo": "k", "centi": "c", "met(er|re)": "m"}
 UNITS |= {"hour|hr": "h", "minute": "min", "inche?": "in", "feet|foot": "ft", "mile": "mi", "yard": "yd"}
 UNITS |= {"gram": "g", "lit(er|re)": "l", "second|sec": "s", "pound": "lb", " per ": "/"}
-UNITS |= {r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°", "''": '"'}
+UNITS |= {r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°", "''|\"": "in"}
 WORD = re.compile(r"(?<![\\A-Za-z])(?:[a-z]{4}|(?:yes|no|odd)(?![a-z]))", re.I)
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
-    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z](?:[a-z]{2}|[A-Z]{2}))|[A-Za-z]'|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
-    r"|\.\.\.|!!|(?<!\d)(?:\d{4}-\d\d?-\d\d?|\d{3}-\d{4})(?!\d)"  # dates, telephone numbers
+    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[A-Za-z]'|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
+    r"|\.\.\.|!!|^\s*(?:\d{4}-(?:0\d|1[0-2])-\d\d|(?:\d{3}-)?\d{3}-\d{4})\s*$"  # dates, telephone numbers
     r"|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
 )
 CHANGES = re.compile(  # words before a number that change it
-    r"\b(?:negative|minus|twice|double|triple|(?:half|third|quarter|root) of|(?:less|greater|more) than)\b",
+    r"\b(?:negative|minus|twice|double|triple|(?:half|third|quarter|root) of|(?:less|greater|more) than)"
+    r"\s+(?:\$|\\\(|\\\[)?[\d\\]",
     re.I,
 )
 BLANK = re.compile(r"(?:\\[hv]?phantom\s*\{[^{}]*\}|\\text\s*\{|\\q?quad|\\[,;: ]|[?_.…~{}\s]|answer)*", re.I)
@@ -168,7 +170,7 @@ def is_blank(answer: str) -> bool:
 
 def without_prose(sentence: str) -> str | None:
     """The answer in the rest of a sentence: 12 in "therefore 12", but None in "add 2 and 3" and "not 12"."""
-    if re.match("(?:not|never) ", sentence, re.I):
+    if re.match(r"(?:not|never) .*\d", sentence, re.I):
         return None
     if not re.match(r"(?!sqrt|sin|cos|tan|log)[A-Za-z]{3,}[ ,]", sentence) or CHANGES.search(sentence):
         return sentence or None
@@ -220,8 +222,12 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
         return "right" if ours in (theirs, theirs * Fraction(100) ** percent) else "wrong", found, gold
     if squeeze(found) == squeeze(gold):
         return "right", found, gold
-    set_and_tuple = sorted(re.sub(r"[\\\s]|\{\(", "", text)[:1] for text in (found, gold)) == ["(", "{"]
-    if two_names or set_and_tuple or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
+    # A set of points in braces is a list of points; other braces are no tuple.
+    start = [re.sub(r"[\\\s]|\{\((?=[^()]*,)", "", text)[:1] for text in (found, gold)]
+    differ = two_names or sorted(start) == ["(", "{"]
+    if not (names or gold_names):  # then two triangles or angles, and no product
+        differ |= all(re.fullmatch("[A-Z]{3}", text.strip()) for text in (found, gold))
+    if differ or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
         return "wrong", found, gold
     return None, found, gold
 
@@ -343,7 +349,8 @@ def read(text: str):
     formula = formula.subs(sympy.Symbol("i", real=False), sympy.I) if is_complex else formula
     if isinstance(formula, sympy.MatrixBase) and 1 in formula.shape:
         return sympy.Tuple(*formula)
-    if isinstance(formula, sympy.FiniteSet) and all(isinstance(part, sympy.Rel) for part in formula.args):
+    relations = sympy.Rel, sympy.And
+    if isinstance(formula, sympy.FiniteSet) and all(isinstance(part, relations) for part in formula.args):
         if len(formula.free_symbols) > 1:  # x > 0, y > 0
             return formula
         ranges = [part.as_set() for part in formula.args]

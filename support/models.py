@@ -370,14 +370,14 @@ def end_of_turn(tokenizer) -> int | None:
 def context_length(config) -> int:
     """The longest sequence that a model of this config has positions for.
 
-    Rotary frequencies of the types longrope and dynamic change for all rows of a batch when one of them
-    exceeds a length: up to that length alone, a row's distribution does not depend on the other rows.
+    Rotary frequencies of the type longrope change for all rows of a batch when one of them exceeds a
+    length: up to that length alone, a row's distribution does not depend on the other rows.
     """
     config = config.get_text_config(decoder=True)
     lengths = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *rope.values()):  # the values are dicts if the types of layers differ in it
-        if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
             lengths.append(part.get("original_max_position_embeddings"))
     return min(filter(None, lengths), default=1 << 30)
 

@@ -8,13 +8,13 @@ it is complete; the last two are kept, so that a damaged one can be skipped.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -98,17 +98,20 @@ def check_saving(pair, save_student: Callable[[Any, Path], None], folder: Path) 
 
     So a student that cannot be saved is refused before it is trained.
     """
+    trial = folder / ".trial"
+    shutil.rmtree(trial, ignore_errors=True)  # of a run that was killed here
     try:
-        with TemporaryDirectory(dir=folder) as trial:
-            name = f"{trial}/student"
-            save_student(pair, Path(name))
-            models.load_tokenizer(name)
-            models.load_model(name, pair.student.dtype, torch.device("cpu"))
+        trial.mkdir()
+        save_student(pair, trial / "student")
+        models.load_tokenizer(str(trial / "student"))
+        models.load_model(str(trial / "student"), pair.student.dtype, torch.device("cpu"))
     except models.LOADING_ERRORS as error:
         if run_folder.is_out_of_memory(error):
             raise
         what = f"the student cannot be saved ({type(error).__name__}: {models.first_line(error)})"
         raise BadInput(f"{what}: make room, name another --student, or drop --low-memory") from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 class CheckpointedRun(Run):

@@ -337,13 +337,6 @@ def training_inputs(knobs, problems: list, test: list) -> dict[str, str]:
     return input_hashes(contents, (knobs.student, knobs.teacher))
 
 
-def check_finished(folder: Path) -> None:
-    """Raises BadInput unless `folder` has a student, which is that of all steps in its metrics.csv."""
-    if not ((folder / "student").is_dir() and (folder / "summary.json").exists()):
-        what = f"{folder} has no student of its last step, because the run has not finished"
-        raise BadInput(f"{what}: continue it with python train.py --resume {folder}")
-
-
 def hash_of_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -267,6 +267,11 @@ EXTRACTED = [  # response, its answer
     (r"The form is \boxed{answer}, so \boxed{\text{ }} \boxed{14}", "14"),
     (r"\boxed{\boldsymbol{14}}", r"\boldsymbol{14}"),
     ("The answer is not 5. The answer is 14.", "14"),
+    ("The answer is not possible.", "not possible"),
+    ("The answer is the ordered triple $(1,2,3)$.", "$(1,2,3)$"),
+    ("The answer is the negative number -5.", "-5"),
+    ("The answer is that she has double the amount: 24.", "24"),
+    ("The answer is that 12 students scored more than Tom.", "12"),
     # reasoning
     (r"<think>\boxed{3}? No.</think> So \boxed{14}.", "14"),
     (r"\boxed{3} <think>a</think> \boxed{4} <think>b</think> 14", "14"),

@@ -192,7 +192,7 @@ def test_context(length, fits):
             models.check_context([tiny().config], [[1] * 64], 40)
 
 
-@pytest.mark.parametrize("kind, context", [("longrope", 32), ("dynamic", 32), ("yarn", 64)])
+@pytest.mark.parametrize("kind, context", [("longrope", 32), ("dynamic", 64), ("yarn", 64)])
 def test_a_context_within_which_rows_of_a_batch_do_not_change_each_other(kind, context):
     """Beyond it, a long row changes the rotary frequencies of all: the same text got other probabilities."""
     config = tiny().config
