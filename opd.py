@@ -36,7 +36,7 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
     ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary, so they do
     not change the value. They make the gradient in log p equal to p (log p - log q), exactly zero where
     p = q. Without them it has one more p, which the backward pass of log_softmax cancels only up to
-    rounding, and AdamW, which divides a gradient by its own size, makes full-size updates of the rest.
+    rounding, and AdamW, which divides a gradient by its own size, makes full-size updates of what is left.
     """
     p, q = student_logp.exp(), teacher_logp.exp()
     return (p * (student_logp - teacher_logp) - p + q).sum(-1)
