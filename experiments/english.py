@@ -9,7 +9,7 @@ place of rollouts. Student and teacher differ both in the form of an answer and 
     python experiments/english.py                        makes the teacher; prints the FOLDER of the next line
     python experiments/compare.py --student FOLDER/student --teacher FOLDER/teacher --data FOLDER \\
         --arms full --arms popd --arms topd-0.1 --arms esr --arms seqkd --steps 40 --batch-size 8 --lr 1e-4 \\
-        --max-new-tokens 160 --eval-limit 200 --seeds 1 --curve-points 1 --dtype float32 --keep kept
+        --max-new-tokens 160 --eval-limit 200 --seeds 3 --curve-points 1 --dtype float32 --keep kept
     python experiments/english.py --score kept/full-0 --score kept/topd-0.1-0 --score kept/esr-0
 
 The last command writes the exact reverse KL to the teacher, on the same rollouts for every student, in the
