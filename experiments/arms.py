@@ -1,7 +1,7 @@
 """The arms of a comparison: who writes the rollouts, how long they are, which tokens have a loss, and which.
 
 Shapes: B rows, R longest response, C tokens of a chunk, V vocabulary. T is `--max-new-tokens`, N = T / 10.
-A new arm is one entry of ARMS.
+A new arm is one entry at the end of ARMS.
 """
 
 from collections.abc import Callable
@@ -158,7 +158,7 @@ def teachers_share(share: float) -> Callable:
     """In each step the teacher writes all rollouts with this probability; seed and step decide."""
 
     def sampler_of(pair: train.Pair, knobs) -> Callable[..., Rollout]:
-        steps = count()
+        steps = count()  # counts calls: right only in runs that are never resumed
 
         def sampler(student, *settings, **more) -> Rollout:
             draw = sampling_noise([("writer", knobs.seed, next(steps))], 1).item()
@@ -203,7 +203,7 @@ class Arm(NamedTuple):
 
     def scorer(self, pair: train.Pair, knobs) -> Callable[..., tuple[float, dict[str, Tensor]]]:
         """`train.score` with this arm's mask, divergence and teacher."""
-        steps = count()
+        steps = count()  # as in `teachers_share`
         mask_of = self.loss_mask(pair, knobs)
         changes = {"divergence": self.divergence} if self.divergence else {}
 

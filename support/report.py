@@ -36,14 +36,17 @@ def show_rollout(
 
     Appends it to rollouts.jsonl, and the statistics by position to positions.csv.
     """
+    answer = rollouts.tokens[0][rollouts.response_mask[0]]
     of_first = statistics["row"] == 0
-    place = statistics["position"][of_first]
-    gap = (statistics["teacher_logp"] - statistics["student_logp"])[of_first]
+    gap = torch.zeros(len(answer), device=answer.device)  # of tokens without a loss it is not known
+    gap[statistics["position"][of_first]] = (statistics["teacher_logp"] - statistics["student_logp"])[
+        of_first
+    ]
     colour = sys.stdout.isatty()
-    text = gap_text(tokenizer, rollouts.tokens[0][place], gap, colour)
+    text = gap_text(tokenizer, answer, gap, colour)
     bar.write(f"step {step}, log p_teacher - log p_student {'in red' if colour else 'in brackets'}: {text}")
-    record = {"step": step, "prompt": rollouts.prompts[0], "response": rollouts.tokens[0][place].tolist()}
-    record["text"] = gap_text(tokenizer, rollouts.tokens[0][place], gap, colour=False)
+    record = {"step": step, "prompt": rollouts.prompts[0], "response": answer.tolist()}
+    record["text"] = gap_text(tokenizer, answer, gap, colour=False)
     with (folder / "rollouts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     length = rollouts.tokens.shape[1]

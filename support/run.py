@@ -132,6 +132,8 @@ class CheckpointedRun(Run):
         self.save_pair = save_student
         self.save_every = save_every
         self.step = 0  # steps that are done
+        self.updating = False  # whether the optimizer has begun to change the weights in the current step
+        optimizer.register_step_pre_hook(self.note_update)
         self.run_id: str | None = None
         self.track: Callable[[int, dict[str, Any]], None] = lambda step, row: None
         self.bar: tqdm | None = None
@@ -173,6 +175,7 @@ class CheckpointedRun(Run):
                 yield self.step
                 # Execution continues here when the body of the loop has finished: the step is done.
                 self.step += 1
+                self.updating = False
                 self.bar.update()
                 if signals or (self.save_every and (self.step % self.save_every == 0 or self.step == total)):
                     self.save()
@@ -184,8 +187,11 @@ class CheckpointedRun(Run):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def note_update(self, *given: Any) -> None:
+        self.updating = True
+
     def remedy(self) -> str:
-        return f"continue with python train.py --resume {self.folder}"
+        return f"continue with python {sys.argv[0]} --resume {self.folder}"
 
     def log(self, rollouts, statistics: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
         row = super().log(rollouts, statistics, **columns)
@@ -234,8 +240,7 @@ class CheckpointedRun(Run):
     def save_last(self) -> None:
         """Save the state after the last step, unless the update of the next step has begun to replace it."""
         self.optimizer.zero_grad()
-        updates = max((int(state.get("step", 0)) for state in self.optimizer.state.values()), default=0)
-        if 0 < self.step == updates:  # before the first update there is nothing to save
+        if self.step > 0 and not self.updating:  # before the first update there is nothing to save
             self.save()
 
     def tensors(self) -> dict[str, Tensor]:

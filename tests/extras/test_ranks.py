@@ -168,7 +168,7 @@ def test_a_signal_to_all_saves_and_another_number_of_processes_continues(alone, 
     assert_same_metrics(alone, tmp_path / "run")
 
 
-RESUME = "continue with python train.py --resume"
+RESUME = "continue with python program --resume"
 
 
 @pytest.mark.slow
