@@ -24,7 +24,7 @@ from opd import DIVERGENCES, Divergence, opd_backward, reverse_kl
 from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
 from support import data, models, report, run_folder, toy
-from support.cli import knob, parse, run_main
+from support.cli import BadInput, knob, parse, run_main
 from support.prompts import render
 from support.run import CheckpointedRun, Run
 from support.scores import score_answers
@@ -53,8 +53,8 @@ class Knobs:
     teacher_bits: str = knob("", "quantise its weights, by bitsandbytes; default: no", choices=("8", "4"))
     data: str = knob("openai/gsm8k:main", "hub name[:config], folder, or JSONL/JSON/CSV/parquet file")
     eval_data: str = knob("", "held-out problems; default: test split of --data, or part of a single file")
-    question_column: str = knob("", "default: by name, see support/data.py; a.b is field b of column a")
-    answer_column: str = knob("", "column of the held-out answers; default: found by name")
+    question_column: str = knob("", "of both files; default: by name, see support/data.py")
+    answer_column: str = knob("", "column of the held-out answers; default: by name; a.b is field b of a")
     skip_bad_rows: bool = knob(False, "leave out rows that cannot be read, instead of stopping")
     instruction: str = knob(INSTRUCTION, "text after each problem")
     system_prompt: str = knob("", "system message; the chat template's own if empty")
@@ -235,9 +235,10 @@ def train(
 ) -> None:
     """The training loop. `run` (support/run.py) yields the step numbers, and times, logs and saves the steps.
 
-    `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way. Rollouts
-    that the student did not sample have `logp=None`; otherwise `logp` is compared with the scorer's
-    `student_logp` whenever the horizon is longer than in all earlier steps of this process.
+    `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way: with the
+    student, and with the pair. Rollouts that the student did not sample have `logp=None`; otherwise `logp` is
+    compared with the scorer's `student_logp` whenever the horizon is longer than in all earlier steps of this
+    process.
     """
     longest_checked = 0  # the longest horizon so far, in tokens
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
@@ -278,7 +279,8 @@ def train(
             if not math.isfinite(loss + grad_norm):
                 run.stop_non_finite(step, loss, grad_norm, rollouts, statistics)  # raises
             lr = learning_rate(step, knobs.steps, knobs.lr, knobs.warmup, knobs.decay)
-            optimizer.param_groups[0]["lr"] = lr
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
             pair.copy_masters_to_weights()
@@ -390,14 +392,20 @@ def choose_engine(knobs: Knobs, ranks) -> SimpleNamespace:
     )
 
 
-def main() -> int | None:
-    """Check all that can be checked before the first step, then train. Returns 0, or None after --dry-run."""
+def main(**replaced: Callable) -> int | None:
+    """Check all that can be checked before the first step, then train. Returns 0, or None after --dry-run.
+
+    A script may replace arguments of `train`, as in `run_main(partial(train.main, scorer=its_own))`: the
+    sampler, the scorer, or `horizon_at`. Evaluation keeps the sampler of the flags.
+    """
     # 1. Settings and problems.
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
         from extras.ranks import join
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
+        if replaced:
+            raise BadInput(f"a script's own {', '.join(replaced)} needs one process: start without torchrun")
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
     engine = choose_engine(knobs, ranks)
     horizon_at = schedule_of(knobs)
@@ -450,6 +458,7 @@ def main() -> int | None:
     run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
     with run.open(knobs, longest=max(map(horizon_at, range(knobs.steps)))):
         inputs = run_folder.training_inputs(knobs, problems, test)
+        inputs["functions of the script"] = run_folder.names_of(replaced)
         run_folder.write_config(folder, asdict(knobs), device, inputs)  # raises if a resumed run had others
         if knobs.tracker:
             from extras import tracker
@@ -458,8 +467,8 @@ def main() -> int | None:
         # A resumed run finds these answers in its folder, and samples none again. Its student still has the
         # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        options = {"grade": grade if test else None, "sampler": engine.rollout, "scorer": scorer}
-        train(pair, optimizer, prompts, horizon_at, knobs, run, **options)
+        functions = {"horizon_at": horizon_at, "sampler": engine.rollout, "scorer": scorer} | replaced
+        train(pair, optimizer, prompts, knobs=knobs, run=run, grade=grade if test else None, **functions)
         run.save_student()
         summary["seconds"] = run.seconds()
         summary["after"] = grade(pair.student, "after")

@@ -337,6 +337,12 @@ def training_inputs(knobs, problems: list, test: list) -> dict[str, str]:
     return input_hashes(contents, (knobs.student, knobs.teacher))
 
 
+def names_of(functions: dict[str, Callable]) -> str | None:
+    """What a script has replaced, "scorer first_half" for example; None if nothing."""
+    names = [f"{part} {getattr(f, '__qualname__', type(f).__name__)}" for part, f in functions.items()]
+    return ", ".join(names) or None
+
+
 def hash_of_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -7,11 +7,13 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -374,6 +376,68 @@ def test_a_sampler_that_fails_on_the_way_loses_no_step(whole, tmp_path, monkeypa
     assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-000004.safetensors"]
     main(monkeypatch, f"--resume {tmp_path}/run")
     assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_another_optimizer_loses_no_step_and_resumes(world, tmp_path, monkeypatch):
+    """The state of SGD does not count its updates."""
+    monkeypatch.setattr(
+        train, "adamw", lambda pair, knobs: torch.optim.SGD(pair.masters.values(), momentum=0.9)
+    )
+    flags = f"{SHORT} --eval-limit 0 --lr 0.1 --out {tmp_path}"
+    main(monkeypatch, f"{flags}/whole")
+    sample = train.rollout
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise BadInput("a sampler of another kind")
+        return sample(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rollout", failing)
+        with pytest.raises(BadInput, match="of another kind"):
+            main(monkeypatch, f"{flags}/parts")
+    assert (tmp_path / "parts" / "checkpoint-000004.safetensors").exists()
+    main(monkeypatch, f"--resume {tmp_path}/parts")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_the_script_of_docs_trains_and_only_it_resumes_its_run(world, tmp_path, monkeypatch):
+    """The loss is that of the first half of each answer; the answers shown are whole."""
+    text = (Path(train.__file__).parent / "docs" / "running.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    script = next(script for script in scripts if "train.main" in script)
+    run = tmp_path / "run"
+    seen = []
+    monkeypatch.setattr(train, "score", partial(noted, train.score, seen))
+    for steps in (2, 3):
+        flags = f"{SHORT} --eval-limit 0 --steps 2 --out {run}" if steps == 2 else f"--resume {run} --steps 3"
+        monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
+        with pytest.raises(SystemExit) as end:
+            exec(script, {})
+        assert end.value.code == 0
+        if steps == 2:
+            with pytest.raises(BadInput, match="functions of the script changed since the run was started"):
+                main(monkeypatch, f"--resume {run} --steps 3")
+    assert len(metrics(run)) == len(seen) == 3
+    lengths = [int(row["response_tokens"]) for row in metrics(run)]
+    assert all(0 < with_loss < length for with_loss, length in zip(seen, lengths))
+    (shown, _) = data.read_jsonl(run / "rollouts.jsonl")
+    assert len(shown["response"]) == 5  # the horizon
+
+
+def noted(score, seen, *args, **kwargs):
+    loss, statistics = score(*args, **kwargs)
+    seen.append(len(statistics["row"]))
+    return loss, statistics
+
+
+def test_a_script_of_its_own_runs_in_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("extras.ranks.join", lambda *functions: None)
+    with pytest.raises(BadInput, match="a script's own scorer needs one process"):
+        train.main(scorer=train.score)
 
 
 def test_out_of_memory_in_an_evaluation_saves_no_half_done_step(whole, tmp_path, monkeypatch):
