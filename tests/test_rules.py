@@ -1,14 +1,16 @@
 """The rules of the layout: what imports what, what one step executes, and how small a change can be."""
 
 import ast
+import os
 import shutil
-import subprocess
 import sys
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import in_process
 
 import eval_math
 import opd
@@ -228,6 +230,16 @@ def apply(change, folder):
         (folder / name).write_text(text.replace(before, lines + before), encoding="utf-8")
 
 
+def tests_of(copy):
+    """Run the tests of a copy of the project, in a process that has imported the project itself."""
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT):
+            del sys.modules[name]
+    sys.path[:] = [str(copy), *(place for place in sys.path if not Path(place).is_relative_to(ROOT))]
+    os.chdir(copy)
+    return pytest.main(["-q", "-x", "-p", "no:xdist", *sys.argv[1:], "tests"])
+
+
 @pytest.mark.slow
 def test_a_schedule_a_divergence_and_a_column_are_small_changes(world, tmp_path):
     """In a copy without extras: a run with all three, an evaluation, and the copy's tests of the five."""
@@ -246,6 +258,6 @@ def test_a_schedule_a_divergence_and_a_column_are_small_changes(world, tmp_path)
     # Without the slow ones among those that meet none of the additions.
     left_out = ("toy_student_learns", "stopped_run", "linear_time", "bounded_time", "forked", "two_models")
     selected = " and ".join(f"not {name}" for name in left_out)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-k", selected, "tests"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    process = in_process(partial(tests_of, copy), ["-k", selected], tmp_path / "output")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output").read_text(encoding="utf-8")[-3000:]
