@@ -80,3 +80,22 @@ def test_numbers_of_the_results():
     before = beyond_first_tenth("student on the student's")
     falls = [1 - beyond_first_tenth(f"{name} on the student's") / before for name in ("topd-0.1-0", "full-0")]
     assert falls == pytest.approx([0.10, 0.72], abs=0.005)
+
+
+def test_committed_scores_of_two_rates_recomputed():
+    """Every row of the table of the third seed, from the digits of both files."""
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    high = {
+        row["arm"]: row for row in read_csv(ROOT / "results" / "compare_english.csv") if row["seed"] == "2"
+    }
+    low = {row["arm"]: row for row in read_csv(ROOT / "results" / "english_lower_rate_scores.csv")}
+    for arm in ("full", "esr"):
+        for digits, score in (("correct", "accuracy"), ("correct_greedy", "greedy")):
+            first, second = high[arm][digits], low[arm][digits]
+            assert len(first) == len(second) == 200
+            for marks, row in ((first, high[arm]), (second, low[arm])):
+                assert marks.count("1") / 200 == float(row[score])
+            better = sum((a, b) == ("0", "1") for a, b in zip(first, second))
+            worse = sum((a, b) == ("1", "0") for a, b in zip(first, second))
+            scores = " | ".join(f"{marks.count('1') / 2:.1f} %" for marks in (first, second))
+            assert f" | {scores} | {better}, {worse}; " in text
