@@ -392,20 +392,21 @@ def choose_engine(knobs: Knobs, ranks) -> SimpleNamespace:
     )
 
 
-def main(**replaced: Callable) -> int | None:
+def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int | None:
     """Check all that can be checked before the first step, then train. Returns 0, or None after --dry-run.
 
-    A script may replace arguments of `train`, as in `run_main(partial(train.main, scorer=its_own))`: the
-    sampler, the scorer, or `horizon_at`. Evaluation keeps the sampler of the flags.
+    A script may give `train` its own `sampler` and `scorer`, as in `run_main(partial(train.main, scorer=f))`.
+    Evaluation keeps the sampler of the flags.
     """
+    own = run_folder.describe_functions(sampler=sampler, scorer=scorer)
     # 1. Settings and problems.
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
         from extras.ranks import join
 
         ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
-        if replaced:
-            raise BadInput(f"a script's own {', '.join(replaced)} needs one process: start without torchrun")
+        if own:
+            raise BadInput(f"the script's {own} needs one process: start it without torchrun")
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
     engine = choose_engine(knobs, ranks)
     horizon_at = schedule_of(knobs)
@@ -425,16 +426,18 @@ def main(**replaced: Callable) -> int | None:
     pair, prompts, held_out = load_with_prompts(
         engine.load_pair, knobs, device, two_tokenizers, problems, test
     )
-    scorer = engine.score
+    our_scorer = engine.score
     teacher_held_out = held_out
     if two_tokenizers:
+        if scorer:
+            raise BadInput(f"the script's {own} needs one tokenizer: name a teacher of the student's family")
         from extras.other_tokenizer import prepare
 
-        scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)
+        our_scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)
     if knobs.horizon == "auto":
         from extras import profile_horizon
 
-        knobs = replace(knobs, horizon=profile_horizon.choose(scorer, pair, prompts, knobs))
+        knobs = replace(knobs, horizon=profile_horizon.choose(our_scorer, pair, prompts, knobs))
         horizon_at = schedule_of(knobs)
 
     def grade(model, name: str) -> dict | None:
@@ -458,7 +461,7 @@ def main(**replaced: Callable) -> int | None:
     run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
     with run.open(knobs, longest=max(map(horizon_at, range(knobs.steps)))):
         inputs = run_folder.training_inputs(knobs, problems, test)
-        inputs["functions of the script"] = run_folder.names_of(replaced)
+        inputs["functions of the script"] = own
         run_folder.write_config(folder, asdict(knobs), device, inputs)  # raises if a resumed run had others
         if knobs.tracker:
             from extras import tracker
@@ -467,8 +470,8 @@ def main(**replaced: Callable) -> int | None:
         # A resumed run finds these answers in its folder, and samples none again. Its student still has the
         # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        functions = {"horizon_at": horizon_at, "sampler": engine.rollout, "scorer": scorer} | replaced
-        train(pair, optimizer, prompts, knobs=knobs, run=run, grade=grade if test else None, **functions)
+        functions = {"sampler": sampler or engine.rollout, "scorer": scorer or our_scorer}
+        train(pair, optimizer, prompts, horizon_at, knobs, run, grade if test else None, **functions)
         run.save_student()
         summary["seconds"] = run.seconds()
         summary["after"] = grade(pair.student, "after")

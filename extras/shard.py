@@ -108,7 +108,8 @@ class ShardedWorker(Worker):
         torch.nn.utils.clip_grad_norm_(self.pair.masters.values(), largest)
 
     def step(self, lr: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
 

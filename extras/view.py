@@ -166,7 +166,7 @@ def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
     run = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(folder)}))
     if not (folder / "student").is_dir():
         what = f"{folder} has no student, because the run has not finished"
-        raise BadInput(f"{what}: continue it with python train.py --resume {folder}")
+        raise BadInput(f"{what}: continue it with --resume {folder}")
     if models.tokenizers_differ(run.student, run.teacher, allowed=True):
         what = f"the models of {folder} have different tokenizers, and the page needs one vocabulary for both"
         raise BadInput(f"{what}: name a run with one tokenizer")

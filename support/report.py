@@ -1,6 +1,7 @@
 """What a run shows: an answer with the teacher's gap on each token, a table of scores, advice, a curve."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -39,9 +40,8 @@ def show_rollout(
     answer = rollouts.tokens[0][rollouts.response_mask[0]]
     of_first = statistics["row"] == 0
     gap = torch.zeros(len(answer), device=answer.device)  # of tokens without a loss it is not known
-    gap[statistics["position"][of_first]] = (statistics["teacher_logp"] - statistics["student_logp"])[
-        of_first
-    ]
+    gap_of_tokens = statistics["teacher_logp"] - statistics["student_logp"]
+    gap[statistics["position"][of_first]] = gap_of_tokens[of_first].float()
     colour = sys.stdout.isatty()
     text = gap_text(tokenizer, answer, gap, colour)
     bar.write(f"step {step}, log p_teacher - log p_student {'in red' if colour else 'in brackets'}: {text}")
@@ -157,6 +157,8 @@ def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
         found[0] += ": too few steps to tell."
     elif rows[0]["horizon"] != rows[-1]["horizon"]:
         found[0] += ", of other tokens, as the horizon changed: positions.csv has it by position."
+    elif math.isnan(first + last):
+        found[0] += ": in a step no token had a loss."
     else:
         found[0] += ": it rose; lower --lr, or raise --batch-size." if last > first else ": it fell."
     before, after, teacher = (summary[name] for name in ("before", "after", "teacher"))

@@ -256,6 +256,7 @@ class CheckpointedRun(Run):
         path = self.folder / f"checkpoint-{self.step:06d}.safetensors"
         tensors = self.tensors()
         facts = {"step": self.step, "seconds": self.seconds(), "run_id": self.run_id}
+        facts["optimizer"] = type(self.optimizer).__name__
         state = facts | {"digest": digest(facts, sorted(tensors.items()))}
         part = path.with_suffix(".part")
         try:
@@ -311,6 +312,9 @@ class CheckpointedRun(Run):
                 raise ValueError("its hash differs")
             if facts.get("run_id") != self.run_id:
                 raise BadInput(f"{path} is of another run: move it out of the folder")
+            optimizer = facts.get("optimizer", "AdamW")
+            if optimizer != type(self.optimizer).__name__:
+                raise BadInput(f"{path} has the state of {optimizer}: continue with that optimizer")
             for name in self.pair.masters:
                 keys = [n.split("/", 1)[0] for n in names if n.split("/", 1)[1] == name]
                 self.restore(name, {key: file.get_tensor(f"{key}/{name}") for key in {*keys, "weight"}})

@@ -20,6 +20,7 @@ import secrets
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import ascii_uppercase
@@ -337,10 +338,18 @@ def training_inputs(knobs, problems: list, test: list) -> dict[str, str]:
     return input_hashes(contents, (knobs.student, knobs.teacher))
 
 
-def names_of(functions: dict[str, Callable]) -> str | None:
-    """What a script has replaced, "scorer first_half" for example; None if nothing."""
-    names = [f"{part} {getattr(f, '__qualname__', type(f).__name__)}" for part, f in functions.items()]
-    return ", ".join(names) or None
+def describe_functions(**functions: Callable | None) -> str | None:
+    """ "scorer first_half" for example, with the arguments of a `partial`; None if all are None."""
+    found = []
+    for part, function in functions.items():
+        settings = ""
+        if isinstance(function, partial):
+            arguments = [function.args, function.keywords]
+            settings = json.dumps(arguments, default=lambda value: type(value).__name__)
+            function = function.func
+        if function is not None:
+            found.append(f"{part} {getattr(function, '__qualname__', type(function).__name__)}{settings}")
+    return ", ".join(found) or None
 
 
 def hash_of_json(content: Any) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import in_process, pair_of, tiny
+from helpers import in_process, pair_of, renumbered, tiny
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -399,6 +399,10 @@ def test_another_optimizer_loses_no_step_and_resumes(world, tmp_path, monkeypatc
         with pytest.raises(BadInput, match="of another kind"):
             main(monkeypatch, f"{flags}/parts")
     assert (tmp_path / "parts" / "checkpoint-000004.safetensors").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "adamw", lambda pair, knobs: torch.optim.Adagrad(pair.masters.values()))
+        with pytest.raises(BadInput, match="has the state of SGD: continue with that optimizer"):
+            main(monkeypatch, f"--resume {tmp_path}/parts")
     main(monkeypatch, f"--resume {tmp_path}/parts")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
@@ -433,10 +437,27 @@ def noted(score, seen, *args, **kwargs):
     return loss, statistics
 
 
+def test_functions_of_a_script_differ_by_name_and_by_the_arguments_of_a_partial():
+    describe = run_folder.describe_functions
+    assert describe(sampler=None, scorer=None) is None
+    found = [describe(sampler=None, scorer=f) for f in (noted, partial(noted, 1), partial(noted, 2))]
+    assert found == ["scorer noted", "scorer noted[[1], {}]", "scorer noted[[2], {}]"]
+    assert describe(sampler=partial(noted, main), scorer=None) == 'sampler noted[["function"], {}]'
+
+
+def test_a_script_with_a_scorer_has_one_tokenizer(world, tmp_path, monkeypatch):
+    other = renumbered(world, tmp_path / "other")
+    flags = f"{SHORT} --divergence sampled --teacher {other} --out {tmp_path}/run"
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
+    with pytest.raises(BadInput, match="the script's scorer score needs one tokenizer"):
+        train.main(scorer=train.score)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_script_of_its_own_runs_in_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("extras.ranks.join", lambda *functions: None)
-    with pytest.raises(BadInput, match="a script's own scorer needs one process"):
+    with pytest.raises(BadInput, match="the script's scorer score needs one process"):
         train.main(scorer=train.score)
 
 

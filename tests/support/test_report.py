@@ -72,6 +72,7 @@ def test_table_with_and_without_an_evaluation():
 
 FELL, ROSE = ([{"reverse_kl": str(x), "horizon": 9} for x in xs] for xs in (range(20, 0, -1), range(20)))
 GREW = [row | {"horizon": i} for i, row in enumerate(FELL)]
+BLANK = [*FELL[:-1], {"reverse_kl": "nan", "horizon": 9}]
 BETTER = {"accuracy": 0.8, "se": 0.1, "truncated": 0.0, "n": 20}
 WORSE = BETTER | {"accuracy": 0.2}
 
@@ -87,6 +88,7 @@ WORSE = BETTER | {"accuracy": 0.2}
         (FELL, WORSE | {"n": 4}, [1.0, 1.0], 0, ["it fell", "within noise (p = 0.12)", "teacher is not"]),
         (FELL, BETTER | {"n": 4}, [0.4, 1.0], 0, ["it fell", "within noise (p = 0.12)"]),
         (GREW, BETTER, [0.1, 0.5], 0, ["of other tokens, as the horizon changed", "Accuracy rose"]),
+        (BLANK, BETTER, [0.1, 0.5], 0, ["in a step no token had a loss.", "Accuracy rose"]),
         (FELL, WORSE, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "teacher is not better"]),
         (FELL, BETTER, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "50% of the answers were cut"]),
     ],
