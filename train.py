@@ -296,31 +296,22 @@ def train(
             run.show(step, rollouts, statistics)
 
 
-def load_pair(
-    student_name: str,
-    teacher_name: str,
-    dtype_name: str,
-    device: torch.device,
-    checkpointing: bool = False,
-    low_memory: bool = False,
-    two_tokenizers: bool = False,  # the teacher has its own
-    teacher_device: str = "",  # default: `device`
-    teacher_bits: str = "",
-) -> Pair:
+def load_pair(knobs: Knobs, device: torch.device, two_tokenizers: bool = False) -> Pair:
     """Load both models. Raises BadInput if that fails, or if tokenizers differ without `two_tokenizers`."""
-    tokenizer = models.load_tokenizer(student_name)
-    vocab_size = models.shared_vocabulary(student_name, teacher_name, two_tokenizers)
-    dtype = getattr(torch, dtype_name)
+    tokenizer = models.load_tokenizer(knobs.student)
+    vocab_size = models.shared_vocabulary(knobs.student, knobs.teacher, two_tokenizers)
+    dtype = getattr(torch, knobs.dtype)
     # In fp32, for the masters; with LoRA only the adapters are trained, so only they have masters.
-    student = models.load_model(student_name, dtype if low_memory else torch.float32, device)
-    device_of_teacher = models.find_device(teacher_device) if teacher_device else device
-    teacher = models.load_model(teacher_name, dtype, device_of_teacher, teacher_bits).requires_grad_(False)
+    student = models.load_model(knobs.student, dtype if knobs.low_memory else torch.float32, device)
+    teacher_device = models.find_device(knobs.teacher_device) if knobs.teacher_device else device
+    teacher = models.load_model(knobs.teacher, dtype, teacher_device, knobs.teacher_bits)
+    teacher.requires_grad_(False)
     models.print_notes(student, teacher, dtype)
-    if low_memory:
+    if knobs.low_memory:
         from extras import lora
 
         lora.add_adapters(student)
-    if checkpointing:
+    if knobs.checkpointing:
         models.enable_checkpointing(student)
     # The teacher may end its answers with an id that the student's list lacks; the student learns to use it.
     with_eos = [student] if two_tokenizers else [student, teacher]
@@ -329,31 +320,15 @@ def load_pair(
     return make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
 
 
-def load_with_prompts(
-    load: Callable[..., Pair],  # `load_pair`, or with torchrun that of extras/ranks.py
-    knobs: Knobs,
-    device: torch.device,
-    two_tokenizers: bool,
-    problems: list[data.Problem],
-    test: list[data.Problem],
-) -> tuple[Pair, list[list[int]], HeldOut]:
-    """The models, the prompts to train on, and the held-out problems with theirs. Raises BadInput."""
-    pair = load(
-        knobs.student,
-        knobs.teacher,
-        knobs.dtype,
-        device,
-        checkpointing=knobs.checkpointing,
-        low_memory=knobs.low_memory,
-        two_tokenizers=two_tokenizers,
-        teacher_device=knobs.teacher_device,
-        teacher_bits=knobs.teacher_bits,
-    )
+def render_prompts(
+    pair: Pair, problems: list[data.Problem], test: list[data.Problem], knobs: Knobs, two_tokenizers: bool
+) -> tuple[list[list[int]], HeldOut]:
+    """The prompts to train on, and the held-out problems `test` with theirs. Raises BadInput."""
     prompts = render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [pair.student.config, pair.teacher.config]
     models.check_context(configs, prompts + test_prompts, knobs.max_new_tokens, two_tokenizers)
-    return pair, prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
+    return prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
 
 
 def save_student(pair: Pair, folder: Path) -> None:
@@ -423,14 +398,13 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
     # Two tokenizers are allowed with the divergence `sampled` alone; with another one this raises BadInput.
     allowed = knobs.divergence == "sampled"
     two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
-    pair, prompts, held_out = load_with_prompts(
-        engine.load_pair, knobs, device, two_tokenizers, problems, test
-    )
+    if two_tokenizers and scorer:
+        raise BadInput(f"the script's {own} needs one tokenizer: name a teacher of the student's family")
+    pair = engine.load_pair(knobs, device, two_tokenizers)
+    prompts, held_out = render_prompts(pair, problems, test, knobs, two_tokenizers)
     our_scorer = engine.score
     teacher_held_out = held_out
     if two_tokenizers:
-        if scorer:
-            raise BadInput(f"the script's {own} needs one tokenizer: name a teacher of the student's family")
         from extras.other_tokenizer import prepare
 
         our_scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)

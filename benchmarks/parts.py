@@ -207,7 +207,9 @@ def run_evaluation(knobs: Knobs, out: Path) -> None:
 @torch.no_grad()
 def sampled_logits(knobs: Knobs) -> tuple[Tensor, Tensor]:
     """fp32 logits of student and teacher on the student's own tokens, (N, V) each."""
-    pair = train.load_pair(knobs.model, knobs.teacher, "float32", models.find_device(knobs.device))
+    names = {"student": knobs.model, "teacher": knobs.teacher}
+    settings = train.Knobs(**names, checkpointing=False, dtype="float32")
+    pair = train.load_pair(settings, models.find_device(knobs.device))
     problems = data.subset(data.read_problems(knobs.data, "test"), 4, knobs.seed)
     prompts = render(pair.tokenizer, problems, INSTRUCTION)
     noise = sampling_noise(range(len(prompts)), 64)

@@ -75,6 +75,8 @@ def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Steps of `train.train`."""
     device = models.find_device(knobs.device)
     settings = train.Knobs(
+        student=knobs.student,
+        teacher=knobs.teacher,
         **({"micro_batch": knobs.micro_batch} | OURS[knobs.side]),
         steps=knobs.steps + 1,
         batch_size=knobs.prompts,
@@ -102,12 +104,10 @@ def ours(knobs: Knobs, prompts: list[list[int]]) -> list[dict[str, Any]]:
 
 def load(knobs: Knobs, settings: train.Knobs, device: torch.device) -> tuple[train.Pair, dict[str, Callable]]:
     """The models of a side, and what it replaces in `train.train`."""
-    names = (knobs.student, knobs.teacher)
     if knobs.side != "autocast":
-        flags = (settings.checkpointing, settings.low_memory)
         how = {"sampler": graph_rollout} if settings.sampler == "graphs" else {}
-        return train.load_pair(*names, knobs.dtype, device, *flags), how
-    pair = train.load_pair(*names, "float32", device, settings.checkpointing)
+        return train.load_pair(settings, device), how
+    pair = train.load_pair(replace(settings, low_memory=False, dtype="float32"), device)
     for weight in pair.teacher.parameters():  # it is not trained
         weight.data = weight.data.to(getattr(torch, knobs.dtype))
     torch.cuda.empty_cache()  # of its fp32 weights; does nothing without CUDA

@@ -131,7 +131,8 @@ def load(knobs: Knobs) -> Setup:
     run_folder.build_world(knobs, rollout)
     device = models.find_device(knobs.device)
     problems, test = data.problems_of(knobs)
-    return Setup(*train.load_with_prompts(train.load_pair, knobs, device, False, problems, test), knobs)
+    pair = train.load_pair(knobs, device)
+    return Setup(pair, *train.render_prompts(pair, problems, test, knobs, two_tokenizers=False), knobs)
 
 
 class ArmRun(Run):

@@ -95,6 +95,11 @@ def write_problems(folder: Path, recipe: Recipe) -> dict[str, str]:
     return {row["question"]: drawn[row["question"]][0] for row in rows[:taught]}
 
 
+def load_pair(student: str, teacher: str) -> train.Pair:
+    knobs = train.Knobs(student=student, teacher=teacher, checkpointing=False, dtype="float32")
+    return train.load_pair(knobs, torch.device("cpu"))
+
+
 def teach(pair: train.Pair, worked: dict[str, str], recipe: Recipe) -> None:
     """Fine-tune the student on the worked answers: one pass, a step per batch."""
     problems = [data.Problem(question, None) for question in worked]
@@ -127,7 +132,7 @@ def build(recipe: Recipe = Recipe()) -> Path:
     part = folder.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
     worked = write_problems(part, recipe)
-    pair = train.load_pair(recipe.student, recipe.student, "float32", torch.device("cpu"))
+    pair = load_pair(recipe.student, recipe.student)
     train.save_student(pair, part / "student")
     teach(pair, worked, recipe)
     train.save_student(pair, part / "teacher")
@@ -155,7 +160,7 @@ def score_students(folder: Path, names: tuple[str, ...], rollouts: int) -> list[
     fixed: dict[str, list[Rollout]] = {}  # by writer: the student before training, and the teacher
     rows = []
     for name in (str(folder / "student"), *names):
-        pair = train.load_pair(name, str(folder / "teacher"), "float32", torch.device("cpu"))
+        pair = load_pair(name, str(folder / "teacher"))
         if not fixed:
             prompts = render(pair.tokenizer, problems, INSTRUCTION)
             for writer, model in (("student", pair.student), ("teacher", pair.teacher)):

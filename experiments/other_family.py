@@ -10,7 +10,7 @@ Intervals are 95 % over problems. A run that was stopped has a student as well.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,12 +93,17 @@ def measure(knobs: Knobs) -> list[dict]:
             raise BadInput(f"{what}: name a teacher of another family, or use compare.py")
     _, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.problems, seed=0)
     settings = train.Knobs(
-        teacher=knobs.teacher, instruction=knobs.instruction, max_new_tokens=knobs.max_new_tokens
+        teacher=knobs.teacher,
+        instruction=knobs.instruction,
+        max_new_tokens=knobs.max_new_tokens,
+        checkpointing=False,
+        dtype="float32",
     )
     rows = []
     fixed = None
     for name in (knobs.student, *knobs.trained):
-        pair = train.load_pair(name, knobs.teacher, "float32", models.find_device(""), two_tokenizers=True)
+        device = models.find_device("")
+        pair = train.load_pair(replace(settings, student=name), device, two_tokenizers=True)
         prompts = render(pair.tokenizer, test, knobs.instruction)
         scorer, _ = prepare(pair, train.hidden_states, prompts, test, test, settings)
         curve = Path(name).parent.name if name in knobs.trained else "before"

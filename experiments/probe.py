@@ -150,7 +150,8 @@ def load(knobs: Knobs, grader: Grader | None) -> Setup:
         raise BadInput(f"{knobs.data} has one problem: it needs two or more")
     problems = [problem for problem in problems for _ in range(knobs.samples)]
     device = models.find_device(knobs.device)
-    pair = train.load_pair(knobs.student, knobs.teacher, knobs.dtype, device)
+    names = {"student": knobs.student, "teacher": knobs.teacher}
+    pair = train.load_pair(train.Knobs(**names, checkpointing=False, dtype=knobs.dtype), device)
     prompts = render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.student.config, pair.teacher.config], prompts, knobs.max_new_tokens)
     batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, knobs.sample_batch)

@@ -33,7 +33,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 @torch.no_grad()
 def scored_answer(student: str, knobs: train.Knobs) -> tuple[list[str], Tensor, Tensor]:
     """The tokens of an answer to the first held-out problem, their reverse KL, and log q(y) - log p(y)."""
-    pair = train.load_pair(student, knobs.teacher, "float32", torch.device("cpu"))
+    names = {"student": student, "teacher": knobs.teacher}
+    pair = train.load_pair(train.Knobs(**names, checkpointing=False, dtype="float32"), torch.device("cpu"))
     # One problem at least, also of a run without evaluation.
     limit = knobs.eval_limit or 1
     _, problems = data.train_and_test(knobs.data, knobs.eval_data, limit, knobs.seed, data.layout_of(knobs))

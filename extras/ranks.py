@@ -81,8 +81,8 @@ class Worker:
         self.adamw = adamw  # train.adamw
         self.pair = None  # after `load`
 
-    def load(self, *arguments: Any, **options: Any) -> None:
-        self.pair = self.load_pair(*arguments, **options)
+    def load(self, knobs, device: torch.device, two_tokenizers: bool) -> None:
+        self.pair = self.load_pair(knobs, device, two_tokenizers)
 
     def prepare(self, model: str) -> None:
         """Before sampling, the student takes rank 0's trained weights, in the dtype of the matmuls."""
@@ -180,12 +180,12 @@ class Leader:
                 raise result
         return results
 
-    def load_pair(self, *arguments: Any, two_tokenizers: bool, **options: Any):
+    def load_pair(self, knobs, device: torch.device, two_tokenizers: bool = False):
         """As `train.load_pair`, in every rank. Raises Stopped if one ends."""
         if two_tokenizers:
             print("the teacher has another tokenizer: process 0 alone scores the answers", flush=True)
         try:
-            self.everywhere("load", [arguments] * self.size, two_tokenizers=two_tokenizers, **options)
+            self.everywhere("load", [(knobs, device, two_tokenizers)] * self.size)
         except ProcessEnded as error:
             raise Stopped(1, f"{error} while it loaded the models: start again") from error
         return self.worker.pair

@@ -36,11 +36,9 @@ class ShardedWorker(Worker):
     whole: str | None = None  # the model that is gathered
     optimizer: torch.optim.Optimizer | None = None  # after `divide`
 
-    def load(
-        self, student: str, teacher: str, dtype: str, device: torch.device, *arguments, **options
-    ) -> None:
+    def load(self, knobs, device: torch.device, two_tokenizers: bool) -> None:
         """Load both models into the CPU's memory; `divide` moves the shards to the device."""
-        super().load(student, teacher, dtype, torch.device("cpu"), *arguments, **options)
+        super().load(knobs, torch.device("cpu"), two_tokenizers)
 
     @torch.no_grad()
     def divide(self, knobs, device: torch.device) -> None:
@@ -149,11 +147,11 @@ class ShardedLeader(Leader):
         self.sampler = leader.sampler
         self.begin("shard")  # the other ranks replace their workers as well
 
-    def load_pair(self, *arguments: Any, two_tokenizers: bool, **options: Any):
+    def load_pair(self, knobs, device: torch.device, two_tokenizers: bool = False):
         if two_tokenizers:
             what = "--shard needs one tokenizer, and the teacher has another"
             raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")
-        super().load_pair(*arguments, two_tokenizers=two_tokenizers, **options)
+        super().load_pair(knobs, device)
         self.everywhere("divide", [(self.knobs, models.find_device(self.knobs.device))] * self.size)
         return self.worker.pair
 

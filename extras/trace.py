@@ -154,9 +154,13 @@ def main() -> None:
     knobs = Knobs(**parse(Knobs, __doc__))
     world = toy.build("opening")
     question = knobs.question or data.read_problems(str(world), "test")[0].question
-    student = knobs.student or str(world / "student")
-    teacher = knobs.teacher or str(world / "teacher")
-    pair = train.load_pair(student, teacher, "float32", torch.device("cpu"))
+    settings = train.Knobs(
+        student=knobs.student or str(world / "student"),
+        teacher=knobs.teacher or str(world / "teacher"),
+        checkpointing=False,
+        dtype="float32",
+    )
+    pair = train.load_pair(settings, torch.device("cpu"))
     names = Names(pair.tokenizer)
     prompt = render(pair.tokenizer, [data.Problem(question, "")], knobs.instruction)[0]
     if len(prompt) + knobs.tokens > models.context_length(pair.student.config):

@@ -177,8 +177,10 @@ def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
 
 def load_pairs(run: train.Knobs, folder: Path, device: torch.device) -> dict[str, train.Pair]:
     """The student before and after the run, both with the same teacher."""
-    before = train.load_pair(run.student, run.teacher, run.dtype, device)
-    after = train.load_pair(str(folder / "student"), run.teacher, run.dtype, device)
+    names = {"student": run.student, "teacher": run.teacher}
+    knobs = train.Knobs(**names, checkpointing=False, dtype=run.dtype)
+    before = train.load_pair(knobs, device)
+    after = train.load_pair(dataclasses.replace(knobs, student=str(folder / "student")), device)
     after = dataclasses.replace(after, teacher=before.teacher, teacher_head=before.teacher_head)
     return {"before": before, "after": after}
 

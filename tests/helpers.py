@@ -48,6 +48,12 @@ def pair_of(student, teacher, dtype: torch.dtype = torch.float32, ends=(END,)) -
     return train.make_pair(student, teacher, None, vocab_size, set(ends), dtype)
 
 
+def load_pair(student: Path | str, teacher: Path | str) -> train.Pair:
+    """`train.load_pair` of two folders, in fp32."""
+    knobs = train.Knobs(student=str(student), teacher=str(teacher), dtype="float32")
+    return train.load_pair(knobs, DEVICE)
+
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "extras.shard"])
 

@@ -16,7 +16,7 @@ import pytest
 import steps
 import torch
 import words
-from helpers import END, pair_of, tiny
+from helpers import END, load_pair, pair_of, tiny
 from torch.distributed import run as torchrun
 from transformers import Qwen2Config
 
@@ -89,7 +89,7 @@ def test_the_whole_method_samples_what_it_says(method):
 
 
 def test_the_whole_method_learns_on_the_toy(method, world):
-    pair = train.load_pair(str(world / "student"), str(world / "teacher"), "float32", torch.device("cpu"))
+    pair = load_pair(world / "student", world / "teacher")
     prompts = render(pair.tokenizer, data.read_problems(str(world), "train"), "")
     batches = [pad_left(prompts[i : i + 16], torch.device("cpu")) for i in range(0, 16 * 12, 16)]
     eos_id = pair.tokenizer.eos_token_id

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, END, V, pair_of, tiny
+from helpers import DEVICE, END, V, load_pair, pair_of, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
@@ -348,7 +348,7 @@ def test_what_is_read_is_what_runs(world, tmp_path, monkeypatch):
 
 def test_student_and_teacher_get_one_rendering(world):
     """One prompt, rendered once: both models score the same ids."""
-    pair = train.load_pair(str(world / "student"), str(world / "teacher"), "float32", DEVICE)
+    pair = load_pair(world / "student", world / "teacher")
     inputs = {}
     for name in ("student", "teacher"):
         getattr(pair, name).get_decoder().register_forward_pre_hook(
@@ -391,8 +391,9 @@ def test_the_teachers_flags_are_the_teachers_alone(world, monkeypatch, device, b
         return AutoModelForCausalLM.from_pretrained(name).eval()
 
     monkeypatch.setattr(models, "load_model", load_model)
-    names = (str(world / "student"), str(world / "teacher"))
-    train.load_pair(*names, "float32", torch.device("meta"), teacher_device=device, teacher_bits=bits)
+    names = {"student": str(world / "student"), "teacher": str(world / "teacher")}
+    knobs = train.Knobs(**names, teacher_device=device, teacher_bits=bits, dtype="float32")
+    train.load_pair(knobs, torch.device("meta"))
     place = torch.device(device or "meta")
     assert loaded == [("student", torch.device("meta"), ""), ("teacher", place, bits)]
 
@@ -405,7 +406,7 @@ def test_a_larger_vocabulary_is_cut_to_the_shared_ids(tmp_path, world, capsys):
     model.resize_token_embeddings(model.config.vocab_size + 6)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path)
-    pair = train.load_pair(str(world / "student"), str(tmp_path), "float32", DEVICE)
+    pair = load_pair(world / "student", tmp_path)
     assert pair.vocab_size == pair.student.config.vocab_size
     assert capsys.readouterr().out.count("using the first") == 1
 
@@ -416,5 +417,5 @@ def test_every_eos_id_of_either_model_ends_a_response(world, tmp_path):
     model.generation_config.eos_token_id = [model.config.eos_token_id, 7]
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path)
-    pair = train.load_pair(str(world / "student"), str(tmp_path), "float32", DEVICE)
+    pair = load_pair(world / "student", tmp_path)
     assert 7 in pair.eos_ids and pair.student.generation_config.eos_token_id == sorted(pair.eos_ids)

@@ -7,9 +7,8 @@ from pathlib import Path
 import claims
 import english
 import pytest
-import torch
+from helpers import load_pair
 
-import train
 from support import data
 from support.run_folder import read_csv
 
@@ -49,7 +48,7 @@ def test_the_teacher_learns_and_its_reverse_kl_is_measured(world, tmp_path, monk
     taught = english.write_problems(tmp_path, recipe)
     nll = {}
     for name in ("student", "teacher"):
-        pair = train.load_pair(str(folder / name), str(folder / "teacher"), "float32", torch.device("cpu"))
+        pair = load_pair(folder / name, folder / "teacher")
         ids = [pair.tokenizer.encode(text, return_tensors="pt") for text in taught.values()]
         nll[name] = sum(pair.student(input_ids=text, labels=text).loss.item() for text in ids)
     assert nll["teacher"] < 0.7 * nll["student"]

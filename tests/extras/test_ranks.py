@@ -254,7 +254,7 @@ def test_all_processes_get_the_sampler(monkeypatch):
 def test_shards_need_one_tokenizer():
     leader = shard.ShardedLeader.__new__(shard.ShardedLeader)
     with pytest.raises(cli.BadInput, match="--shard needs one tokenizer, and the teacher has another: drop"):
-        leader.load_pair(two_tokenizers=True)
+        leader.load_pair(train.Knobs(), torch.device("cpu"), two_tokenizers=True)
 
 
 def test_a_divergence_that_cannot_be_sent_is_refused(monkeypatch):
@@ -278,8 +278,8 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4], [5, 6], [7, 7, 7, 7],
 ENDS = {END, *range(20, 30)}
 
 
-def load(student, teacher, dtype, device, two_tokenizers):
-    return pair_of(tiny(), tiny(seed=1), getattr(torch, dtype), ENDS)
+def load(knobs, device, two_tokenizers):
+    return pair_of(tiny(), tiny(seed=1), getattr(torch, knobs.dtype), ENDS)
 
 
 def take_gradient(worker):
@@ -311,8 +311,8 @@ def compare(leader, dtype, divided, tolerance):
     """Rollouts and scores of all processes against those of this one."""
     knobs = train.Knobs(batch_size=7, clip=1e9, dtype=dtype, shard=divided, device="cpu")
     leader = leader.start(knobs, rollout)
-    pair = leader.load_pair("", "", dtype, torch.device("cpu"), two_tokenizers=False)
-    one = load("", "", dtype, "", "")
+    pair = leader.load_pair(knobs, torch.device("cpu"))
+    one = load(knobs, torch.device("cpu"), False)
     noise = sampling_noise(range(len(PROMPTS)), 9)
     alone = rollout(one.student, PROMPTS, 9, ENDS, noise, temperature=0.7)
     for name in ("teacher", "student") if dtype == "float32" else ("student",):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Bytes, pair_of, tiny
+from helpers import Bytes, load_pair, pair_of, tiny
 
 import train
 from extras import view
@@ -70,7 +70,7 @@ def test_the_numbers_are_those_of_train_score_and_of_the_models(run, monkeypatch
     content = data_of(run / "view.html")
     assert [a["writer"] for a in content["problems"][1]["answers"]] == ["before", "after", "teacher"]
     knobs = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(run)}))
-    pair = train.load_pair(str(run / "student"), knobs.teacher, "float32", torch.device("cpu"))
+    pair = load_pair(run / "student", knobs.teacher)
     problems = data.train_and_test(knobs.data, "", 3, knobs.seed)[1][:2]
     prompts = render(pair.tokenizer, problems, "")
     noise = sampling_noise([(knobs.seed, "view", i) for i in range(2)], 40)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import SIZES, V, tiny
+from helpers import SIZES, V, load_pair, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import train
@@ -138,7 +138,7 @@ def test_the_end_of_turn_of_the_chat_template_is_an_eos_id(world):
 
 
 def test_a_smaller_teacher_is_allowed_and_reported(world, capsys):
-    train.load_pair(str(world / "teacher"), str(world / "student"), "float32", torch.device("cpu"))
+    load_pair(world / "teacher", world / "student")
     assert "teacher is smaller" in capsys.readouterr().out
 
 
