@@ -357,9 +357,7 @@ def choose_engine(knobs: Knobs, ranks) -> SimpleNamespace:
     """What a run does with the models, in this process, or with torchrun divided among `ranks`."""
     sampler = rollout
     if knobs.sampler == "graphs":
-        from extras.graphs import graph_rollout
-
-        sampler = graph_rollout
+        from extras.graphs import graph_rollout as sampler
     if ranks:
         return ranks.start(knobs, sampler)  # has the same five names
     return SimpleNamespace(
