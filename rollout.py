@@ -155,17 +155,13 @@ def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def model_inputs(
-    rollouts: Rollout,
-    rows: list[int],
-    loss_mask: Tensor,  # (B, R) bool, True on response tokens only
-) -> tuple[Tensor, Tensor]:
+def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Input ids (M, L) of `rows`, and predicts (M, L) bool: which hidden states predict a token with a loss.
 
-    The hidden state at place i predicts the token at place i + 1: the state of the last prompt token predicts
-    the first response token. `hidden[predicts]` has the order of `rollouts.tokens[rows][loss_mask[rows]]`.
-    Padding is on the right, where causal attention never looks, so no attention mask is needed. An example,
-    the prompt 1 2 with the response 7 8 9:
+    `loss_mask` is (B, R) bool, True on response tokens only. The hidden state at place i predicts the token
+    at place i + 1: the state of the last prompt token predicts the first response token. `hidden[predicts]`
+    has the order of `rollouts.tokens[rows][loss_mask[rows]]`. Padding is on the right, where causal attention
+    never looks, so no attention mask is needed. An example, the prompt 1 2 with the response 7 8 9:
 
         ids        1  2  7  8    without 9, which predicts nothing
         predicts   .  x  x  x

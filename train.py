@@ -5,8 +5,7 @@
 
 --help prints this text; the defaults that it shows are those of the preset qwen.
 """
-# Shapes: B rows, R longest response; of a micro-batch M rows, L longest input, N tokens with a loss; D hidden
-# size.
+# Shapes: B rows, R longest response, D hidden; of a micro-batch M rows, L longest input, N tokens with a loss
 
 import math
 import os
@@ -30,9 +29,8 @@ from support.run import CheckpointedRun, Run
 from support.scores import score_answers
 
 
-# knob(default, help, limits `least` and `most`); `word` is a text that a numeric flag accepts too; `group`
-# starts a section of --help. A preset (PRESET in support/toy.py and support/words.py) replaces some defaults;
-# flags replace both.
+# knob(default, help, limits); a numeric flag accepts the text `word` too; `group` starts a section of --help.
+# A preset (PRESET in support/toy.py and support/words.py) replaces some defaults; flags replace both.
 @dataclass(frozen=True)
 class Knobs:
     schedule: str = knob("topd", "how the horizon changes", choices=SCHEDULES, group="the horizon")
