@@ -62,9 +62,7 @@ class Knobs:
     batch_size: int = knob(16, "prompts in a step", least=1, most=10**5)
     rollouts_per_prompt: int = knob(1, "answers to each prompt", least=1, most=10**5)
     temperature: float = knob(1.0, "of sampling, and of both models in the loss", least=0.01, most=100)
-    sampler: str = knob(
-        "plain", "graphs: the same samples up to rounding, faster on CUDA", choices=("plain", "graphs")
-    )
+    sampler: str = knob("plain", "graphs: faster on CUDA, same up to rounding", choices=("plain", "graphs"))
     lr: float = knob(5e-6, "peak learning rate", least=0)
     warmup: float = knob(0.1, "fraction of the steps in which the learning rate rises", least=0, most=1)
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
