@@ -75,11 +75,7 @@ def after_phrase(text: str) -> list[str]:
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
     # "**Answer**: 5", or a heading "### Answer" above a last line that is a formula.
     heading = r"^[#*]{1,9} ?(?:final )?answer[#* ]{0,9}\n(?=\s{0,9}[-$\\\d][^\n]*\s*\Z)"
-    phrases = re.finditer(
-        rf"(?:answer\*{{0,3}}(?: is| ?:| =)|{heading})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}",
-        text,
-        re.I | re.M,
-    )
+    phrase = rf"(?:answer\*{{0,3}}(?: is| ?:| =)|{heading})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}"
     # A comma ends the answer in "1 hour, or 60 minutes", but not before the last part of "1, 2, and 3".
     last_part = r"(?:and|or)\s+[-−$\\\d(][^\s%,;]*(?:[,;]|\s*$|\s+[^a-z\s])"
     end = re.compile(
@@ -89,7 +85,7 @@ def after_phrase(text: str) -> list[str]:
         r"|\s\(?(?:because|since)\s",
         re.M,
     )
-    for match in islice(phrases, 100):
+    for match in islice(re.finditer(phrase, text, re.I | re.M), 100):
         rest = text[match.end() : match.end() + 240]
         sentence = rest[: end.search(rest).start()].lstrip(" *`").rstrip(" *.`")
         answer = without_prose(sentence)  # 12 from "therefore 12"; None from "add 2 and 3"

@@ -98,8 +98,7 @@ DIVERGENCES = {
 def token_statistics(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """Per-token statistics, (C,) each, in nats; `agreement` is 1 where both argmaxes are equal, else 0.
 
-    They are logged whichever loss is used: the mean of each over the tokens with a loss is a column of
-    metrics.csv.
+    Whichever loss is used, the mean of each over the tokens with a loss is a column of metrics.csv.
     """
     return {
         "reverse_kl": reverse_kl(student_logp, teacher_logp, tokens),
