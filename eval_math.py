@@ -129,7 +129,8 @@ def is_correct(response: str, answer: str) -> bool:
 @torch.no_grad()
 def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -> None:
     """Raise BadInput unless one pass over the last answer gives the log-probabilities of the sampler."""
-    row = len(rollouts.prompts) - 1  # the longest prompts come first, so this row has the most padding
+    # The longest prompts come first, so this row was sampled with the most padding; the pass below has none.
+    row = len(rollouts.prompts) - 1
     mask = rollouts.response_mask[row]
     ids, predicts = model_inputs(rollouts, [row], rollouts.response_mask)
     logits = model(input_ids=ids, use_cache=False).logits[predicts].float()
@@ -163,10 +164,10 @@ def evaluate(
     """One record per answer, written to the JSONL file `path` batch by batch; batches found there are kept.
 
     The sampling noise of an answer depends on the seed, the index of its problem and its sample alone, so a
-    resumed evaluation gives the same scores. Longest prompts come first: a batch that does not fit into
-    memory fails at once. A record has the `index` and the text of its `problem`, the whole `response`, the
-    answer `extracted` from it, the `gold` answer, and whether it is `correct`, `correct_strict` (correct and
-    in a box), and `correct_last` (if the last box counts).
+    resumed evaluation with the same batch size gives the same scores. Longest prompts come first: a batch
+    that does not fit into memory fails at once. A record has the `index` and the text of its `problem`, the
+    whole `response`, the answer `extracted` from it, the `gold` answer, and whether it is `correct`,
+    `correct_strict` (correct and in a box), and `correct_last` (if the last box counts).
     """
     problems, prompts, tokenizer, eos_ids = held_out
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

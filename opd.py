@@ -35,8 +35,8 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
 
     ESR's loss (Zhou et al., arXiv 2605.27028). The terms - p + q sum to zero over the vocabulary, so they do
     not change the value. They make the gradient in log p equal to p (log p - log q), exactly zero where
-    p = q. Without them it has one more p, which the backward pass of log_softmax cancels only up to
-    rounding, and AdamW, which divides a gradient by its own size, makes full-size updates of what is left.
+    p = q. Without them it has an additional term p, which the backward pass of log_softmax cancels only up
+    to rounding. AdamW divides a gradient by its own size, so the rounding error would become an update.
     """
     p, q = student_logp.exp(), teacher_logp.exp()
     return (p * (student_logp - teacher_logp) - p + q).sum(-1)
@@ -145,12 +145,13 @@ def opd_backward(
         student_logp = log_probs(student_head(student_chunk), temperature)  # (C, V)
         with torch.no_grad():
             teacher_logp = log_probs(teacher_head(teacher_chunk), teacher_temperature)  # (C, V)
-        nats = divergence(student_logp, teacher_logp, token_chunk)
-        if nats.shape != token_chunk.shape:
-            raise ValueError(f"the divergence returns the shape {tuple(nats.shape)}, not one value per token")
-        chunk_loss = nats.sum() / max(normalizer, 1)  # the normalizer is 0 if no token of the step has a loss
+        token_loss = divergence(student_logp, teacher_logp, token_chunk)  # (C,)
+        if token_loss.shape != token_chunk.shape:
+            shape = tuple(token_loss.shape)
+            raise ValueError(f"the divergence returns the shape {shape}, not one value per token")
+        chunk_loss = token_loss.sum() / max(normalizer, 1)  # it is 0 if no token of the step has a loss
         if chunk_loss.requires_grad:
-            chunk_loss.backward()  # into leaf.grad and the head's weight; frees the chunk's graph
+            chunk_loss.backward()  # into leaf.grad and the head's weight
         loss += chunk_loss.detach()
         statistics.append(token_statistics(student_logp, teacher_logp, token_chunk))
     if leaf.grad is not None:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 @dataclass
 class Rollout:
-    """B sampled responses. The mask cannot be computed from the tokens: 0, which pads, is a token as well."""
+    """B sampled responses. The mask cannot be computed from the tokens: the padding 0 is also a valid id."""
 
     prompts: list[list[int]]
     tokens: Tensor  # (B, R) int64, 0 after the end
@@ -91,8 +91,8 @@ def rollout(
 ) -> Rollout:
     """Sample at most `horizon` tokens after each prompt; every id of `eos_ids` ends a row.
 
-    The distribution is softmax(logits[:vocab_size] / temperature); the checkpoint's generation config is not
-    used. Finished rows are dropped from the batch and from the cache, so they cost no compute. Raises
+    The distribution is softmax(logits[:, :vocab_size] / temperature); the checkpoint's generation config is
+    not used. Finished rows are dropped from the batch and from the cache, so they cost no compute. Raises
     ValueError if the model is in training mode or does not use the cache.
     """
     if model.training:

@@ -23,10 +23,10 @@ from support.cli import BadInput, NoKnobs, parse, run_main
 
 
 def staircase(step: int, steps: int, budget: int, start: int, growth: int, interval: int) -> int:
-    """The horizon in tokens at `step`, from 0 to steps - 1: the formula of all four schedules.
+    """The horizon in tokens at `step`, which counts from 0: the formula of all four schedules.
 
     `budget` is T, and `start` is H0 in tokens. A schedule that does not grow has growth 0 and interval 1, so
-    H = H0. Every formula is called with all these arguments, by name except `step`.
+    H = H0. Every formula is called with all these arguments, by name except `step`; this one ignores `steps`.
     """
     return min(budget, start + growth * (step // interval))
 
@@ -63,7 +63,7 @@ def make_schedule(
     growth: int | None = None,
     interval: int | None = None,
 ) -> Callable[[int], int]:
-    """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule.
+    """The function step -> H in tokens. Raises BadInput if the settings are invalid or contradict each other.
 
     By default the horizon is the schedule's, and POPD's grows every 1/30 of the run, by an amount with which
     it reaches the budget at 2/3 of the run. This is our choice; growth and interval of the paper are unknown.

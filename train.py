@@ -73,7 +73,7 @@ class Knobs:
     shard: bool = knob(False, "with torchrun: divide both models among the processes (FSDP2)")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
 
-    eval_every: int = knob(0, "steps between evaluations; 0: before and after", least=0, group="evaluation")
+    eval_every: int = knob(0, "steps between evaluations; 0: first and last", least=0, group="evaluation")
     eval_limit: int = knob(64, "held-out problems; 0: no evaluation", least=0)
     eval_batch: int | str = knob("auto", "answers sampled together, at most 64 if auto", least=1, word="auto")
     eval_temperature: float = knob(0.0, "0 is greedy", least=0)
@@ -106,8 +106,8 @@ class Pair:
     student_head: models.OutputHead  # from hidden states to logits, fp32 where the device can
     teacher_head: models.OutputHead
     tokenizer: object  # the student's
-    # Ids from vocab_size on exist in one model alone, and are neither sampled nor scored. With two tokenizers
-    # this is the size of the larger vocabulary, so no id is excluded.
+    # Ids from vocab_size on exist in one model alone: training neither samples nor scores them. With two
+    # tokenizers this is the size of the larger vocabulary, so no id is excluded.
     vocab_size: int
     eos_ids: set[int]  # ids that end a response
 
@@ -125,7 +125,7 @@ def hidden_states(model, ids: Tensor) -> Tensor:
 
 
 def move_gradient(master: Tensor, weight: Tensor) -> None:
-    """Move a bf16 gradient to the fp32 master: those of chunks and micro-batches are summed in fp32."""
+    """Move a bf16 gradient to the fp32 master, so that chunks and micro-batches are summed in fp32."""
     if master.grad is None:
         master.grad = weight.grad.to(master.dtype)
     else:
@@ -234,7 +234,7 @@ def train(
     `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way: with the
     student, and with the pair. Rollouts that the student did not sample have `logp=None`; otherwise `logp` is
     compared with the scorer's `student_logp` whenever the horizon is longer than in all earlier steps of this
-    process.
+    process. Raises BadInput if they differ by more than rounding.
     """
     longest_checked = 0  # the longest horizon so far, in tokens
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
@@ -265,7 +265,7 @@ def train(
                 temperature=knobs.temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if horizon > longest_checked:  # is the sampled distribution the one in the loss?
+            if horizon > longest_checked:  # the sampled distribution has to be the one in the loss
                 models.check_rollouts(pair.student, rollouts, statistics, knobs.dtype)
                 longest_checked = horizon
 
@@ -338,7 +338,7 @@ def save_student(pair: Pair, folder: Path) -> None:
 
 
 def schedule_of(knobs: Knobs) -> Callable[[int], int]:
-    """The function step -> H in tokens. Raises BadInput if the settings are not those of a schedule."""
+    """The function step -> H in tokens. Raises BadInput if they are invalid."""
     return make_schedule(
         name=knobs.schedule,
         budget=knobs.max_new_tokens,
@@ -350,12 +350,12 @@ def schedule_of(knobs: Knobs) -> Callable[[int], int]:
 
 
 def choose_engine(knobs: Knobs, ranks) -> SimpleNamespace:
-    """What a run does with the models, in this process, or with torchrun divided among `ranks`."""
+    """The functions that load, sample, score and optimise, and the run: in this process or among `ranks`."""
     sampler = rollout
     if knobs.sampler == "graphs":
         from extras.graphs import graph_rollout as sampler
     if ranks:
-        return ranks.start(knobs, sampler)  # has the same five names
+        return ranks.start(knobs, sampler)  # has the same five attributes
     return SimpleNamespace(
         load_pair=load_pair, rollout=sampler, score=score, adamw=adamw, run=CheckpointedRun
     )
@@ -367,19 +367,19 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
     A script may give `train` its own `sampler` and `scorer`, as in `run_main(partial(train.main, scorer=f))`.
     Evaluation keeps the sampler of the flags.
     """
-    own = run_folder.describe_functions(sampler=sampler, scorer=scorer)
     # 1. Settings and problems.
+    own = run_folder.describe_functions(sampler=sampler, scorer=scorer)
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
         from extras.ranks import join
 
-        ranks = join(load_pair, score, adamw)  # the other ranks stay in here, serve rank 0, and exit
+        ranks = join(load_pair, score, adamw)  # returns on rank 0 alone; the others serve it, and exit
         if own:
             raise BadInput(f"the script's {own} needs one process: start it without torchrun")
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
     engine = choose_engine(knobs, ranks)
     horizon_at = schedule_of(knobs)
-    run_folder.build_world(knobs, rollout)  # once, of the presets toy and words; `words` samples texts
+    run_folder.build_world(knobs, rollout)  # the models and data of the presets toy and words, if missing
     device = models.find_device(knobs.device)
     problems, test = data.problems_of(knobs)
     if knobs.dry_run:
@@ -396,16 +396,16 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
         raise BadInput(f"the script's {own} needs one tokenizer: name a teacher of the student's family")
     pair = engine.load_pair(knobs, device, two_tokenizers)
     prompts, held_out = render_prompts(pair, problems, test, knobs, two_tokenizers)
-    our_scorer = engine.score
+    default_scorer = engine.score
     teacher_held_out = held_out
     if two_tokenizers:
         from extras.other_tokenizer import prepare
 
-        our_scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)
+        default_scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)
     if knobs.horizon == "auto":
         from extras import profile_horizon
 
-        knobs = replace(knobs, horizon=profile_horizon.choose(our_scorer, pair, prompts, knobs))
+        knobs = replace(knobs, horizon=profile_horizon.choose(default_scorer, pair, prompts, knobs))
         horizon_at = schedule_of(knobs)
 
     def grade(model, name: str) -> dict | None:
@@ -438,7 +438,7 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
         # A resumed run finds these answers in its folder, and samples none again. Its student still has the
         # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
         summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        functions = {"sampler": sampler or engine.rollout, "scorer": scorer or our_scorer}
+        functions = {"sampler": sampler or engine.rollout, "scorer": scorer or default_scorer}
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade if test else None, **functions)
         run.save_student()
         summary["seconds"] = run.seconds()

@@ -230,7 +230,7 @@ def apply(change, folder):
         (folder / name).write_text(text.replace(before, lines + before), encoding="utf-8")
 
 
-def tests_of(copy):
+def run_tests_of(copy):
     """Run the tests of a copy of the project, in a process that has imported the project itself."""
     for name, module in list(sys.modules.items()):
         if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT):
@@ -258,6 +258,6 @@ def test_a_schedule_a_divergence_and_a_column_are_small_changes(world, tmp_path)
     # Without the slow ones among those that meet none of the additions.
     left_out = ("toy_student_learns", "stopped_run", "linear_time", "bounded_time", "forked", "two_models")
     selected = " and ".join(f"not {name}" for name in left_out)
-    process = in_process(partial(tests_of, copy), ["-k", selected], tmp_path / "output")
+    process = in_process(partial(run_tests_of, copy), ["-k", selected], tmp_path / "output")
     process.join()
     assert process.exitcode == 0, (tmp_path / "output").read_text(encoding="utf-8")[-3000:]
