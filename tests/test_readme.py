@@ -205,7 +205,7 @@ def test_benchmark_tables():
     for pair in ("SmolLM2-135M", "Qwen2.5-Coder-0.5B"):
         assert f"{earlier[pair, 'bfloat16', 'ours']} (naive{earlier[pair, 'bfloat16', 'naive']}" in RESULTS
     for row in rows_of("bench_logits"):
-        cells = [f"{float(row['reverse_kl']):.4f}", f"{float(row['bf16_error']):.1%}"]
+        cells = [f"{float(row['reverse_kl']):.2g}", f"{float(row['bf16_error']):.1%}"]
         assert "| " + " | ".join(cells) + " |" in RESULTS
 
 
