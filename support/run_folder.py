@@ -339,17 +339,25 @@ def training_inputs(knobs, problems: list, test: list) -> dict[str, str]:
 
 
 def describe_functions(**functions: Callable | None) -> str | None:
-    """ "scorer first_half" for example, with the arguments of a `partial`; None if all are None."""
+    """ "scorer first_half" for example, with the arguments of a `partial`; None if all are None.
+
+    Arguments that JSON cannot express are described by their name if they have one, else by their type.
+    """
     found = []
     for part, function in functions.items():
         settings = ""
         if isinstance(function, partial):
             arguments = [function.args, function.keywords]
-            settings = json.dumps(arguments, default=lambda value: type(value).__name__)
+            settings = json.dumps(arguments, default=name_of, skipkeys=True)
             function = function.func
         if function is not None:
-            found.append(f"{part} {getattr(function, '__qualname__', type(function).__name__)}{settings}")
+            found.append(f"{part} {name_of(function)}{settings}")
     return ", ".join(found) or None
+
+
+def name_of(value: Any) -> str:
+    """The name of a function or class, else that of the value's type."""
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def hash_of_json(content: Any) -> str:

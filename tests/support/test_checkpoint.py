@@ -442,7 +442,8 @@ def test_functions_of_a_script_differ_by_name_and_by_the_arguments_of_a_partial(
     assert describe(sampler=None, scorer=None) is None
     found = [describe(sampler=None, scorer=f) for f in (noted, partial(noted, 1), partial(noted, 2))]
     assert found == ["scorer noted", "scorer noted[[1], {}]", "scorer noted[[2], {}]"]
-    assert describe(sampler=partial(noted, main), scorer=None) == 'sampler noted[["function"], {}]'
+    assert describe(sampler=partial(noted, main), scorer=None) == 'sampler noted[["main"], {}]'
+    assert describe(sampler=None, scorer=partial(noted, {(1, 2): 3}, {4})) == 'scorer noted[[{}, "set"], {}]'
 
 
 def test_a_script_with_a_scorer_has_one_tokenizer(world, tmp_path, monkeypatch):
