@@ -73,7 +73,7 @@ class Knobs:
     shard: bool = knob(False, "with torchrun: divide both models among the processes (FSDP2)")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
 
-    eval_every: int = knob(0, "steps between evaluations; 0: first and last", least=0, group="evaluation")
+    eval_every: int = knob(0, "steps between evaluations; 0: before and after", least=0, group="evaluation")
     eval_limit: int = knob(64, "held-out problems; 0: no evaluation", least=0)
     eval_batch: int | str = knob("auto", "answers sampled together, at most 64 if auto", least=1, word="auto")
     eval_temperature: float = knob(0.0, "0 is greedy", least=0)
@@ -338,7 +338,7 @@ def save_student(pair: Pair, folder: Path) -> None:
 
 
 def schedule_of(knobs: Knobs) -> Callable[[int], int]:
-    """The function step -> H in tokens. Raises BadInput if they are invalid."""
+    """The function step -> H in tokens. Raises BadInput if the settings are invalid."""
     return make_schedule(
         name=knobs.schedule,
         budget=knobs.max_new_tokens,
