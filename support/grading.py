@@ -15,8 +15,8 @@ Conventions, where mathematics does not decide:
 | choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
 | parts | (a) 5, (b) 6 is compared as text |
 | bases | 101_2 needs its base, and is not converted |
-| a:b | the fraction a/b, unless am or pm makes it a time of day; longer ratios are compared as text |
-| words | compared as text, ignoring case; so is everything that math-verify cannot read completely |
+| a:b | the fraction a/b; longer ratios are compared as text, and times of day with am or pm |
+| words, "..." | compared as text, ignoring case; so is all that math-verify cannot read completely |
 | gold unreadable | the texts differ, and math-verify cannot read the gold: not correct, and reported |
 | several boxes | the first that is not blank counts; `correct_last` shows the last |
 | reasoning | only what follows the last </think> is graded; an unclosed <think> has no answer |
@@ -31,51 +31,43 @@ from functools import lru_cache
 LONGEST_ANSWER = 500  # characters of an answer; longer text is not compared
 LONGEST_RESPONSE = 200_000  # characters of a response; what follows is not searched for an answer
 
+FONTS = ["mbox", "mathrm", "mathbf", "boldsymbol", "bm", "textbf", "textit", "textrm", "textup"]
+COMMANDS = dict.fromkeys(["left", "right", "displaystyle", "underline"], "")
+COMMANDS |= dict.fromkeys(["quad", "qquad"], " ")
+COMMANDS |= dict.fromkeys(FONTS, r"\text")
+COMMANDS |= dict.fromkeys(["dfrac", "tfrac", "cfrac", "sfrac", "nicefrac"], r"\frac")
+COMMANDS |= {"langle": "(", "rangle": ")", "lg": r"\log", "varnothing": r"\emptyset", "degree": r"^\circ "}
+SIGNS = {"−": "-", "–": "-", "‐": "-", "⁄": "/", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "∞": r"\infty "}
+SIGNS |= {"·": r"\cdot ", "∈": r"\in ", "≈": r"\approx ", "°": r"^\circ ", "、": ",", "。": "."}
+SIGNS |= dict.fromkeys("\u200b\u2060\ufeff", "")  # they have no width
 SPELLINGS = (  # replaced in this order: what surrounds an answer, and notations unknown to math-verify
-    ("[\u200b\u2060\ufeff]", ""),
-    (r",\s*(?:\.{3}|…)\s*$", r",\\ldots"),
-    (r"^[\s=*]+|[\s.,;*。]+$", ""),
-    (r"(?s)(?<!\\)\$((?:\\.|[^\\$])*)\$", r"\1"),  # two dollar signs are LaTeX's, a single one is money
     ("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),  # NFKC would turn a superscript 5 into 5
     ("[₀-₉]+", r"_{\g<0>}"),
     ("[¼-¾⅐-⅞]", r" \g<0>"),
-    (r"[^\x00-\x7f]+", lambda found: unicodedata.normalize("NFKC", found[0])),
-    ("[−–‐]", "-"),
-    ("⁄", "/"),
-    (r"°|\\degree(?![a-z])", r"^\\circ "),
-    ("·", r"\\cdot "),
-    ("∈", r"\\in "),
-    ("≈", r"\\approx "),
-    ("、", ","),
-    ("∞|[Ii]nfinity", r"\\infty "),
-    ("√", r"\\sqrt "),
-    ("∛", r"\\sqrt[3] "),
+    (r"(?s).+", lambda found: unicodedata.normalize("NFKC", found[0])),
+    (f"[{''.join(SIGNS)}]", lambda found: SIGNS[found[0]]),
+    (r"(?s)(?<!\\)\$((?:\\.|[^\\$])*)\$", r"\1"),  # two dollar signs are LaTeX's, a single one is money
+    (r"\\([A-Za-z]+)", lambda found: COMMANDS.get(found[1], found[0])),
     (r"(?<=\d)(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # 10{,}000 and 10,\!000
-    (r"\\(?:left|right|displaystyle|underline)(?![a-z])|(?<!\\)\\[][()!:;]|\*\*|^\s*\\approx", ""),
-    (r"(?<!\\)\\[, ]|\\q?quad(?![a-z])|~|\s", " "),
-    (r"\\(?:mbox|mathrm|mathbf|boldsymbol|bm|text(?:bf|it|rm|up))(?![a-z])", r"\\text"),
-    (r"^\s*(?:\\text\s*)?\{(?![^{]*\}.)(.*)\}\s*$", r"\1"),
+    (r"(?<!\\)\\[][()!:;]|\*\*", ""),
+    (r"(?<!\\)\\[, ]|~|\s", " "),
+    (r"^(?: |=|\*|\\approx)+|(?<!\.)\.?[ ,;*]*$", ""),
+    (r"^(?:\\text ?)?\{(?![^{]*\}.)(.*)\}$", r"\1"),
     (r"\\text\s*(?:\{\s*(\(?\w[).:]*|[-\d.,\s]*\d)\s*\}|(\w))", r" \1\2"),  # \mathrm e, \textbf{(C)}
     (r"(?:,\s*)?(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"\\(?:[dtcs]|nice)frac(?![a-z])", r"\\frac"),
     (r"^(?i:negative|minus)\s+(?=[\d$\\])", "-"),
     (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
+    (r"\b[Ii]nfinity\b", r"\\infty "),
     (r"\\sqrt\s*(\[\d\])?\s*(\d+|\((?:[^()]|\([^()]*\))*\))", r"\\sqrt\1{\2}"),
     (r"\\text\s*\{\s*percent\s*\}|\bpercent\b", r"\\%"),
-    (r"\\lg(?![a-z])", r"\\log"),
-    (r"\\langle(?![a-z])", "("),
-    (r"\\rangle(?![a-z])", ")"),
-    (r"\\\\\[\s*[\d.]+\s*(?:pt|em|ex|mm)\s*\]", r"\\\\"),  # space between the rows of a matrix
-    (r"\^\s*(-\s*(?:\d+(?:\.\d+)?|[A-Za-z]))", r"^{\1}"),  # 10^-3
-    (r"\\varnothing", r"\\emptyset"),
     (r"(\d)\s*x\s*(?=10\s*\^)", r"\1\\times "),
     (r"\bC\((\d+),\s*(\d+)\)|(\w+)\s*\\choose\s*(\w+)", r"\\binom{\1\3}{\2\4}"),
     (r"(\d)\s*e([-+]?\d{1,4})", r"\1\\times 10^{\2}"),
+    (r"\^\s*(-\s*(?:\d+(?:\.\d+)?|[A-Za-z]))", r"^{\1}"),  # 10^-3
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d{1,50})\}?", lambda found: from_repeating(*found.groups())),
     (r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?::|\||\\mid)([^{}]*)\\\}", r"\1"),  # {x : x > 1}
     (r"^\s*\](.*)\[\s*$", r"(\1)"),  # ]0, 1[
     (r"^(-?)\s*(\\?\$|[€£₹¥]|USD)\s*(-?[\d.,]*\d)", r"\1\3 \2"),
-    (r"^[\s=*]+|[\s.,;*]+$", ""),
 )
 DECIMAL = r"(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 NUMBER = re.compile(rf"([-+]?)\s*(?:(\d+) +(?=\d+/))?(-?{DECIMAL})(?:\s*[/:]\s*({DECIMAL}))?")
@@ -88,43 +80,36 @@ CHOICE = re.compile(  # but "a:b = 2:3" is a ratio, and "(i)" a part
     r"(?:[).]+:?|(?-i:(?<=[A-J]):(?!\s*[A-Z]\s*[:=]))|\}?$)(?!\(|\s*[-+*/^=_,])\s*(.*)",
     re.I | re.S,
 )
-PARTS = re.compile(  # of "(a) 5, (b) 6"
-    r"(?:^\s*\((?:a|i)\)\s*[^\s(].*\s|[,;]\s*)\((?:[b-j]|ii+)\)\s*[^\s,;]"
-    r"|[,;]\s*(?:[b-j]|ii+)[).:]\s*(?:-?\d|\\frac|\\sqrt)",
-    re.I,
+PARTS = re.compile(  # of "(a) 5, (b) 6" and "i) 3; ii) 4"
+    r"(?:^\s*\((?:a|i)\)\s*[^\s(].*\s|[,;]\s*)\((?:b|ii)\)\s*[^\s,;]|[,;]\s*(?:b|ii)[).:]\s*[-\d\\]", re.I
 )
-# \frac{1 \pm \sqrt5}{2}; math-verify reads the sign in a sum alone
-TWO_SIGNS = re.compile(r"(?!.*(?:\\\{|\\mp))((?:(?!\\pm|±).)*)(?:\\pm|±)((?:(?!\\pm|±).)*)")
-# "5/2 =" in 5/2 = 2.5: numbers and operations, and no commas but those between thousands
-CALCULATION = re.compile(
-    r"^(?:[^A-Za-z,\\<>]|,\d{3}|\\(?:frac|sqrt|binom|times|cdot|div|pm|circ|pi|log|ln|sin|cos|tan)(?![a-z])|\\\W)*"
-    r"(?<!!)=(?!.*,(?!\d{3}))"
+TWO_SIGNS = re.compile(r"(?!.*\\mp)((?:(?!\\pm|±).)*)(?:\\pm|±)((?:(?!\\pm|±).)*)")  # (1 \pm \sqrt5)/2
+CALCULATION = re.compile(  # "5/2 =" in 5/2 = 2.5
+    r"^(?:[-+*/\d.(){}^!%=\s]|,\d{3}|\\(?:frac|sqrt|binom|times|cdot|div|pi|%))*(?<!!)="
 )
 NO_UNIT = (  # words after a number that change its value
     r"\s*\(?(?:in )?(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|lakh|crore|score|remainder|more"
     r"|less|mod|base|binary|to|if|factorial|divided|minus|plus|over|root|squared|cubed|hal(?:f|ves)|thirds?"
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?)(?![a-z])"
 )
-POWER = r"(?:\{?-?\d\}?|\\circ)"
-TEXT_UNIT = rf"(?:\\mu\s*)?\\text\s*\{{(?!{NO_UNIT})(?:[^{{}}\d^]|\^{POWER})*\}}(?:\^{POWER})?"
+POWER = r"\^(?:\{?-?\d\}?|\\circ)"
+TEXT_UNIT = rf"(?:\\mu *)?\\text *\{{(?!{NO_UNIT})(?:[^{{}}\d^]|{POWER})*\}}(?:{POWER})?"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"  # also without a space
-SYMBOL = r"(?-i:(?:[kMGmcn]|\\mu\s*)?(?:Hz|eV|Pa|[JNVWAmgs])|[KCFTLhl]|mol|min|\\Omega"
-SYMBOL += r"|yr|wk|mo|qt|pt|ha|cc|hp|d[mLB]|cL|[KMG]B|[munp]F)(?![a-z])"
-BARE_UNIT = rf"(?:{SHORT_UNIT}|(?!{SHORT_UNIT}){SYMBOL})(?:\^{POWER})?"
+SYMBOL = r"(?-i:(?:[kMGmcn]|\\mu *)?(?:Hz|eV|Pa|[JNVWAmgs])|[KCFTLhl]|mol|min|yr)(?![a-z])"
+BARE_UNIT = rf"(?:{SHORT_UNIT}|(?!{SHORT_UNIT}){SYMBOL})(?:{POWER})?"
 AMOUNT = re.compile(  # a number or formula, and the unit after it; a bare unit could also be a variable
-    r"(?P<amount>.*?(?:[\d)}!%]|\\pi))\s*(?P<unit>'{1,2}|\"|(?:\\?\$|[€£₹¢¥])(?: per [a-z]+)?"
-    r"|\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\s*)?\{?[CF]?\}?"
-    rf"|{TEXT_UNIT}(?:\s*(?:\\cdot|/)?\s*{TEXT_UNIT})*"
-    rf"|(?P<bare>(?:(?={SHORT_UNIT})|(?<=\s)){BARE_UNIT}(?:(?:\s*\\cdot\s*|[/ ]){BARE_UNIT})*)"
-    rf"|(?<=\s)(?:[ap]\.?m|\(?(?!{NO_UNIT})(?:[a-z]{{3}}|[a-z]{{2}}[./ ])[a-z./ ]*\)?(?:\^{POWER})?))",
-    re.S | re.I,
+    r"(?P<amount>.*?(?:[\d)}!%]|\\pi))\s*(?P<unit>'{1,2}|\"|(?:\\?\$|[€£₹¥])(?: per [a-z]+)?"
+    r"|\^ *\{? *\\circ *\}? *(?:\\text *)?\{?[CF]?\}?"
+    rf"|{TEXT_UNIT}(?: *(?:\\cdot|/)? *{TEXT_UNIT})*"
+    rf"|(?P<bare>(?:(?={SHORT_UNIT})|(?<= )){BARE_UNIT}(?:(?: *\\cdot *|[/ ]){BARE_UNIT})*)"
+    rf"|(?<= )(?:[ap]\.?m|\(?(?!{NO_UNIT})(?:[a-z]{{3}}|[a-z]{{2}}[./ ])[a-z./ ]*\)?(?:{POWER})?))",
+    re.I,
 )
 VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 UNITS = {r"square (\w+)": r"\1^2", r"cubic (\w+)": r"\1^3", "kilo": "k", "centi": "c", "met(er|re)": "m"}
 UNITS |= {"hour|hr": "h", "minute": "min", "inche?": "in", "feet|foot": "ft", "mile": "mi", "yard": "yd"}
-UNITS |= {"gram": "g", "lit(er|re)": "l", "second|sec": "s", "pound": "lb", " per ": "/"}
-UNITS |= {r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°", "''|\"": "in"}
-WORD = re.compile(r"(?<![\\A-Za-z])(?:[a-z]{4}|(?:yes|no|odd)(?![a-z]))", re.I)
+UNITS |= {"gram": "g", "lit(er|re)": "l", "second|sec": "s", "pound": "lb"}
+UNITS |= {" per ": "/", r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°", "''|\"": "in"}
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
     r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[A-Za-z]'|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
@@ -194,19 +179,17 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     if max(len(found), len(gold)) > LONGEST_ANSWER:
         return "wrong" if len(gold) <= LONGEST_ANSWER else "gold unreadable", found, gold
     found, gold = tidy(found), tidy(gold)
+    if squeeze(found) == squeeze(gold):
+        return "right", found, gold
     if PARTS.search(found) or PARTS.search(gold):
-        return "right" if squeeze(found) == squeeze(gold) else "wrong", found, gold
+        return "wrong", found, gold
     ours, theirs = CHOICE.fullmatch(found), CHOICE.fullmatch(gold)
     if ours and theirs:
         return "right" if ours[1].lower() == theirs[1].lower() else "wrong", found, gold
     found = ours[2] if ours and ours[2] else found
     gold = theirs[2] if theirs and theirs[2] else gold
     names, gold_names = {*NAME.findall(found)}, {*NAME.findall(gold)}
-    if names == gold_names and len(names) > 1:  # of the same names, in any order
-        found, gold = values_by_name(found), values_by_name(gold)
-        names, gold_names = {*NAME.findall(found)}, {*NAME.findall(gold)}
-    two_names = names and gold_names and len(names | gold_names) > 1
-    if not two_names and (names == gold_names or not ("=" in found and "=" in gold)):
+    if len(names | gold_names) == 1 and (names == gold_names or not ("=" in found and "=" in gold)):
         found, gold = NAME.sub("", found), NAME.sub("", gold)
     if "=" not in gold:
         found = CALCULATION.sub("", found)
@@ -214,7 +197,7 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     if unit and other_unit and unit != other_unit:
         return "wrong", found, gold
     if re.fullmatch("[ap]m", unit or other_unit) and ":" in found + gold:  # no ratio: 1:15 pm is not 3:45 pm
-        return "right" if clock(found) == clock(gold) else "wrong", found, gold
+        return "right" if squeeze(found) == squeeze(gold) else "wrong", found, gold
     percent = found.endswith("%") - gold.endswith("%")
     found, gold = found.rstrip("%\\ "), gold.rstrip("%\\ ")
     ours, theirs = number(found), number(gold)
@@ -224,7 +207,7 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
         return "right", found, gold
     # A set of points in braces is a list of points; other braces are no tuple.
     start = [re.sub(r"[\\\s]|\{\((?=[^()]*,)", "", text)[:1] for text in (found, gold)]
-    differ = two_names or sorted(start) == ["(", "{"]
+    differ = sorted(start) == ["(", "{"] or names != gold_names and names and gold_names
     if not (names or gold_names):  # then two triangles or angles, and no product
         differ |= all(re.fullmatch("[A-Z]{3}", text.strip()) for text in (found, gold))
     if differ or NOT_MATHEMATICS.search(found) or NOT_MATHEMATICS.search(gold):
@@ -232,20 +215,11 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     return None, found, gold
 
 
-def values_by_name(text: str) -> str:
-    """The tuple of the values, "(1, 2)" from "y = 2, x = 1"; the text itself if a name has two values."""
-    before, *parts = NAME.split(text)
-    values = dict(zip(parts[::2], (value.strip(" ,") for value in parts[1::2])))
-    if before.strip() or len(values) < len(parts[::2]):
-        return text
-    return f"({', '.join(values[name] for name in sorted(values))})"
-
-
 def tidy(text: str) -> str:
     """One spelling of signs, fonts, spaces and roots, without what surrounds the answer."""
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
-    return text
+    return text.strip()
 
 
 def from_repeating(whole: str, once: str, period: str) -> str:
@@ -279,7 +253,7 @@ def split_unit(text: str, other: str = "") -> tuple[str, str]:
 def squeeze(text: str) -> str:
     r"""Text without spaces (but between two digits), \text and needless braces; words in lower case."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
-    if WORD.search(text):
+    if re.search(r"(?<![\\A-Za-z])(?:[a-z]{4}|(?:yes|no|odd)(?![a-z]))", text, re.I):
         text = text.lower()
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)|(?<=[a-z])\.", "", text))
 
@@ -293,12 +267,6 @@ def number(text: str) -> Fraction | None:
     if below and Fraction(below) == 0:
         return None
     return int(sign + "1") * (int(whole or 0) + Fraction(above) / Fraction(below or 1))
-
-
-def clock(text: str) -> str:
-    """A time of day in one spelling: 7:00 from 07:00 and 7."""
-    hour, _, minutes = re.sub("[{}]", "", squeeze(text)).partition(":")
-    return f"{hour.lstrip('0')}:{minutes or '00'}"
 
 
 def plain(text: str) -> str:
