@@ -77,29 +77,6 @@ def parse(knobs_class: type, description: str, argv: list[str] | None = None) ->
     return given
 
 
-def recorded(knobs_class: type, values: dict[str, Any]) -> dict[str, Any]:
-    """All settings, from a file that has all or most of them, checked like given flags. Raises BadInput."""
-    argv = []
-    hints = get_type_hints(knobs_class)
-    fields = dataclasses.fields(knobs_class)
-    for field in fields:
-        value, hint = values.get(field.name, field.default), hints[field.name]
-        several = get_origin(hint) is tuple
-        if isinstance(value, (list, tuple)) != several:
-            raise BadInput(f"{field.name} is {value!r}: give {'a list' if several else 'a single value'}")
-        for part in value if several else [value]:
-            kind = type(part)
-            if kind is type(field.default) and part == field.default:
-                continue
-            if kind is bool and hint is bool:
-                argv.append(flag_of(field.name if part else f"no_{field.name}"))
-            elif kind in (str, int, float) and hint is not bool:
-                argv.append(f"{flag_of(field.name)}={part}")
-            else:
-                raise BadInput(f"{field.name} is {part!r}, which is not a value of this setting")
-    return {field.name: field.default for field in fields} | parse(knobs_class, "", argv)
-
-
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 

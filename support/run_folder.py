@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from support import data, models, toy
-from support.cli import BadInput, Stopped, flag_of, recorded
+from support.cli import BadInput, Stopped, flag_of
 
 LOW_MEMORY = {"lr": 5e-5}  # ESR's learning rate for LoRA
 # The flags that --resume accepts. A run that grows has its learning rate and POPD's growth recomputed.
@@ -116,7 +116,8 @@ def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[st
     """The settings in the config.json of the folder given["resume"], and those of `safe` that are given.
 
     A setting that is newer than the run takes its default, and a line says so. Raises BadInput if the file is
-    missing, was edited or is not that of such a run, and for a flag that would change the run.
+    missing or is not that of such a run, if a setting was edited, whose hash it records, and for a flag that
+    would change the run.
     """
     path = Path(given["resume"], "config.json")
     if not given["resume"] or not path.is_file():
@@ -124,19 +125,21 @@ def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[st
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         digests = found.get("digests", {})
-        changed = [name for name in digests if hash_of_json(found.get(name)) != digests[name]]
-        recorded_names = found.keys() - {"run_id", "inputs", "environment", "digests"}
         names = {field.name for field in dataclasses.fields(knobs_class)}
-        if not recorded_names or recorded_names - names:
-            raise ValueError(f"other settings: {', '.join(sorted(recorded_names - names)) or 'none'}")
-        knobs = recorded(knobs_class, found)
+        unknown = sorted(digests.keys() - names)
+        if unknown or not digests:
+            raise ValueError(f"other settings: {', '.join(unknown)}" if unknown else "no hashes of settings")
+        changed = [name for name in digests if hash_of_json(found.get(name)) != digests[name]]
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         what = f"{path} is not the config of such a run ({type(error).__name__}: {error})"
         raise BadInput(f"{what}: restore it, or start a new one") from error
     if changed:
         what = f"{', '.join(changed)} in {path} changed since the run was started"
         raise BadInput(f"{what}: restore what changed, or start a new run")
-    if newer := sorted(names - recorded_names):
+    recorded = {name: value for name, value in found.items() if name in digests}
+    recorded |= {name: tuple(value) for name, value in recorded.items() if isinstance(value, list)}
+    knobs = dataclasses.asdict(knobs_class(**recorded))
+    if newer := sorted(names - digests.keys()):
         defaults = ", ".join(f"{flag_of(name)} {knobs[name]!r}" for name in newer)
         print(f"{path} is of an earlier version: continuing with the defaults {defaults}", flush=True)
     for name in given.keys() - {"resume"}:

@@ -143,7 +143,7 @@ def test_a_finished_run_may_grow(world, tmp_path, monkeypatch):
     ],
 )
 def test_a_flag_that_changes_the_run_is_refused(tmp_path, monkeypatch, flags, names):
-    (tmp_path / "config.json").write_text(json.dumps({**vars(train.Knobs()), "steps": 8}))
+    run_folder.write_config(tmp_path, vars(train.Knobs(steps=8, dtype="float32")), torch.device("cpu"), {})
     with pytest.raises(BadInput, match=names):
         main(monkeypatch, f"--resume {tmp_path} {flags}")
 
@@ -180,10 +180,12 @@ def test_a_setting_that_is_newer_than_the_run_takes_its_default(saved, monkeypat
     assert weights(saved) == before
 
 
-@pytest.mark.parametrize("config", [{}, vars(eval_math.Knobs())])
-def test_the_folder_of_another_program_is_not_resumed(tmp_path, monkeypatch, config):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match="is not the config of such a run .*other settings"):
+def test_the_folder_of_another_program_is_not_resumed(tmp_path, monkeypatch):
+    run_folder.write_config(tmp_path, vars(eval_math.Knobs()), torch.device("cpu"), {})
+    with pytest.raises(BadInput, match="is not the config of such a run .*other settings: benchmark, limit"):
+        main(monkeypatch, f"--resume {tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(vars(train.Knobs())))
+    with pytest.raises(BadInput, match="is not the config of such a run .*no hashes of settings"):
         main(monkeypatch, f"--resume {tmp_path}")
 
 
