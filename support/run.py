@@ -131,10 +131,10 @@ class CheckpointedRun(Run):
         self.optimizer = optimizer
         self.save_pair = save_student
         self.save_every = save_every
+        self.resumed = False  # whether the folder may hold checkpoints and rows of an earlier process
         self.step = 0  # steps that are done
         self.updating = False  # whether the optimizer has begun to change the weights in the current step
         optimizer.register_step_pre_hook(self.note_update)
-        self.run_id: str | None = None
         self.track: Callable[[int, dict[str, Any]], None] = lambda step, row: None
         self.bar: tqdm | None = None
 
@@ -145,7 +145,8 @@ class CheckpointedRun(Run):
         `longest` is the largest horizon. Raises BadInput if the student cannot be saved.
         """
         workload = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
-        with run_folder.exclusive(self.folder, fresh=not knobs.resume):
+        self.resumed = bool(knobs.resume)
+        with run_folder.exclusive(self.folder, fresh=not self.resumed):
             if (self.folder / "summary.json").exists() and not self.checkpoints():
                 what = f"{self.folder} has finished, and has no checkpoint to continue from"
                 raise BadInput(f"{what}: start a new run")
@@ -166,7 +167,8 @@ class CheckpointedRun(Run):
             with suppress(OSError):  # standard error may be closed
                 os.write(2, b"\nfinishing and saving this step; repeat to stop at once\n")
 
-        self.load(total)
+        if self.resumed:
+            self.load(total)
         self.bar = tqdm(total=total, initial=self.step, mininterval=0.5)
         handled = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores SIGHUP
         before = {number: signal.signal(number, note) for number in handled}
@@ -255,7 +257,8 @@ class CheckpointedRun(Run):
         """Write the state after `self.step` steps; the file gets its name when it is complete."""
         path = self.folder / f"checkpoint-{self.step:06d}.safetensors"
         tensors = self.tensors()
-        facts = {"step": self.step, "seconds": self.seconds(), "run_id": self.run_id}
+        facts = {"step": self.step, "seconds": self.seconds()}
+        facts["run_id"] = run_folder.run_id_of(self.folder)
         facts["optimizer"] = type(self.optimizer).__name__
         state = facts | {"digest": digest(facts, sorted(tensors.items()))}
         part = path.with_suffix(".part")
@@ -277,7 +280,6 @@ class CheckpointedRun(Run):
 
         Raises BadInput if all are damaged, or if one belongs to another run.
         """
-        self.run_id = run_folder.run_id_of(self.folder)
         for path in self.checkpoints():
             try:
                 self.read_checkpoint(path)
@@ -310,7 +312,7 @@ class CheckpointedRun(Run):
             expected = facts.pop("digest", None)
             if expected != digest(facts, ((name, file.get_tensor(name)) for name in names)):
                 raise ValueError("its hash differs")
-            if facts.get("run_id") != self.run_id:
+            if facts.get("run_id") != run_folder.run_id_of(self.folder):
                 raise BadInput(f"{path} is of another run: move it out of the folder")
             optimizer = facts.get("optimizer", "AdamW")
             if optimizer != type(self.optimizer).__name__:
