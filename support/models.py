@@ -95,9 +95,9 @@ def quantization(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def check_bits(bits: str) -> None:
-    """Raises BadInput if what --teacher-bits needs is not installed."""
+    """Raises BadInput if what --teacher-bits `bits` needs is not installed."""
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
-    if bits and missing:
+    if missing:
         names = " ".join(missing)
         raise BadInput(f"--teacher-bits {bits} needs {names}: pip install {names}, or drop the flag")
 

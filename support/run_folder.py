@@ -19,7 +19,7 @@ import platform
 import secrets
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -97,7 +97,7 @@ def check_device_flags(knobs, device: torch.device) -> None:
         raise BadInput(f"--sampler graphs does not run on {device}: drop it, or use --device cuda")
     if knobs.teacher_device:
         models.find_device(knobs.teacher_device)
-    if not knobs.dry_run:  # which loads no model
+    if knobs.teacher_bits and not knobs.dry_run:  # which loads no model
         models.check_bits(knobs.teacher_bits)
     if knobs.shard and os.environ.get("WORLD_SIZE", "1") == "1":
         raise BadInput("--shard needs several processes: start with torchrun, or give --no-shard")
@@ -228,8 +228,8 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
     """Create the folder, and hold its lock within the block.
 
     Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. After a
-    BadInput within the block nothing is left of a fresh run that has written config.json alone. Errors of
-    disk and memory become a Stopped.
+    BadInput or Ctrl-C within the block nothing is left of a fresh run that has written config.json alone.
+    Errors of disk and memory become a Stopped.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -242,13 +242,11 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
                 raise BadInput(f"another run was started in {folder}: start again, or name another --out")
             try:
                 yield
-            except BadInput:
+            except (BadInput, KeyboardInterrupt):
+                # While the lock is held: afterwards another run may use the folder.
                 if fresh and {path.name for path in folder.glob("*")} <= {".lock", "config.json"}:
-                    (folder / "config.json").unlink(missing_ok=True)  # the run could not begin
+                    remove_unbegun(folder, created)
                 raise
-            finally:
-                if fresh:  # while the lock is held: afterwards another run may use the folder
-                    remove_if_empty(folder, created)
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
     except OSError as error:
@@ -260,15 +258,13 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
         raise Stopped(1, f"{what}: start again with smaller batches or a lower --max-new-tokens") from error
 
 
-def remove_if_empty(folder: Path, created: list[Path]) -> None:
-    """Remove the lock of a folder that holds nothing else, then those of `created` that are empty."""
-    if {path.name for path in folder.glob("*")} <= {".lock"}:
-        try:
-            (folder / ".lock").unlink(missing_ok=True)
-            for path in created:
-                path.rmdir()
-        except OSError:  # another run uses it
-            return
+def remove_unbegun(folder: Path, created: list[Path]) -> None:
+    """Remove the files of a run that could not begin, then those of the folders `created` that are empty."""
+    with suppress(OSError):  # another run uses one of them
+        for name in ("config.json", ".lock"):
+            (folder / name).unlink(missing_ok=True)
+        for path in created:
+            path.rmdir()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -301,9 +297,11 @@ def write_config(folder: Path, knobs: dict, device: torch.device, inputs: dict[s
 
     `inputs` are its `input_hashes`. Raises BadInput if the run was started with others.
     """
-    check_inputs(folder, inputs)
     path = folder / "config.json"
-    run_id = run_id_of(folder) if path.exists() else secrets.token_hex(8)
+    run_id = secrets.token_hex(8)
+    if path.exists():
+        check_inputs(folder, inputs)
+        run_id = run_id_of(folder)
     digests = {name: hash_of_json(value) for name, value in knobs.items()}
     content = knobs | {"run_id": run_id, "inputs": inputs, "digests": digests}
     content |= {"environment": environment(device)}
@@ -346,16 +344,15 @@ def describe_functions(**functions: Callable | None) -> str | None:
 
     Arguments that JSON cannot express are described by their name if they have one, else by their type.
     """
-    found = []
-    for part, function in functions.items():
-        settings = ""
-        if isinstance(function, partial):
-            arguments = [function.args, function.keywords]
-            settings = json.dumps(arguments, default=name_of, skipkeys=True)
-            function = function.func
-        if function is not None:
-            found.append(f"{part} {name_of(function)}{settings}")
+    found = [f"{part} {description(function)}" for part, function in functions.items() if function]
     return ", ".join(found) or None
+
+
+def description(function: Callable) -> str:
+    if isinstance(function, partial):
+        arguments = json.dumps([function.args, function.keywords], default=name_of, skipkeys=True)
+        return name_of(function.func) + arguments
+    return name_of(function)
 
 
 def name_of(value: Any) -> str:
@@ -383,8 +380,7 @@ def hash_of_weights(name: str) -> str | None:
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     """Raises BadInput, naming what changed, if the run in `folder` was started with other inputs."""
-    path = folder / "config.json"
-    before = json.loads(path.read_text(encoding="utf-8")).get("inputs") if path.exists() else inputs
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("inputs")
     known = before if isinstance(before, dict) else {}
     changed = [what for what in inputs if known.get(what) != inputs[what]]
     if changed:
