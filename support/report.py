@@ -49,17 +49,22 @@ def show_rollout(
     record["text"] = gap_text(tokenizer, answer, gap, colour=False)
     with (folder / "rollouts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    length = rollouts.tokens.shape[1]
+    append_csv(folder / "positions.csv", rows_by_position(step, statistics, rollouts.tokens.shape[1]))
+
+
+def rows_by_position(step: int, statistics: dict[str, Tensor], length: int) -> list[dict[str, Any]]:
+    """The rows of positions.csv for a step: the mean of each statistic at each of `length` positions.
+
+    It is NaN where no answer has a token with a loss.
+    """
     names = [name for name in statistics if name not in PLACES]
-    means = {}
-    for name in names:
-        means[name] = mean_by_position(statistics[name], statistics["position"], length).tolist()
-    counts = torch.bincount(statistics["position"], minlength=length).tolist()
+    values = torch.stack([statistics[name].float() for name in names], dim=1)  # (N, K)
+    sums = values.new_zeros(length, len(names)).index_add(0, statistics["position"], values)
+    counts = torch.bincount(statistics["position"], minlength=length)
     rows = []
-    for i, count in enumerate(counts):
-        row = {"step": step, "position": i, "tokens": count}
-        rows.append(row | {name: means[name][i] for name in names})
-    append_csv(folder / "positions.csv", rows)
+    for i, (count, means) in enumerate(zip(counts.tolist(), (sums / counts[:, None]).tolist())):
+        rows.append({"step": step, "position": i, "tokens": count} | dict(zip(names, means)))
+    return rows
 
 
 def offending_rows(tokenizer, rollouts, statistics: dict[str, Tensor]) -> dict[str, Any]:
@@ -122,13 +127,6 @@ def token_texts(tokenizer, tokens: Tensor) -> list[str]:
             texts.append(text[len(tokenizer.decode(tokens[start:end])) :])
             start, end = end, i
     return texts
-
-
-def mean_by_position(values: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Mean of (N,) values at each response position: (length,), NaN where no row has a token."""
-    values = values.float()
-    total = values.new_zeros(length).index_add(0, positions, values)
-    return total / values.new_zeros(length).index_add(0, positions, torch.ones_like(values))
 
 
 def table(summary: dict) -> str:

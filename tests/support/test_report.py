@@ -1,5 +1,6 @@
 """What a run shows: the teacher's gap on each token, means by position, the table, the curve."""
 
+import math
 import re
 
 import pytest
@@ -51,11 +52,17 @@ def test_gap_text_is_redder_the_lower_the_teachers_probability_and_is_cut():
     assert text.endswith(" ...") and "f" not in text
 
 
-def test_mean_by_position():
-    values, positions = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2])
-    means = report.mean_by_position(values, positions, 4)
-    assert means[0] == 2 and means[2] == 5
-    assert means[1].isnan() and means[3].isnan()
+def test_rows_by_position():
+    statistics = {"row": torch.tensor([0, 1, 0]), "position": torch.tensor([0, 0, 2])}
+    statistics |= {
+        "reverse_kl": torch.tensor([1.0, 3.0, 5.0]),
+        "agreement": torch.tensor([True, True, False]),
+    }
+    rows = report.rows_by_position(7, statistics, 4)
+    assert rows[0] == {"step": 7, "position": 0, "tokens": 2, "reverse_kl": 2, "agreement": 1}
+    assert rows[2] == {"step": 7, "position": 2, "tokens": 1, "reverse_kl": 5, "agreement": 0}
+    for row in (rows[1], rows[3]):
+        assert row["tokens"] == 0 and math.isnan(row["reverse_kl"])
 
 
 SCORES = {"accuracy": 0.5, "se": 0.1, "truncated": 0.25, "mean_length": 40.0, "n": 20}
