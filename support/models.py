@@ -21,7 +21,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     DynamicCache,
-    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -141,21 +140,15 @@ def save_model(model, tokenizer, folder: Path, state_dict: dict[str, Tensor] | N
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     saved = copy(model)
-    saved.generation_config = valid_generation_config(model.generation_config)
+    saved.generation_config = deepcopy(model.generation_config)
+    if not saved.generation_config.do_sample:  # transformers refuses to save the settings of sampling then
+        saved.generation_config.update(**dict.fromkeys(SAMPLING))
     saved.save_pretrained(part, state_dict=state_dict)
     tokenizer.save_pretrained(part)
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def valid_generation_config(config: GenerationConfig) -> GenerationConfig:
-    """The config, without sampling settings if it does not sample: transformers refuses to save those."""
-    valid = deepcopy(config)
-    if not valid.do_sample:
-        valid.update(**dict.fromkeys(SAMPLING))
-    return valid
 
 
 def enable_checkpointing(model) -> None:
