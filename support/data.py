@@ -38,12 +38,6 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 LOST_BACKSLASH = re.compile(  # "\frac" in JSON is a form feed and "rac"
     r"\x0crac[{\d\\]|\x08(?:oxed|inom|eta|egin|ar)|\t(?:ext|frac)\{|\t(?:imes|heta)\b|\right[)\]}.|\\]|\nabla\b"
 )
-NOT_TEXT = {
-    b"\x1f\x8b": "gzip-compressed",
-    b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed",
-}
-NOT_TEXT |= {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
 
 
 class BadRow(ValueError):
@@ -108,7 +102,6 @@ def read_rows(source: str, split: str) -> tuple[str, list[tuple[str, Row]]]:
                 raise BadInput(
                     f"data {source} is not a {', '.join(SUFFIXES)} file: convert it to one of them"
                 )
-            check_is_text(path)
             return str(path), list(readers[path.suffix](path))
     except BadInput:
         raise
@@ -128,15 +121,6 @@ def file_of(folder: Path, split: str) -> Path:
     if len(found) > 1:
         raise BadInput(f"folder {folder} has {' and '.join(p.name for p in found)}: name one of them")
     return found[0]
-
-
-def check_is_text(path: Path) -> None:
-    """Raises BadInput if a file is compressed or in UTF-16."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    for magic, kind in NOT_TEXT.items():
-        if start.startswith(magic):
-            raise BadInput(f"data {path} is {kind}: unpack or convert it to text in UTF-8")
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:

@@ -262,7 +262,8 @@ def unreadable(folder):
     (folder / "both").mkdir()
     for suffix in ("json", "csv"):
         (folder / "both" / f"test.{suffix}").write_text(good)
-    found = {"zipped.jsonl": "gzip-compressed", "wide.jsonl": "UTF-16", "latin.csv": "text in UTF-8"}
+    not_utf_8 = "line 1 cannot be read ('utf-8' codec can't decode"
+    found = {"zipped.jsonl": not_utf_8, "wide.jsonl": not_utf_8, "latin.csv": "text in UTF-8"}
     found |= {"twice.csv": "names a column twice", "open.csv": "unexpected end of data"}
     found |= {"deep.json": "RecursionError", "broken.json": "JSONDecodeError", "broken.parquet": "Arrow"}
     found |= {"folder.jsonl": "has no test.jsonl", "both": "has test.csv and test.json"}
