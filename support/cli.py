@@ -7,7 +7,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO, get_args, get_origin, get_type_hints
 
 
@@ -71,10 +72,7 @@ def parse(knobs_class: type, description: str, argv: list[str] | None = None) ->
             section = parser.add_argument_group(field.metadata["group"])
         section.add_argument(flag_of(field.name), **flag_options(field, hints[field.name]))
     given = vars(parser.parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    for field in dataclasses.fields(knobs_class):
-        check_limits(field, given.get(field.name))
-    return given
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def flag_of(name: str) -> str:
@@ -88,12 +86,11 @@ def flag_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif get_origin(hint) is tuple:
-        options["action"] = "append"
-        options["metavar"] = "STR"
     else:
         kind = next(t for t in (get_args(hint) or (hint,)) if t is not type(None))
-        options["type"] = number_or(limits["word"], kind)
+        if get_origin(hint) is tuple:
+            options["action"] = "append"
+        options["type"] = converter(kind, limits)
         options["metavar"] = "|".join(filter(None, [kind.__name__.upper(), limits["word"]]))
     if limits["choices"]:
         options["choices"] = limits["choices"]
@@ -101,32 +98,26 @@ def flag_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     return options
 
 
-def check_limits(field: dataclasses.Field, value: Any) -> None:
-    """Raises BadInput if a number is outside the limits of its field, or a text is not valid Unicode."""
-    least, most = field.metadata["least"], field.metadata["most"]
-    for text in value if isinstance(value, tuple) else (value,):
-        if isinstance(text, str) and text != text.replace("\0", "").encode(errors="ignore").decode():
-            what = f"{flag_of(field.name)} {text!r} has a character that is not text"
-            raise BadInput(f"{what}: remove it, or use a locale of UTF-8, such as LC_ALL=C.UTF-8")
-    if least is None or value is None or value == field.metadata["word"]:
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadInput(f"{flag_of(field.name)} {value} is not a finite number: give one")
-    if value < least:
-        raise BadInput(f"{flag_of(field.name)} {value} is below {least}: raise it")
-    if value > most:
-        raise BadInput(f"{flag_of(field.name)} {value} is above {most}: lower it")
-
-
-def number_or(word: str, kind: type) -> Callable[[str], Any]:
-    """A converter to `kind` that leaves the text `word` as it is."""
+def converter(kind: type, limits: Mapping[str, Any]) -> Callable[[str], Any]:
+    """A function from the text of a flag to `kind`, within the limits; it leaves the text `word` as it is."""
+    least, most, word = limits["least"], limits["most"], limits["word"]
 
     def convert(text: str) -> Any:
-        if word and text == word:
+        if kind is str and text != text.replace("\0", "").encode(errors="ignore").decode():
+            what = f"{text!r} has a character that is not text"
+            raise ArgumentTypeError(f"{what}: remove it, or use a locale of UTF-8, such as LC_ALL=C.UTF-8")
+        if kind is str or (word and text == word):
             return text
-        if kind in (int, float) and (not text.isascii() or "_" in text):
+        if not text.isascii() or "_" in text:
             raise ValueError("a digit of another script, or 1_000")
-        return kind(text)
+        value = kind(text)
+        if kind is float and least is not None and not math.isfinite(value):
+            raise ArgumentTypeError(f"{text} is not a finite number: give one")
+        if least is not None and value < least:
+            raise ArgumentTypeError(f"{text} is below {least}: raise it")
+        if value > most:
+            raise ArgumentTypeError(f"{text} is above {most}: lower it")
+        return value
 
     convert.__name__ = kind.__name__ + (f" or {word}" if word else "")  # argparse names it in its error
     return convert
