@@ -79,14 +79,17 @@ def offending_rows(tokenizer, rollouts, statistics: dict[str, Tensor]) -> dict[s
 def finish(folder: Path, summary: dict) -> None:
     """Write summary.json and curve.png; print the table, the advice, and the first and last answer shown."""
     rows = read_csv(folder / "metrics.csv")
-    summary |= {"response_tokens": sum(int(row["response_tokens"]) for row in rows), "steps": len(rows)}
+    tokens = sum(int(row["response_tokens"]) for row in rows)
+    summary |= {"response_tokens": tokens, "steps": len(rows)}
+    lines = [f"{tokens:,} tokens sampled in {len(rows)} steps, {summary['seconds'] / 60:.1f} minutes"]
+    lines.append(advice_on_kl(rows))
     if summary["before"]:
         answers = [data.read_jsonl(folder / f"eval_{name}.jsonl") for name in ("before", "after")]
         summary["change"] = difference(*answers)
+        lines = [*table(summary), *lines, *advice_on_accuracy(summary)]
     write_json(folder / "summary.json", summary)
     draw_curve(rows, summary, folder)
-    print(table(summary))
-    print("\n".join(advice(rows, summary)))
+    print("\n".join(lines))
     if (folder / "rollouts.jsonl").exists():
         shown = data.read_jsonl(folder / "rollouts.jsonl")
         for record in (shown[0], shown[-1]) if len(shown) > 1 else ():
@@ -129,39 +132,38 @@ def token_texts(tokenizer, tokens: Tensor) -> list[str]:
     return texts
 
 
-def table(summary: dict) -> str:
-    """Three rows, student before, student after and teacher, and what the run cost."""
-    tokens, minutes = summary["response_tokens"], summary["seconds"] / 60
-    cost = f"{tokens:,} tokens sampled in {summary['steps']} steps, {minutes:.1f} minutes"
-    if not summary["before"]:
-        return cost
+def table(summary: dict) -> list[str]:
+    """Three rows, student before, student after and teacher, and the change."""
     lines = [f"{'':16}{'accuracy':>10}{'+- se':>8}{'truncated':>11}{'length':>8}{'n':>6}"]
     for name, key in (("student before", "before"), ("student after", "after"), ("teacher", "teacher")):
         s = summary[key]
         row = f"{name:16}{s['accuracy']:>10.1%}{s['se']:>8.1%}{s['truncated']:>11.1%}"
         lines.append(row + f"{s['mean_length']:>8.0f}{s['n']:>6}")
-    if "change" in summary:
-        lines.append(f"change          {format_difference(summary['change'])}")
-    return "\n".join([*lines, cost])
+    lines.append(f"change          {format_difference(summary['change'])}")
+    return lines
 
 
-def advice(rows: list[dict[str, Any]], summary: dict) -> list[str]:
-    """What happened and what to try next, in at most three lines; docs/running.md has the rules."""
+def advice_on_kl(rows: list[dict[str, Any]]) -> str:
+    """How the reverse KL changed, and what to try next; docs/running.md has the rules."""
     few = -(-len(rows) // 10)
     first, last = (fmean(float(row["reverse_kl"]) for row in part) for part in (rows[:few], rows[-few:]))
     steps = "step" if few == 1 else f"{few} steps"
-    found = [f"The reverse KL of the first and last {steps} is {first:.3f} and {last:.3f} nats a token"]
+    found = f"The reverse KL of the first and last {steps} is {first:.3f} and {last:.3f} nats a token"
     if len(rows) < 10:
-        found[0] += ": too few steps to tell."
-    elif rows[0]["horizon"] != rows[-1]["horizon"]:
-        found[0] += ", of other tokens, as the horizon changed: positions.csv has it by position."
-    elif math.isnan(first + last):
-        found[0] += ": in a step no token had a loss."
-    else:
-        found[0] += ": it rose; lower --lr, or raise --batch-size." if last > first else ": it fell."
+        return f"{found}: too few steps to tell."
+    if rows[0]["horizon"] != rows[-1]["horizon"]:
+        return f"{found}, of other tokens, as the horizon changed: positions.csv has it by position."
+    if math.isnan(first + last):
+        return f"{found}: in a step no token had a loss."
+    if last > first:
+        return f"{found}: it rose; lower --lr, or raise --batch-size."
+    return f"{found}: it fell."
+
+
+def advice_on_accuracy(summary: dict) -> list[str]:
+    """What the evaluations show, and what to try next, in at most two lines."""
+    found = []
     before, after, teacher = (summary[name] for name in ("before", "after", "teacher"))
-    if not before:
-        return found
     low, high = summary["change"]["interval"]
     p = summary["change"]["p"]
     if low == high == 0:

@@ -66,15 +66,14 @@ def test_rows_by_position():
 
 
 SCORES = {"accuracy": 0.5, "se": 0.1, "truncated": 0.25, "mean_length": 40.0, "n": 20}
-SUMMARY = {"before": None, "after": None, "teacher": None, "seconds": 90, "response_tokens": 1234, "steps": 5}
 
 
-def test_table_with_and_without_an_evaluation():
-    scores = dict.fromkeys(("before", "after", "teacher"), SCORES)
-    lines = report.table(SUMMARY | scores).splitlines()
+def test_table():
+    change = {"difference": 0.1, "se": 0.05, "interval": [0.0, 0.2], "better": 3, "worse": 1, "p": 0.6}
+    summary = dict.fromkeys(("before", "after", "teacher"), SCORES) | {"change": change}
+    lines = report.table(summary)
     assert [line.split()[-5:] for line in lines[1:4]] == [["50.0%", "10.0%", "25.0%", "40", "20"]] * 3
-    assert lines[-1] == "1,234 tokens sampled in 5 steps, 1.5 minutes"
-    assert report.table(SUMMARY) == lines[-1]
+    assert lines[4].startswith("change          +10.0% +- 5.0%") and len(lines) == 5
 
 
 FELL, ROSE = ([{"reverse_kl": str(x), "horizon": 9} for x in xs] for xs in (range(20, 0, -1), range(20)))
@@ -104,11 +103,10 @@ def test_advice(rows, teacher, change, cut, words):
     after = WORSE | {"truncated": cut}
     change = {"interval": change, "p": 0.5 ** (teacher["n"] - 1)}  # the sign test if all changed alike
     summary = {"before": WORSE, "after": after, "teacher": teacher, "change": change}
-    lines = report.advice(rows, summary)
+    lines = [report.advice_on_kl(rows), *report.advice_on_accuracy(summary)]
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines))
-    assert report.advice(rows, dict.fromkeys(("before", "after", "teacher"))) == lines[:1]
-    assert report.advice(rows[:2], summary)[0].endswith("too few steps to tell.")
+    assert report.advice_on_kl(rows[:2]).endswith("too few steps to tell.")
 
 
 def test_curves_with_and_without_an_evaluation(curves, tmp_path):
