@@ -196,22 +196,21 @@ def world_preset(preset: str, world: str) -> dict[str, Any]:
 
 
 def build_world(knobs, sampler: Callable) -> None:
-    """Build the world of the preset, if it has one.
+    """Build the world of the preset, if it has one that does not exist yet.
 
     It takes minutes, so the other data and models that are named are read first, to find errors in them.
     `sampler` is `rollout.rollout`, with which the preset words samples what its teacher learns from.
     """
     own = world_preset(knobs.preset, knobs.world)
-    if not own:
+    if not own or Path(own["data"]).exists():
         return
-    if not Path(own["data"]).exists():
-        if knobs.data != own["data"]:
-            data.problems_of(knobs)
-        elif knobs.eval_data:
-            data.read_problems(knobs.eval_data, "test", data.layout_of(knobs))
-        for name in {knobs.student, knobs.teacher} - set(own.values()):
-            models.load_tokenizer(name)
-            models.load(AutoConfig, name)
+    if knobs.data != own["data"]:
+        data.problems_of(knobs)
+    elif knobs.eval_data:
+        data.read_problems(knobs.eval_data, "test", data.layout_of(knobs))
+    for name in {knobs.student, knobs.teacher} - set(own.values()):
+        models.load_tokenizer(name)
+        models.load(AutoConfig, name)
     try:
         if knobs.preset == "toy":
             toy.build(knobs.world)
@@ -428,17 +427,16 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows; floats keep 6 digits. A file that lacks a column of theirs is rewritten with it."""
-    columns = list(rows[0])
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            header = next(csv.reader(file), [])
-        new = [name for name in columns if name not in header]
-        columns = header + new
-        if new:
-            old = [{name: row.get(name, "") for name in columns} for row in read_csv(path)]
-            write_csv(path, columns, old)
-    else:
-        write_csv(path, columns, [])
+    if not path.exists():
+        write_csv(path, list(rows[0]), rows)
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        header = next(csv.reader(file), [])
+    new = [name for name in rows[0] if name not in header]
+    columns = header + new
+    if new:
+        old = [{name: row.get(name, "") for name in columns} for row in read_csv(path)]
+        write_csv(path, columns, old)
     with path.open("a", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, columns).writerows(map(rounded, rows))
 

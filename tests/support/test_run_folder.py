@@ -267,10 +267,12 @@ def test_cuda_graphs_are_refused_where_they_do_not_run():
         run_folder.check_device_flags(knobs, torch.device("mps"))
 
 
-def test_a_disk_that_fills_while_a_world_is_built_is_one_line(monkeypatch):
+def test_a_disk_that_fills_while_a_world_is_built_is_one_line(tmp_path, monkeypatch):
     def full(world):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
+    monkeypatch.setattr(toy, "CACHE", tmp_path)
     monkeypatch.setattr(toy, "build", full)
+    knobs = train.Knobs(**toy.preset("opening") | {"preset": "toy"})
     with pytest.raises(Stopped, match="cannot write the models .*: free some space, then start again"):
-        run_folder.build_world(train.Knobs(preset="toy", student="", teacher="", data=""), rollout)
+        run_folder.build_world(knobs, rollout)
