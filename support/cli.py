@@ -32,7 +32,7 @@ def knob(
     default: Any,
     help: str,
     least: float | None = None,
-    choices: Iterable[str] | None = None,
+    choices: Iterable[str] = (),
     most: float = math.inf,
     word: str = "",
     group: str = "",
@@ -41,8 +41,7 @@ def knob(
 
     A numeric flag also accepts the text `word`. `group` starts a new section of `--help`.
     """
-    choices = None if choices is None else tuple(choices)
-    limits = {"least": least, "choices": choices, "most": most, "word": word}
+    limits = {"least": least, "choices": tuple(choices), "most": most, "word": word}
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **limits})
 
 

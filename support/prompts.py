@@ -31,6 +31,7 @@ Question: What is $\frac{1}{2} + \frac{1}{3}$?
 Answer: Over 6 this is $\frac{3}{6} + \frac{2}{6}$. The final answer is \boxed{\frac{5}{6}}.
 
 """
+DROP_SYSTEM = "drop --system-prompt, or put its text into --instruction"
 SPACES = " \t\r\n\u2581"  # the last one is SentencePiece's sign for a space
 
 
@@ -102,18 +103,18 @@ def apply_template(tokenizer, content: str, system_prompt: str, thinking: bool) 
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     # enable_thinking is a switch of Qwen3's template; other templates ignore it
     how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": thinking}
-    name = f"the chat template of {tokenizer.name_or_path}"
-    remedy = "drop --system-prompt, or put its text into --instruction"
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             how["chat_template"] = DATE + template
         text = tokenizer.apply_chat_template([*system, {"role": "user", "content": content}], **how)
     except TEMPLATE_ERRORS as error:
-        remedy = remedy if system_prompt else "give a model with another template"
-        raise BadInput(f"{name} fails ({error}): {remedy}") from error
+        remedy = DROP_SYSTEM if system_prompt else "give a model with another template"
+        what = f"the chat template of {tokenizer.name_or_path} fails ({error})"
+        raise BadInput(f"{what}: {remedy}") from error
     if system_prompt.strip() not in text:
-        raise BadInput(f"{name} omits the system prompt: {remedy}")
+        what = f"the chat template of {tokenizer.name_or_path} omits the system prompt"
+        raise BadInput(f"{what}: {DROP_SYSTEM}")
     return text
 
 

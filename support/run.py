@@ -144,7 +144,6 @@ class CheckpointedRun(Run):
 
         `longest` is the largest horizon. Raises BadInput if the student cannot be saved.
         """
-        workload = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts of at most {longest} tokens"
         self.resumed = bool(knobs.resume)
         with run_folder.exclusive(self.folder, fresh=not self.resumed):
             if (self.folder / "summary.json").exists() and not self.checkpoints():
@@ -154,7 +153,8 @@ class CheckpointedRun(Run):
             try:
                 yield
             except Exception as error:
-                self.stop_on_fault(error, workload)
+                rows = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts"
+                self.stop_on_fault(error, f"{rows} of at most {longest} tokens")
                 raise
 
     def steps(self, total: int) -> Iterator[int]:
