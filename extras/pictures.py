@@ -48,7 +48,7 @@ def scored_answer(student: str, knobs: train.Knobs) -> tuple[list[str], Tensor, 
 
 def draw_step(run: Path) -> Path:
     """The student writes, the teacher scores each token, the horizon cuts: before and after a run."""
-    knobs = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(run)}))
+    knobs = run_folder.resumed(train.Knobs, {"resume": str(run)})
     horizon = train.schedule_of(knobs)(0)
     steps = len(run_folder.read_csv(run / "metrics.csv"))  # a stopped run has fewer than its settings say
     rows = {"before": knobs.student, f"after {steps} steps": str(run / "student")}

@@ -163,7 +163,7 @@ def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
     if not named:
         raise BadInput("no run is named: python -m extras.view RUN, with flags after it")
     folder = Path(argv[0])
-    run = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(folder)}))
+    run = run_folder.resumed(train.Knobs, {"resume": str(folder)})
     if not (folder / "student").is_dir():
         what = f"{folder} has no student, because the run has not finished"
         raise BadInput(f"{what}: continue it with --resume {folder}")

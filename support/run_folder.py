@@ -35,6 +35,7 @@ from support import data, models, toy
 from support.cli import BadInput, Stopped, flag_of
 
 LOW_MEMORY = {"lr": 5e-5}  # ESR's learning rate for LoRA
+FACTS = ("run_id", "inputs", "environment", "digests")  # of config.json, beside the settings
 # The flags that --resume accepts. A run that grows has its learning rate and POPD's growth recomputed.
 SAFE = (
     "steps",
@@ -59,7 +60,7 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
     chosen only if no model and no data are named: its settings would ruin a real model within a few steps.
     """
     if "resume" in given:
-        knobs = knobs_class(**resumed(knobs_class, given, SAFE))
+        knobs = resumed(knobs_class, given, SAFE)
         folder = Path(given["resume"])
     else:
         preset = preset_of(given, default="qwen" if torch.cuda.is_available() else "toy")
@@ -76,9 +77,7 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
 
 def evaluation_settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
     """The settings of a new or resumed evaluation, and its folder. Raises BadInput."""
-    if "resume" in given:
-        given = resumed(knobs_class, given)
-    knobs = knobs_class(**given)
+    knobs = resumed(knobs_class, given) if "resume" in given else knobs_class(**given)
     if not knobs.model or not knobs.benchmark + knobs.data:
         raise BadInput("nothing to evaluate: give a --model, and a --benchmark or --data")
     if len(knobs.model) > len(ascii_uppercase):
@@ -112,7 +111,7 @@ def preset_of(given: dict[str, Any], default: str) -> str:
     return preset
 
 
-def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[str, Any]:
+def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> Any:
     """The settings in the config.json of the folder given["resume"], and those of `safe` that are given.
 
     A setting that is newer than the run takes its default, and a line says so. Raises BadInput if the file is
@@ -124,32 +123,32 @@ def resumed(knobs_class: type, given: dict, safe: Iterable[str] = ()) -> dict[st
         raise BadInput(f"there is no {path}: name the folder of a run that was started")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        digests = found.get("digests", {})
+        recorded = {name: value for name, value in found.items() if name not in FACTS}
+        digests = found["digests"]
         names = {field.name for field in dataclasses.fields(knobs_class)}
-        unknown = sorted(digests.keys() - names)
-        if unknown or not digests:
-            raise ValueError(f"other settings: {', '.join(unknown)}" if unknown else "no hashes of settings")
-        changed = [name for name in digests if hash_of_json(found.get(name)) != digests[name]]
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        if unknown := sorted(recorded.keys() - names):
+            raise ValueError(f"other settings: {', '.join(unknown)}")
+        changed = [name for name in digests | recorded if hash_of_json(found.get(name)) != digests.get(name)]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         what = f"{path} is not the config of such a run ({type(error).__name__}: {error})"
         raise BadInput(f"{what}: restore it, or start a new one") from error
     if changed:
         what = f"{', '.join(changed)} in {path} changed since the run was started"
         raise BadInput(f"{what}: restore what changed, or start a new run")
-    recorded = {name: value for name, value in found.items() if name in digests}
     recorded |= {name: tuple(value) for name, value in recorded.items() if isinstance(value, list)}
-    knobs = dataclasses.asdict(knobs_class(**recorded))
-    if newer := sorted(names - digests.keys()):
-        defaults = ", ".join(f"{flag_of(name)} {knobs[name]!r}" for name in newer)
+    knobs = knobs_class(**recorded)
+    if newer := sorted(names - recorded.keys()):
+        defaults = ", ".join(f"{flag_of(name)} {getattr(knobs, name)!r}" for name in newer)
         print(f"{path} is of an earlier version: continuing with the defaults {defaults}", flush=True)
     for name in given.keys() - {"resume"}:
-        if name not in safe and given[name] != knobs[name]:
-            has = "none" if knobs[name] in ("", None, ()) else knobs[name]
+        value = getattr(knobs, name)
+        if name not in safe and given[name] != value:
+            has = "none" if value in ("", None, ()) else value
             what = f"{flag_of(name)} {given[name]} would change the run, which has {has}"
             raise BadInput(f"{what}: drop it, or start a new run")
-    if "steps" in given and given["steps"] < knobs["steps"]:
-        raise BadInput(f"--steps {given['steps']} is below the run's {knobs['steps']}: a run can only grow")
-    return knobs | given
+    if "steps" in given and given["steps"] < knobs.steps:
+        raise BadInput(f"--steps {given['steps']} is below the run's {knobs.steps}: a run can only grow")
+    return dataclasses.replace(knobs, **given)
 
 
 def new_folder(out: str, default: str) -> Path:

@@ -25,7 +25,7 @@ def test_reverse_kl_finds_a_mode_and_forward_kl_the_mean():
 def test_tokens_of_dollar_signs_are_no_formulas(tmp_path, monkeypatch):
     texts = ["$$", r"$\frac", "$"]
     monkeypatch.setattr(pictures, "scored_answer", lambda *run: (texts, torch.ones(3), torch.ones(3)))
-    monkeypatch.setattr(pictures.run_folder, "resumed", lambda *run: {})
+    monkeypatch.setattr(pictures.run_folder, "resumed", lambda *run: pictures.train.Knobs())
     monkeypatch.setattr(pictures.run_folder, "read_csv", lambda path: [])
     monkeypatch.setattr(pictures, "RESULTS", tmp_path)
     assert pictures.draw_step(tmp_path).stat().st_size > 5000

@@ -69,7 +69,7 @@ def test_the_numbers_are_those_of_train_score_and_of_the_models(run, monkeypatch
     run_view(monkeypatch, run, "--answers", 2, "--teacher")
     content = data_of(run / "view.html")
     assert [a["writer"] for a in content["problems"][1]["answers"]] == ["before", "after", "teacher"]
-    knobs = train.Knobs(**run_folder.resumed(train.Knobs, {"resume": str(run)}))
+    knobs = run_folder.resumed(train.Knobs, {"resume": str(run)})
     pair = load_pair(run / "student", knobs.teacher)
     problems = data.train_and_test(knobs.data, "", 3, knobs.seed)[1][:2]
     prompts = render(pair.tokenizer, problems, "")
@@ -171,7 +171,7 @@ def test_wrong_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch)
     (folder / "student").mkdir()
     config = json.loads((run / "config.json").read_text())
     held_out = next(name for name in config["inputs"] if name.startswith("held-out"))
-    others = config | {"inputs": config["inputs"] | {held_out: ""}, "digests": {}}
+    others = config | {"inputs": config["inputs"] | {held_out: ""}}
     (folder / "config.json").write_text(json.dumps(others))
     with pytest.raises(BadInput, match=f"{held_out} changed since the run was started"):
         run_view(monkeypatch, folder)
@@ -179,9 +179,10 @@ def test_wrong_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch)
         patch.setattr(view.models, "tokenizers_differ", lambda *names, allowed: True)
         with pytest.raises(BadInput, match="different tokenizers.*name a run with one tokenizer"):
             run_view(monkeypatch, folder)
+    digests = config["digests"] | {"eval_limit": run_folder.hash_of_json(0)}
     for changed, remedy in (
         (config | {"unknown": 1}, "start a new one"),  # of another version
-        (config | {"eval_limit": 0, "digests": {}}, "with --data"),
+        (config | {"eval_limit": 0, "digests": digests}, "with --data"),
     ):
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(BadInput, match=remedy):

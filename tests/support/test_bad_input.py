@@ -114,10 +114,11 @@ CONFIGS = [  # script, a change of config.json as JSON, what the line names
     ("train", '{"data": {"train": "x"}}', "data in"),
     ("train", '{"instruction": "\\ud800"}', "instruction in"),
     ("train", '{"schedule": "sometimes", "seed": true}', "schedule, seed in"),
-    ("train", '{"digests": {}, "steps": 0}', "no hashes of settings"),
+    ("train", '{"digests": {}, "steps": 0}', "changed since"),
     ("train", '{"digests": 5}', "not the config"),
+    ("train", '{"speed": 9}', "other settings: speed"),
     ("train", '{"digests": null}', "not the config"),
-    ("train", '{"digests": {"speed": "0"}}', "other settings: speed"),
+    ("train", '{"digests": {"speed": "0"}}', "speed, schedule, "),
     ("train", "[" * 100_000, "not the config"),
     ("train", "[]", "not the config"),
     ("train", "null", "not the config"),
@@ -125,7 +126,7 @@ CONFIGS = [  # script, a change of config.json as JSON, what the line names
     ("eval_math", '{"model": "x"}', "model in"),
     ("eval_math", '{"model": [1, null]}', "model in"),
     ("eval_math", '{"samples": 0}', "samples in"),
-    ("eval_math", '{"digests": {}}', "no hashes of settings"),
+    ("eval_math", '{"digests": {}}', "changed since"),
 ]
 
 

@@ -185,7 +185,7 @@ def test_the_folder_of_another_program_is_not_resumed(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="is not the config of such a run .*other settings: benchmark, limit"):
         main(monkeypatch, f"--resume {tmp_path}")
     (tmp_path / "config.json").write_text(json.dumps(vars(train.Knobs())))
-    with pytest.raises(BadInput, match="is not the config of such a run .*no hashes of settings"):
+    with pytest.raises(BadInput, match="is not the config of such a run .*'digests'"):
         main(monkeypatch, f"--resume {tmp_path}")
 
 
