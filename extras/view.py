@@ -146,14 +146,10 @@ def page(content: dict[str, Any]) -> str:
 
 def write(text: str, out: Path) -> None:
     """Write a file that replaces an older one only when it is complete. Raises BadInput."""
-    part = out.with_name(out.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        run_folder.atomic_rename(part, out)
+        run_folder.replace_text(out, text)
     except OSError as error:
         raise BadInput(f"cannot write {out} ({error}): make room, or copy the run elsewhere") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from support import data
 from support.cli import printable
-from support.run_folder import append_csv, atomic_rename, read_csv, write_json
+from support.run_folder import append_csv, read_csv, replaced, write_json
 from support.scores import difference, format_difference, wilson
 
 PLACES = ("row", "position")  # where a token is; their means have no meaning
@@ -216,5 +216,5 @@ def draw_curve(rows: list[dict[str, Any]], summary: dict, folder: Path) -> None:
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.savefig(folder / "curve.part", dpi=110, format="png")
-    atomic_rename(folder / "curve.part", folder / "curve.png")
+    with replaced(folder / "curve.png") as part:
+        figure.savefig(part, dpi=110, format="png")

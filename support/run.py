@@ -261,13 +261,9 @@ class CheckpointedRun(Run):
         facts["run_id"] = run_folder.run_id_of(self.folder)
         facts["optimizer"] = type(self.optimizer).__name__
         state = facts | {"digest": digest(facts, sorted(tensors.items()))}
-        part = path.with_suffix(".part")
-        try:
+        with run_folder.replaced(path) as part:
             save_file(tensors, part, {"state": json.dumps(state)})
             run_folder.sync(self.folder / "metrics.csv")  # its rows up to this step are on the disk first
-            run_folder.atomic_rename(part, path)
-        finally:
-            part.unlink(missing_ok=True)  # left by a full disk
         for old in self.checkpoints()[2:]:
             old.unlink()
 

@@ -399,10 +399,20 @@ def sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file to write in the block, which then gets the name `path`; after an error it is removed."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        atomic_rename(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def replace_text(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    atomic_rename(part, path)
+    with replaced(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -442,13 +452,11 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write the whole file; floats keep 6 digits."""
-    path = path.resolve()  # keeps a symbolic link
-    part = path.with_name(f"{path.name}.new")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    # `resolve` keeps a symbolic link.
+    with replaced(path.resolve()) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(map(rounded, rows))
-    atomic_rename(part, path)
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
