@@ -19,17 +19,6 @@ from support.scores import difference, format_difference, wilson
 PLACES = ("row", "position")  # where a token is; their means have no meaning
 
 
-def in_short(row: dict[str, Any]) -> dict[str, Any]:
-    """What the progress bar shows of a step's row."""
-    seconds = sum(value for name, value in row.items() if name.endswith("_s"))
-    return {
-        "horizon": row["horizon"],
-        "reverse_kl": f"{row['reverse_kl']:.4f}",
-        "length": f"{row['response_length']:.0f}",
-        "tokens/s": f"{row['response_tokens'] / seconds:.0f}",
-    }
-
-
 def show_rollout(
     folder: Path, bar: tqdm, step: int, tokenizer, rollouts, statistics: dict[str, Tensor]
 ) -> None:

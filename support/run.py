@@ -200,7 +200,8 @@ class CheckpointedRun(Run):
         self.rows.clear()  # the file keeps them
         run_folder.append_csv(self.folder / "metrics.csv", [row])
         self.track(self.step, row)
-        self.bar.set_postfix(report.in_short(row), refresh=False)
+        shown = {name: row[name] for name in ("horizon", "reverse_kl", "response_length")}
+        self.bar.set_postfix(shown, refresh=False)
         return row
 
     def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
