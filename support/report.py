@@ -66,7 +66,7 @@ def offending_rows(tokenizer, rollouts, statistics: dict[str, Tensor]) -> dict[s
 
 
 def finish(folder: Path, summary: dict) -> None:
-    """Write summary.json and curve.png; print the table, the advice, and the first and last answer shown."""
+    """Write summary.json and curve.png; print the table and the advice."""
     rows = read_csv(folder / "metrics.csv")
     tokens = sum(int(row["response_tokens"]) for row in rows)
     summary |= {"response_tokens": tokens, "steps": len(rows)}
@@ -79,10 +79,6 @@ def finish(folder: Path, summary: dict) -> None:
     write_json(folder / "summary.json", summary)
     draw_curve(rows, summary, folder)
     print("\n".join(lines))
-    if (folder / "rollouts.jsonl").exists():
-        shown = data.read_jsonl(folder / "rollouts.jsonl")
-        for record in (shown[0], shown[-1]) if len(shown) > 1 else ():
-            print(f"step {record['step']}, log p_teacher - log p_student in brackets: {record['text']}")
     print(f"curve: {folder / 'curve.png'}, student: {folder / 'student'}")
 
 
