@@ -280,19 +280,17 @@ class CheckpointedRun(Run):
         for path in self.checkpoints():
             try:
                 self.read_checkpoint(path)
+                break
             except BadInput:
                 raise
             except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 print(f"{path} is damaged ({error}): using the one before", file=sys.stderr, flush=True)
-                continue
-            self.check_rows()
-            run_folder.drop_rows_after(self.folder, self.step, total)
-            return
-        if self.checkpoints():
-            raise BadInput(f"no checkpoint in {self.folder} is intact: start a new run")
-        if (self.folder / "metrics.csv").exists():
+        else:
+            if self.checkpoints():
+                raise BadInput(f"no checkpoint in {self.folder} is intact: start a new run")
             print(f"{self.folder} has no checkpoint: starting at step 0", flush=True)
-        run_folder.drop_rows_after(self.folder, 0, total)
+        self.check_rows()
+        run_folder.drop_rows_after(self.folder, self.step, total)
 
     def check_rows(self) -> None:
         """Raises BadInput unless metrics.csv has the rows of all steps that are done."""
