@@ -225,9 +225,9 @@ def build_world(knobs, sampler: Callable) -> None:
 def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
     """Create the folder, and hold its lock within the block.
 
-    Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. After a
-    BadInput or Ctrl-C within the block nothing is left of a fresh run that has written config.json alone.
-    Errors of disk and memory become a Stopped.
+    Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. After an
+    error within the block nothing is left of a fresh run that has written nothing, or after a BadInput
+    config.json alone. Errors of disk and memory become a Stopped.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -240,9 +240,11 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
                 raise BadInput(f"another run was started in {folder}: start again, or name another --out")
             try:
                 yield
-            except (BadInput, KeyboardInterrupt):
-                # While the lock is held: afterwards another run may use the folder.
-                if fresh and {path.name for path in folder.glob("*")} <= {".lock", "config.json"}:
+            except BaseException as error:
+                written = {path.name for path in folder.glob("*")} - {".lock"}
+                if isinstance(error, BadInput):
+                    written.discard("config.json")  # the run could not begin
+                if fresh and not written:  # while the lock is held: afterwards another run may use the folder
                     remove_unbegun(folder, created)
                 raise
     except Timeout as error:

@@ -165,8 +165,8 @@ def test_one_step_executes_little(world, tmp_path, monkeypatch):
     finally:
         sys.settrace(before)
     run, loop = counter.by_file(counter.run), counter.by_file(counter.loop)
-    assert len(run) <= 13 and sum(lines for _, lines in run) <= 880, run
-    assert len(loop) <= 9 and sum(lines for _, lines in loop) <= 400, loop
+    assert len(run) <= 13 and sum(lines for _, lines in run) <= 820, run
+    assert len(loop) <= 9 and sum(lines for _, lines in loop) <= 330, loop
     assert {"rollout.py", "opd.py"} <= {name for name, _ in loop[:5]}, loop
 
 

@@ -87,6 +87,16 @@ def test_exclusive_removes_a_run_that_could_not_begin_and_keeps_one_that_has_ans
         assert sorted(path.name for path in here.glob("run/*") if path.name != ".lock") == left
 
 
+@pytest.mark.parametrize(
+    "error, becomes", [(OSError("full"), Stopped), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_exclusive_leaves_nothing_after_any_error_if_nothing_was_written(here, error, becomes):
+    """So that the same command may be given again."""
+    with pytest.raises(becomes), run_folder.exclusive(here / "run", fresh=True):
+        raise error
+    assert list(here.iterdir()) == []
+
+
 def test_exclusive_keeps_what_was_written(here):
     with pytest.raises(Stopped, match="out of memory"), run_folder.exclusive(here / "run", fresh=True):
         (here / "run" / "config.json").write_text("{}")
