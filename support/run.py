@@ -132,6 +132,7 @@ class CheckpointedRun(Run):
         self.save_pair = save_student
         self.save_every = save_every
         self.resumed = False  # whether the folder may hold checkpoints and rows of an earlier process
+        self.run_id: str | None = None
         self.step = 0  # steps that are done
         self.updating = False  # whether the optimizer has begun to change the weights in the current step
         optimizer.register_step_pre_hook(self.note_update)
@@ -167,6 +168,7 @@ class CheckpointedRun(Run):
             with suppress(OSError):  # standard error may be closed
                 os.write(2, b"\nfinishing and saving this step; repeat to stop at once\n")
 
+        self.run_id = run_folder.run_id_of(self.folder)
         if self.resumed:
             self.load(total)
         self.bar = tqdm(total=total, initial=self.step, mininterval=0.5)
@@ -258,8 +260,7 @@ class CheckpointedRun(Run):
         """Write the state after `self.step` steps; the file gets its name when it is complete."""
         path = self.folder / f"checkpoint-{self.step:06d}.safetensors"
         tensors = self.tensors()
-        facts = {"step": self.step, "seconds": self.seconds()}
-        facts["run_id"] = run_folder.run_id_of(self.folder)
+        facts = {"step": self.step, "seconds": self.seconds(), "run_id": self.run_id}
         facts["optimizer"] = type(self.optimizer).__name__
         state = facts | {"digest": digest(facts, sorted(tensors.items()))}
         with run_folder.replaced(path) as part:
@@ -307,7 +308,7 @@ class CheckpointedRun(Run):
             expected = facts.pop("digest", None)
             if expected != digest(facts, ((name, file.get_tensor(name)) for name in names)):
                 raise ValueError("its hash differs")
-            if facts.get("run_id") != run_folder.run_id_of(self.folder):
+            if facts.get("run_id") != self.run_id:
                 raise BadInput(f"{path} is of another run: move it out of the folder")
             optimizer = facts.get("optimizer", "AdamW")
             if optimizer != type(self.optimizer).__name__:
