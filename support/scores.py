@@ -89,7 +89,8 @@ def is_repeating(response: str) -> bool:
 def wilson(p: float, n: float) -> list[float]:
     """95 % interval of a share p of n answers (Wilson 1927): within 0 and 1, and not a point at 0 or 1."""
     centre, spread = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return [max(0.0, (centre - spread) / (1 + Z**2 / n)), min(1.0, (centre + spread) / (1 + Z**2 / n))]
+    low, high = (centre - spread) / (1 + Z**2 / n), (centre + spread) / (1 + Z**2 / n)
+    return [max(0.0, min(p, low)), min(1.0, max(p, high))]  # rounding may put p outside: 1 > high at n = 100
 
 
 def difference(first: list[dict], second: list[dict]) -> dict:

@@ -95,6 +95,14 @@ def test_interval_covers_the_true_accuracy_95_times_of_100():
     assert high == pytest.approx(1.0)
 
 
+def test_interval_contains_its_share_in_spite_of_rounding():
+    """The curve's error bars are the distances of the share to both ends, and may not be negative."""
+    for n in range(1, 2000):
+        for p in (0.0, 1 / n, 1 - 1 / n, 1.0):
+            low, high = wilson(p, n)
+            assert 0 <= low <= p <= high <= 1, (p, n)
+
+
 def test_interval_of_many_answers_to_few_problems():
     """Few problems, equally hard by chance, are no more than 48 answers: coverage was 83 of 100."""
     rng = random.Random(0)
