@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from figures import STYLES, draw_line, plt, save
-from probe import RunWithBar, mean_of_tokens
+from figures import STYLES, plt, save
+from probe import mean_of_tokens
 from root import RESULTS, ROOT
 
 import train
@@ -35,6 +35,7 @@ from rollout import Rollout
 from support import data, run_folder
 from support.cli import knob, parse, run_main
 from support.prompts import render
+from support.run import Run
 
 CACHE = ROOT / ".cache" / "english"
 MAX_NEW_TOKENS = 160
@@ -118,7 +119,7 @@ def teach(pair: train.Pair, worked: dict[str, str], recipe: Recipe) -> None:
 
     knobs = train.Knobs(steps=recipe.steps, batch_size=recipe.batch, lr=recipe.lr, divergence="nll")
     longest = max(map(len, ids_of.values()))
-    run = RunWithBar(pair.student.device)
+    run = Run(pair.student.device)
     optimizer = train.adamw(pair, knobs)
     train.train(pair, optimizer, prompts, lambda step: longest, knobs, run, sampler=sampler)
 
@@ -178,8 +179,10 @@ def draw(rows: list[dict], path: Path) -> Path:
         curves = [c for c in dict.fromkeys(row["curve"] for row in rows) if c.endswith(f"{writer}'s")]
         for curve, look in zip(curves, STYLES):
             points = [row for row in rows if row["curve"] == curve and row["at"] != "all"]
-            middles = [row | {"at": (int(row["at"]) + 0.5) * MAX_NEW_TOKENS / 10} for row in points]
-            draw_line(axis, middles, curve.split()[0], look | {"markersize": 4})
+            middles = [(int(row["at"]) + 0.5) * MAX_NEW_TOKENS / 10 for row in points]
+            value, low, high = ([row[name] for row in points] for name in ("value", "low", "high"))
+            axis.plot(middles, value, **look, markersize=4, label=curve.split()[0])
+            axis.fill_between(middles, low, high, color=look["color"], alpha=0.2, linewidth=0)
         axis.set(title=f"on the {writer}'s rollouts", xlabel="position in the answer", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("reverse KL to the teacher, nats per token")

@@ -1,29 +1,28 @@
 """The measurements behind the papers' claims, each with the control that the papers lack.
 
     python experiments/probe.py decay     the teacher continues the student's beginnings, and its own
-    python experiments/probe.py cascade   reverse KL by position, before and after training on N tokens
+    python experiments/probe.py cascade   reverse KL beyond N tokens, before and after training on N tokens
     python experiments/probe.py swap      one model writes the first k tokens, another one the rest
-    python experiments/probe.py draw results/probe_decay.csv       the figure again, without a model
 
-The default is the toy world, where a student is trained first if one is needed. For real models give
---student, --teacher and --data, and --trained RUN/student with --horizon for the student after training. A
-probe prints its reading, and writes results/probe_NAME.csv, a row per point, and a figure next to it.
-Intervals are 95 % over problems, however many answers each has. `python experiments/probe.py NAME --help`
-lists the settings.
-Shapes: N tokens, T positions.
+The default is the toy world; for real models give --student, --teacher and --data. Cascade and swap also need
+a student after training, and the N tokens of an answer that it was trained on:
+
+    python train.py --preset toy --schedule esr --horizon 20 --out runs/esr20
+    python experiments/probe.py swap --trained runs/esr20/student --horizon 20
+
+A probe prints its reading, the result in a sentence, and writes a row per point to a new CSV file. Intervals
+are 95 % over problems, however many answers each has. Shapes: N tokens.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import root  # noqa: F401  puts the project on the path
 import torch
-from claims import check_settings
-from figures import draw_probe
-from root import RESULTS
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,12 +30,9 @@ import train
 from eval_math import INSTRUCTION, boxed, extract
 from extras.profile_horizon import in_batches, scored
 from rollout import Rollout
-from schedules import make_schedule
 from support import data, models, run_folder, scores, toy
-from support.batch_size import batch_that_fits
-from support.cli import BadInput, Stopped, knob, parse, run_main
+from support.cli import BadInput, knob, parse, run_main
 from support.prompts import render
-from support.run import Run
 from support.workers import Grader
 
 
@@ -45,50 +41,18 @@ class Knobs:
     student: str = knob("", "hub name or folder, before training; default, also of the next two: the toy's")
     teacher: str = knob("", "hub name or folder; same tokenizer as the student's")
     data: str = knob("", "hub name[:config], folder or file: its test split")
-    world: str = knob("opening", "the toy's world", choices=toy.WORLDS)
+    trained: str = knob("", "the student after training, RUN/student: of cascade and swap")
+    horizon: int = knob(0, "N, the tokens of an answer that it was trained on", least=0)
+    prefixes: str = knob("0 0.05 0.1 0.2 0.4 0.6", "values of k: below 1 a fraction of T, otherwise tokens")
     problems: int = knob(100, "a random subset drawn by the seed", least=2)
     samples: int = knob(4, "answers to each problem", least=1)
     instruction: str = knob(INSTRUCTION, "text after each problem; the toy: none")
-    system_prompt: str = knob("", "system message; the chat template's own if empty")
     max_new_tokens: int = knob(1024, "T, the full response length; the toy: 128", least=2)
-    temperature: float = knob(1.0, "of the sampling, and of both models' distributions", least=0.01)
     sample_batch: int = knob(100, "answers sampled together", least=1)
     micro_batch: int = knob(8192, "tokens scored together", least=1)
-    seed: int = knob(0, "of problems, sampling and the toy's training", least=0, most=2**32)
+    seed: int = knob(0, "of problems and sampling", least=0, most=2**32)
     dtype: str = knob("", "default: the faster one here", choices=("bfloat16", "float32"))
-    device: str = knob("", "cuda, cpu, ...; default: a GPU if there is one")
-    out: str = knob("", "CSV file, its figure is written next to it; default: results/probe_NAME.csv")
-
-    def settings(self, probe: str) -> dict[str, str]:
-        """What all rows of a CSV file have, as text. Of a folder, the last two parts of its path."""
-        found = {"probe": probe} | {name: value for name, value in asdict(self).items() if name != "out"}
-        for name, value in found.items():
-            text = "" if value is None else str(value).replace(f"{toy.CACHE}/", "toy/")
-            found[name] = "/".join(Path(text).parts[-2:]) if Path(text).is_absolute() else text
-        return found
-
-
-@dataclass(frozen=True)
-class PrefixKnobs(Knobs):
-    prefixes: str = knob("0 0.05 0.1 0.2 0.4 0.6", "values of k: below 1 a fraction of T, otherwise tokens")
-
-
-@dataclass(frozen=True)
-class TrainedKnobs(Knobs):
-    samples: int = knob(
-        16, "answers to each problem: a few degenerate ones hold most of the reverse KL", least=1
-    )
-    trained: str = knob("", "the student after training, RUN/student; default: the toy's, trained first")
-    horizon: float | None = knob(None, "N of that training, as train.py's --horizon; the toy: 20")
-
-    def window(self) -> int:
-        """N in tokens: training reached the positions 0 to N - 1. Raises BadInput."""
-        return make_schedule("esr", self.max_new_tokens, steps=1, horizon=self.horizon)(0)
-
-
-@dataclass(frozen=True)
-class SwapKnobs(PrefixKnobs, TrainedKnobs):
-    samples: int = knob(4, "answers to each problem", least=1)
+    out: str = knob("", "CSV file, which must not exist; default: runs/probe_NAME.csv")
 
 
 class Setup(NamedTuple):
@@ -102,82 +66,54 @@ class Setup(NamedTuple):
     knobs: Knobs
 
 
-def complete(knobs_class: type, given: dict) -> Knobs:
+def complete(name: str, given: dict) -> Knobs:
     """The given settings over the toy's, or over the defaults if models are given. Raises BadInput."""
-    real = given.keys() & {"student", "teacher", "data"}
-    if real and (len(real) < 3 or "world" in given):
-        raise BadInput("--student, --teacher and --data go together: give all three, or none and --world")
-    known = knobs_class.__dataclass_fields__
-    defaults = {"world": ""} if real else toy.preset(given.get("world", Knobs.world))
-    if issubclass(knobs_class, TrainedKnobs):
-        if (real or "trained" in given) and not {"trained", "horizon"} <= given.keys():
-            what = "a student that is trained already needs --trained RUN/student and --horizon, its N"
-            raise BadInput(f"{what}: give both")
-        defaults |= {"horizon": 20.0}
-    knobs = knobs_class(**({name: value for name, value in defaults.items() if name in known} | given))
-    if isinstance(knobs, TrainedKnobs):
-        knobs.window()  # raises BadInput before minutes of loading
-    if isinstance(knobs, PrefixKnobs):
-        knobs = replace(knobs, prefixes=prefix_lengths(knobs))
-    return replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device(knobs.device)))
+    named = given.keys() & {"student", "teacher", "data"}
+    if 0 < len(named) < 3:
+        raise BadInput("--student, --teacher and --data go together: give all three, or none for the toy")
+    preset = {} if named else toy.preset("opening")
+    known = {field.name for field in fields(Knobs)}
+    knobs = Knobs(**({key: value for key, value in preset.items() if key in known} | given))
+    prefix_lengths(knobs)  # raises BadInput before minutes of loading
+    if name != "decay" and not (knobs.trained and 0 < knobs.horizon < knobs.max_new_tokens):
+        limit = f"from 1 to below --max-new-tokens {knobs.max_new_tokens}"
+        raise BadInput(f"{name} needs --trained RUN/student, and its --horizon {limit}: give both")
+    return replace(knobs, dtype=models.dtype_name(knobs.dtype, models.find_device("")))
 
 
-def prefix_lengths(knobs: PrefixKnobs) -> str:
-    """--prefixes in tokens, sorted, with N if there is one. Raises BadInput."""
+def prefix_lengths(knobs: Knobs) -> list[int]:
+    """--prefixes in tokens, in increasing order. Raises BadInput."""
+    length = knobs.max_new_tokens
     try:
         numbers = [float(k) for k in knobs.prefixes.split()]
-        lengths = {int(k) if k >= 1 else round(k * knobs.max_new_tokens) for k in numbers}
+        lengths = sorted({int(k) if k >= 1 else round(k * length) for k in numbers})
     except (ValueError, OverflowError) as error:
-        raise BadInput(
-            f"--prefixes {knobs.prefixes!r} ({error}): give numbers such as '0 0.1 100'"
-        ) from error
-    flags = f"--prefixes {knobs.prefixes!r}"
-    if isinstance(knobs, SwapKnobs):
-        lengths.add(knobs.window())
-        flags += " and --horizon"
-    if not lengths or not 0 <= min(lengths) <= max(lengths) < knobs.max_new_tokens or max(lengths) == 0:
-        limit = f"below --max-new-tokens {knobs.max_new_tokens}, one of them above 0"
-        raise BadInput(f"{flags} give the lengths {sorted(lengths)}: give some {limit}")
-    return " ".join(map(str, sorted(lengths)))
+        raise BadInput(f"--prefixes {knobs.prefixes!r} ({error}): give some such as '0 0.1 100'") from error
+    if not lengths or lengths[0] < 0 or not 0 < lengths[-1] < length:
+        limit = f"below --max-new-tokens {length}, one of them above 0"
+        raise BadInput(f"--prefixes {knobs.prefixes!r} are {lengths} tokens: give some {limit}")
+    return lengths
 
 
-def load(knobs: Knobs, grader: Grader | None) -> Setup:
-    """Models, problems and prompts; trains the toy's student if the probe needs it. Raises BadInput."""
-    if knobs.world:
-        toy.build(knobs.world)
+def load(name: str, knobs: Knobs, grader: Grader) -> Setup:
+    """Models, problems and prompts. Raises BadInput."""
+    if knobs.data == toy.preset("opening")["data"]:
+        toy.build("opening")
     problems = data.subset(data.read_problems(knobs.data, "test"), knobs.problems, knobs.seed)
-    if len(problems) < 2:
-        raise BadInput(f"{knobs.data} has one problem: it needs two or more")
     problems = [problem for problem in problems for _ in range(knobs.samples)]
-    device = models.find_device(knobs.device)
-    names = {"student": knobs.student, "teacher": knobs.teacher}
-    pair = train.load_pair(train.Knobs(**names, checkpointing=False, dtype=knobs.dtype), device)
-    prompts = render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    settings = train.Knobs(
+        student=knobs.student, teacher=knobs.teacher, checkpointing=False, dtype=knobs.dtype
+    )
+    pair = train.load_pair(settings, models.find_device(""))
+    prompts = render(pair.tokenizer, problems, knobs.instruction)
     models.check_context([pair.student.config, pair.teacher.config], prompts, knobs.max_new_tokens)
-    batch_that_fits(pair.teacher, prompts, knobs.max_new_tokens, knobs.sample_batch)
-    after = after_training(pair, knobs, device) if isinstance(knobs, TrainedKnobs) else None
+    after = None
+    if name != "decay":
+        models.tokenizers_differ(knobs.trained, knobs.teacher, allowed=False)
+        student = models.load_model(knobs.trained, getattr(torch, knobs.dtype), pair.student.device)
+        head = models.OutputHead.of(student, pair.vocab_size)
+        after = replace(pair, student=student, student_head=head, masters={})
     return Setup(pair, after, problems, prompts, grader, knobs)
-
-
-def after_training(pair: train.Pair, knobs: TrainedKnobs, device: torch.device) -> train.Pair:
-    """The pair with the student of --trained, or with the toy's student, which is trained here."""
-    name = knobs.trained or knobs.student
-    models.tokenizers_differ(name, knobs.teacher, allowed=False)
-    student = models.load_model(name, torch.float32, device).requires_grad_(not knobs.trained)
-    dtype = getattr(torch, knobs.dtype)
-    after = train.make_pair(student, pair.teacher, pair.tokenizer, pair.vocab_size, pair.eos_ids, dtype)
-    if not knobs.trained:  # as train.py does with the toy's preset, this horizon and this seed
-        changes = {"seed": knobs.seed, "max_new_tokens": knobs.max_new_tokens, "eval_every": 0}
-        settings = train.Knobs(**(toy.preset(knobs.world) | changes))
-        prompts = render(pair.tokenizer, data.read_problems(knobs.data, "train"), settings.instruction)
-        run = RunWithBar(device)
-        train.train(after, train.adamw(after, settings), prompts, lambda _: knobs.window(), settings, run)
-    return after
-
-
-class RunWithBar(Run):
-    def steps(self, total: int) -> Iterator[int]:
-        yield from tqdm(super().steps(total), "training", total, leave=False)
 
 
 # The probes.
@@ -190,7 +126,7 @@ def decay(setup: Setup) -> Iterator[dict]:
     student's tokens. An answer counts if neither prefix has ended yet.
     """
     pair, knobs = setup.before, setup.knobs
-    lengths = [int(k) for k in knobs.prefixes.split()]
+    lengths = prefix_lengths(knobs)
     writers = {"student's prefix": pair.student, "own prefix": pair.teacher}
     heads = {who: ids_of(sampled(setup, m, setup.prompts, lengths[-1], who)) for who, m in writers.items()}
     for k in lengths:
@@ -217,7 +153,7 @@ def swap(setup: Setup) -> Iterator[dict]:
     heads = {who: ids_of(sampled(setup, m, setup.prompts, length, who)) for who, m in writers.items()}
     for who in writers:
         yield accuracy(f"{who} alone", length, graded(setup, dict(enumerate(heads[who]))))
-    for k in map(int, knobs.prefixes.split()):
+    for k in sorted({*prefix_lengths(knobs), knobs.horizon}):
         records = {}
         for first, then in (("trained", "base"), ("base", "trained")):
             name = f"{first}, then {then}"
@@ -226,7 +162,7 @@ def swap(setup: Setup) -> Iterator[dict]:
             yield accuracy(name, k, records[name])
         gap = gain("difference", k, records["base, then trained"], records["trained, then base"])
         yield gap
-        if k == knobs.window():
+        if k == knobs.horizon:
             yield gap | {"curve": "at N"}
 
 
@@ -237,30 +173,57 @@ def cascade(setup: Setup) -> Iterator[dict]:
     each student's own. Caution: in the fixed ones the text beyond N follows a beginning by the base student,
     which the trained one may no longer write; on their own rollouts they are compared on different texts.
     """
-    knobs, length = setup.knobs, setup.knobs.max_new_tokens
-    n = knobs.window()
-    if n >= length:
-        raise BadInput(f"training reached all {n} tokens, none is beyond: lower --horizon")
+    length = setup.knobs.max_new_tokens
     pairs = {"before": setup.before, "after": setup.after}
     own = {who: sampled(setup, pair.student, setup.prompts, length, who) for who, pair in pairs.items()}
     for kind in ("fixed", "own"):
-        found = {}
-        for who, pair in pairs.items():
-            found[who] = kl_by_position(pair, own["before" if kind == "fixed" else who], knobs)
-            yield from position_means(f"{kind}, {who}", *found[who])
-        yield change(f"{kind}, change", n, found["before"], found["after"], knobs.samples)
+        texts = own | {"after": own["before"]} if kind == "fixed" else own
+        sums = [kl_beyond(pair, texts[who], setup.knobs) for who, pair in pairs.items()]
+        yield change(f"{kind}, change", setup.knobs.horizon, *sums)
 
 
-# name: (probe, its settings). A new probe is a function above, an entry here, one in figures.PROBE_FIGURES.
-PROBES = {"decay": (decay, PrefixKnobs), "cascade": (cascade, TrainedKnobs), "swap": (swap, SwapKnobs)}
+# A new probe is a function above, an entry here, and one in READINGS.
+PROBES = {"decay": decay, "cascade": cascade, "swap": swap}
+READINGS = {  # {curve} is its value and interval, {at} the place of the last row of the curve named first
+    "decay": (
+        "difference",
+        "the teacher's accuracy is {student's prefix} when it continues {at} tokens by the student, "
+        "and {own prefix} when it continues as many of its own: difference {difference}",
+    ),
+    "cascade": (
+        "fixed, change",
+        "beyond the {at} trained tokens the reverse KL per token changes by {fixed, change} on the "
+        "same fixed rollouts, and by {own, change} on each student's own rollouts",
+    ),
+    "swap": (
+        "at N",
+        "accuracy is {trained, then base} if the trained student writes the first {at} tokens and "
+        "the base student the rest, and {base, then trained} the other way round: difference {at N}; the "
+        "trained student alone {trained alone}, the base student alone {base alone}",
+    ),
+}
+SIGNED = ("difference", "at N", "fixed, change", "own, change")  # in readings these have a sign
+
+
+def reading(rows: list[dict]) -> str:
+    """What the probe found, in a sentence, 95 % intervals in brackets."""
+    last, text = READINGS[rows[0]["probe"]]
+    at = [row["at"] for row in rows if row["curve"] == last][-1]
+    shown = {"at": at}
+    for row in rows:  # of several points of a curve, the one at the same place
+        curve = row["curve"]
+        if curve not in shown or row["at"] == at:
+            form = "+.1%" if curve in SIGNED else ".1%"
+            value, low, high = (format(float(row[name]), form) for name in ("value", "low", "high"))
+            shown[curve] = f"{value} [{low} to {high}]"
+    return text.format_map(shown)
 
 
 def sampled(setup: Setup, model, texts: list[list[int]], horizon: int, stream: str) -> list[Rollout]:
     """Rollouts of `model` after each text, in batches; every `stream` has random numbers of its own."""
-    knobs = setup.knobs
-    key = f"{knobs.seed}/{stream}"
-    batches = in_batches(model, setup.before, texts, horizon, knobs.temperature, key, knobs.sample_batch)
-    return list(tqdm(batches, stream, -(-len(texts) // knobs.sample_batch), leave=False, unit="batch"))
+    size = setup.knobs.sample_batch
+    batches = in_batches(model, setup.before, texts, horizon, 1.0, f"{setup.knobs.seed}/{stream}", size)
+    return list(tqdm(batches, stream, -(-len(texts) // size), leave=False, unit="batch"))
 
 
 def ids_of(found: list[Rollout]) -> list[list[int]]:
@@ -306,28 +269,23 @@ def loop_start(tokens: list[int], width: int = 12, times: int = 3) -> int:
     return len(tokens)
 
 
-def kl_by_position(pair: train.Pair, found: list[Rollout], knobs) -> tuple[Tensor, Tensor]:
-    """Reverse KL of every token but those of loops, else 0, and whether there is one: (rows, T) each."""
-    how = {"temperature": knobs.temperature, "micro_batch": knobs.micro_batch}
-    tokens = scored(train.score, pair, found, **how)
-    answers = ids_of(found)
-    kl = torch.zeros(len(answers), knobs.max_new_tokens, dtype=torch.double)
-    present = torch.zeros_like(kl, dtype=torch.bool)
-    place = tokens["row"].cpu(), tokens["position"].cpu()
-    kl[place] = tokens["reverse_kl"].cpu().double()
-    present[place] = True
-    for row, answer in enumerate(answers):
-        present[row, loop_start(answer) :] = False
-    return kl * present, present
+def kl_beyond(pair: train.Pair, parts: list[Rollout], knobs: Knobs) -> tuple[Tensor, Tensor]:
+    """Each problem's reverse KL of the tokens beyond N, without those of loops, and their number."""
+    tokens = scored(train.score, pair, parts, micro_batch=knobs.micro_batch)
+    row, position = tokens["row"].cpu(), tokens["position"].cpu()
+    starts = torch.tensor([loop_start(answer) for answer in ids_of(parts)])  # of loops
+    kept = (position >= knobs.horizon) & (position < starts[row])
+    if not kept.any():
+        raise BadInput(f"no answer is longer than the {knobs.horizon} trained tokens: lower --horizon")
+    problems = len(starts) // knobs.samples
+    return sums_by_problem(tokens["reverse_kl"].cpu()[kept], row[kept] // knobs.samples, problems)
 
 
-def position_means(curve: str, kl: Tensor, present: Tensor) -> Iterator[dict]:
-    """A point for each position that two rows or more have: mean +- one standard error; (rows, T) each."""
-    count = present.sum(0)  # (T,)
-    mean = kl.sum(0) / count
-    se = (((kl - mean) ** 2 * present).sum(0) / (count - 1) / count).sqrt()
-    for at in (count > 1).nonzero()[:, 0].tolist():
-        yield point(curve, at, mean[at], [mean[at] - se[at], mean[at] + se[at]], count[at])
+def sums_by_problem(values: Tensor, problem: Tensor, problems: int) -> tuple[Tensor, Tensor]:
+    """The sum over tokens and their number: (N,) values, (N,) the problem of each -> two of (problems,)."""
+    values = values.double()
+    zero = torch.zeros(problems, dtype=torch.double)
+    return zero.index_add(0, problem, values), zero.index_add(0, problem, torch.ones_like(values))
 
 
 def bootstrap(statistic: Callable[[Tensor], Tensor], units: int, draws: int = 1000) -> Tensor:
@@ -340,28 +298,22 @@ def bootstrap(statistic: Callable[[Tensor], Tensor], units: int, draws: int = 10
     return torch.stack(values).double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.double))
 
 
-def change(curve: str, n: int, before: tuple, after: tuple, samples: int) -> dict:
-    """The relative change of the reverse KL per token from position n on, from two `kl_by_position`."""
-    sums = [x[:, n:].sum(1).view(-1, samples).sum(1) for x in (*before, *after)]  # of each problem
-    if not sums[1].sum() or not sums[3].sum():
-        raise BadInput(f"no answer is longer than the {n} trained tokens: lower --horizon")
+def change(curve: str, n: int, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> dict:
+    """The relative change of a mean over tokens, from two `sums_by_problem`."""
 
     def statistic(drawn: Tensor) -> Tensor:
-        kl, tokens, kl_after, tokens_after = (x[drawn].sum() for x in sums)
+        kl, tokens, kl_after, tokens_after = (x[drawn].sum() for x in (*before, *after))
         return kl_after / tokens_after / (kl / tokens) - 1
 
-    units = len(sums[0])
+    units = len(before[0])
     return point(curve, n, statistic(torch.arange(units)), bootstrap(statistic, units), units)
 
 
 def mean_of_tokens(curve: str, at: str, values: Tensor, problem: Tensor, problems: int) -> dict:
     """The mean over tokens, with an interval over problems: (N,) values, (N,) the problem of each."""
-    values = values.double()
-    zero = torch.zeros(problems, dtype=torch.double)
-    total = zero.index_add(0, problem, values)
-    count = zero.index_add(0, problem, torch.ones_like(values))
+    total, count = sums_by_problem(values, problem, problems)
     interval = bootstrap(lambda drawn: total[drawn].sum() / count[drawn].sum(), problems)
-    return point(curve, at, values.mean(), interval, len(values))
+    return point(curve, at, values.double().mean(), interval, len(values))
 
 
 def accuracy(curve: str, at: int, records: list[dict]) -> dict:
@@ -376,38 +328,26 @@ def gain(curve: str, at: int, first: list[dict], second: list[dict]) -> dict:
 
 
 def point(curve: str, at: int | str, value, interval, n) -> dict:
-    """A row of a probe's CSV: a value and its 95 % interval, in curves by position +- one standard error.
-
-    n is the number of problems, in means over tokens that of tokens, in curves by position that of rollouts.
-    """
+    """A row of a CSV: a value and its 95 % interval; n is the number of problems, of means that of tokens."""
     low, high = map(float, interval)
     return {"curve": curve, "at": at, "value": float(value), "low": low, "high": high, "n": int(n)}
 
 
 def run_probe(name: str, argv: list[str]) -> str:
-    """Write the rows of a probe, and draw them; returns the reading. Raises BadInput, Stopped."""
-    probe, knobs_class = PROBES[name]
-    knobs = complete(knobs_class, parse(knobs_class, __doc__, argv))
-    path = Path(knobs.out or RESULTS / f"probe_{name}.csv")
-    settings = knobs.settings(name)
-    if path.suffix != ".csv":
-        raise BadInput(f"--out {path} is not a .csv file: name one, the figure is written next to it")
-    run_folder.prepare_file(path, "--out")
-    check_settings(path, run_folder.read_csv(path) if path.exists() else [], settings)
-    settings |= {"hardware": run_folder.environment(models.find_device(knobs.device))["hardware"]}
-    try:
-        with Grader(extract, boxed) as grader:
-            rows = [row | settings for row in probe(load(knobs, grader))]
-        if not rows:
-            raise BadInput("all answers end within the shortest prefix: lower --prefixes")
-        run_folder.write_csv(path, list(rows[0]), rows)
-        return draw_probe(path)
-    except OSError as error:
-        raise Stopped(1, f"cannot write {path} ({error}): fix that, or name another --out") from error
-    except (MemoryError, RuntimeError) as error:
-        if not run_folder.is_out_of_memory(error):
-            raise
-        raise Stopped(1, "out of memory: lower --sample-batch, --micro-batch or --max-new-tokens") from error
+    """Write the rows of a probe to a new file; returns the reading. Raises BadInput."""
+    knobs = complete(name, parse(Knobs, __doc__, argv))
+    path = Path(knobs.out or f"runs/probe_{name}.csv")
+    if path.exists():
+        raise BadInput(f"{path} exists already: remove it, or name another --out")
+    run_folder.check_creatable(path, "--out")
+    settings = {"probe": name} | asdict(knobs)
+    with Grader(extract, boxed) as grader:
+        rows = [row | settings for row in PROBES[name](load(name, knobs, grader))]
+    if not rows:
+        raise BadInput("all answers end within the shortest prefix: lower --prefixes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run_folder.write_csv(path, list(rows[0]), rows)
+    return f"{name}: {reading(rows)}"
 
 
 def main() -> None:
@@ -416,11 +356,8 @@ def main() -> None:
         print(__doc__)
     elif name in PROBES:
         print(run_probe(name, argv))
-    elif name == "draw" and argv:
-        print("\n".join(draw_probe(Path(path)) for path in argv))
     else:
-        what = "draw needs a file" if name == "draw" else f"there is no probe {name!r}"
-        raise BadInput(f"{what}: give one of {', '.join(PROBES)}, or draw and a CSV file that a probe wrote")
+        raise BadInput(f"there is no probe {name!r}: give one of {', '.join(PROBES)}")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def decay(setup: Setup, problems: int) -> list[dict]:
     """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
     settings = setup.knobs
     length = settings.max_new_tokens
-    knobs = probe.PrefixKnobs(prefixes=PREFIXES, max_new_tokens=length, sample_batch=settings.eval_batch)
+    knobs = probe.Knobs(prefixes=PREFIXES, max_new_tokens=length, sample_batch=settings.eval_batch)
     chosen = data.subset(data.read_problems(settings.data, "test"), problems, knobs.seed)
     chosen = [problem for problem in chosen for _ in range(knobs.samples)]
     prompts = render(setup.pair.tokenizer, chosen, settings.instruction)

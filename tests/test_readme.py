@@ -8,7 +8,6 @@ from pathlib import Path
 import claims
 import compare
 import english
-import figures
 import gpu
 import parts
 import probe
@@ -107,7 +106,7 @@ def test_the_whole_method_learns_on_the_toy(method, world):
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_exist(name):
     classes = [train.Knobs, eval_math.Knobs, compare.Knobs, steps.Knobs, parts.Knobs, gpu.Knobs, words.Knobs]
-    classes += [english.Knobs, *(knobs for _, knobs in probe.PROBES.values())]
+    classes += [english.Knobs, probe.Knobs]
     flags = {cli.flag_of(f.name) for knobs in classes for f in dataclasses.fields(knobs)}
     flags |= {"--no-checkpointing", "--no-shard", "--help", "--slow"}
     flags |= set(re.findall(r"--[a-z-]+", torchrun.get_args_parser().format_help()))
@@ -232,5 +231,4 @@ OF_PROBES = sorted(path for name in probe.PROBES for path in (ROOT / "results").
 
 @pytest.mark.parametrize("path", OF_PROBES, ids=lambda path: path.stem)
 def test_readings_are_what_the_probes_print(path):
-    rows = figures.read_probe(path)
-    assert figures.reading(rows) in RESULTS
+    assert probe.reading(run_folder.read_csv(path)) in RESULTS
