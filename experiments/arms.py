@@ -19,7 +19,6 @@ from opd import Divergence, nll, token_logp
 from rollout import Rollout, rollout, sampling_noise
 from schedules import make_schedule
 from support import models
-from support.cli import BadInput
 
 SHARE = 0.1  # N / T: the horizon of topd-0.1, and the tokens of a row that keep their loss under a mask
 
@@ -60,41 +59,54 @@ def adaptive(knobs, history: History) -> Callable[[int], int]:
     return horizon_at
 
 
-# Masks: (rollouts, N, values) -> (B, R) bool, the tokens with a loss; values: (B, R), one number per token.
+# Masks: (pair, rollouts, knobs, step) -> (B, R) bool, the tokens with a loss.
 # Those of SELECTION, and `window`, leave the same number of tokens: the sum of min(N, length) over the rows.
 
 
-def first(rollouts: Rollout, size: int, values: Tensor | None) -> Tensor:
+def first(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
     """The first N of each row.
 
     Later tokens change neither these tokens nor their loss, so the gradient has the same distribution as that
     of rollouts cut at N. This control shows what generation beyond N adds, which is cost.
     """
-    return rollouts.response_mask & (positions(rollouts) < size)
+    return rollouts.response_mask & (positions(rollouts) < masked_tokens(knobs))
 
 
-def last(rollouts: Rollout, size: int, values: Tensor | None) -> Tensor:
+def last(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
     """The last N of each row."""
-    start = rollouts.response_mask.sum(1, keepdim=True) - size
+    start = rollouts.response_mask.sum(1, keepdim=True) - masked_tokens(knobs)
     return rollouts.response_mask & (positions(rollouts) >= start)
 
 
-def window(rollouts: Rollout, size: int, values: Tensor) -> Tensor:
-    """N consecutive tokens of each row; the row's first value, in [0, 1), chooses where they start."""
+def window(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
+    """N consecutive tokens of each row, from a random start."""
+    size = masked_tokens(knobs)
     starts = (rollouts.response_mask.sum(1, keepdim=True) - size + 1).clamp_min(1)  # (B, 1) possible starts
-    start = (values[:, :1] * starts).long().minimum(starts - 1)  # the product may round up
+    start = (noise(pair, rollouts, knobs, step)[:, :1] * starts).long()
+    start = start.minimum(starts - 1)  # the product may round up
     place = positions(rollouts)
     return rollouts.response_mask & (place >= start) & (place < start + size)
 
 
-def highest(rollouts: Rollout, size: int, values: Tensor) -> Tensor:
+def highest(values_of: Callable) -> Callable:
     """The tokens with the highest values in the whole step: a row may have many of them, or none."""
-    return top(rollouts, int(rollouts.response_mask.sum(1).clamp_max(size).sum()), values)
+
+    def mask(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
+        number = int(rollouts.response_mask.sum(1).clamp_max(masked_tokens(knobs)).sum())
+        return top(rollouts, number, values_of(pair, rollouts, knobs, step))
+
+    return mask
 
 
-def fifth(rollouts: Rollout, size: int, values: Tensor) -> Tensor:
-    """The 20 % of the step's tokens with the highest values."""
-    return top(rollouts, round(0.2 * int(rollouts.response_mask.sum())), values)
+def least_likely_fifth(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
+    """The 20 % of the step's tokens that were least likely when they were sampled."""
+    return top(rollouts, round(0.2 * int(rollouts.response_mask.sum())), -rollouts.logp)
+
+
+def without_end(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
+    """All tokens but the eos token, which is the last one of a finished row."""
+    end = positions(rollouts) == rollouts.response_mask.sum(1, keepdim=True) - 1
+    return rollouts.response_mask & ~(end & rollouts.finished[:, None])
 
 
 def top(rollouts: Rollout, number: int, values: Tensor) -> Tensor:
@@ -102,12 +114,6 @@ def top(rollouts: Rollout, number: int, values: Tensor) -> Tensor:
     mask = torch.zeros_like(rollouts.response_mask)
     mask.view(-1)[candidates.flatten().topk(number).indices] = True
     return mask
-
-
-def without_end(rollouts: Rollout, size: int, values: Tensor | None) -> Tensor:
-    """All tokens but the eos token, which is the last one of a finished row."""
-    end = positions(rollouts) == rollouts.response_mask.sum(1, keepdim=True) - 1
-    return rollouts.response_mask & ~(end & rollouts.finished[:, None])
 
 
 def positions(rollouts: Rollout) -> Tensor:
@@ -119,7 +125,7 @@ def masked_tokens(knobs) -> int:
     return max(1, round(SHARE * knobs.max_new_tokens))
 
 
-# Values that a mask chooses by: (pair, rollouts, knobs, step) -> (B, R).
+# Values that `highest` chooses by: (pair, rollouts, knobs, step) -> (B, R).
 
 
 def noise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
@@ -144,11 +150,6 @@ def by_place(rollouts: Rollout, tokens: dict[str, Tensor], name: str) -> Tensor:
     values = torch.zeros(rollouts.tokens.shape, device=rollouts.tokens.device)
     values[tokens["row"], tokens["position"]] = tokens[name].to(values.dtype)
     return values
-
-
-def surprise(pair: train.Pair | None, rollouts: Rollout, knobs, step: int) -> Tensor:
-    """-log p(y) of each token when it was sampled."""
-    return -rollouts.logp
 
 
 # Samplers: (pair, knobs) -> what `train.train` takes as its sampler, with the student as the first argument.
@@ -179,37 +180,24 @@ def unlikelihood(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> 
 class Arm(NamedTuple):
     horizon: Callable  # (knobs, history) -> (step -> H)
     mask: Callable | None = None  # None: every sampled token has a loss
-    values: Callable | None = None  # what the mask chooses by
     lr_scale: float = 1.0
     sampler: Callable | None = None  # None: the student writes
     divergence: Divergence | None = None  # None: that of the knobs
     sharpened: float | None = None  # the teacher is a copy of the untrained student, at this temperature
     low_memory: bool = False  # LoRA: the student must have been loaded with adapters
 
-    def check(self, knobs) -> None:
-        """Raises BadInput if the settings are not those of this arm."""
-        self.horizon(knobs, [])
-        if self.low_memory and not knobs.low_memory:
-            raise BadInput("the arms with LoRA need --low-memory: add it, or leave them out of --arms")
-
-    def loss_mask(self, pair: train.Pair, knobs) -> Callable[[int, Rollout], Tensor]:
-        """(step, rollouts) -> (B, R), the tokens with a loss."""
-
-        def mask(step: int, rollouts: Rollout) -> Tensor:
-            values = self.values(pair, rollouts, knobs, step) if self.values else None
-            return self.mask(rollouts, masked_tokens(knobs), values)
-
-        return mask if self.mask else lambda step, rollouts: rollouts.response_mask
-
-    def scorer(self, pair: train.Pair, knobs) -> Callable[..., tuple[float, dict[str, Tensor]]]:
+    def scorer(self, knobs) -> Callable[..., tuple[float, dict[str, Tensor]]]:
         """`train.score` with this arm's mask, divergence and teacher."""
         steps = count()  # as in `teachers_share`
-        mask_of = self.loss_mask(pair, knobs)
-        changes = {"divergence": self.divergence} if self.divergence else {}
 
         def score(pair: train.Pair, rollouts: Rollout, **settings) -> tuple[float, dict[str, Tensor]]:
-            own = {"loss_mask": mask_of(next(steps), rollouts), "teacher_temperature": self.sharpened}
-            return train.score(pair, rollouts, **(settings | changes | own))
+            step = next(steps)
+            settings["teacher_temperature"] = self.sharpened
+            if self.divergence:
+                settings["divergence"] = self.divergence
+            if self.mask:
+                settings["loss_mask"] = self.mask(pair, rollouts, knobs, step)
+            return train.score(pair, rollouts, **settings)
 
         return score
 
@@ -227,7 +215,7 @@ class Arm(NamedTuple):
             knobs,
             run,
             sampler=self.sampler(pair, knobs) if self.sampler else rollout,
-            scorer=self.scorer(pair, knobs),
+            scorer=self.scorer(knobs),
         )
 
 
@@ -246,14 +234,14 @@ ARMS = {
     # rollout: that is a factor of the loss, which AdamW cancels.
     "topd-0.1-lr-0.1": Arm(TRUNCATED, lr_scale=0.1),
     "first": Arm(FULL, first),
-    "window": Arm(FULL, window, noise),
+    "window": Arm(FULL, window),
     "last": Arm(FULL, last),
-    "random": Arm(FULL, highest, noise),
-    "top-kl": Arm(FULL, highest, statistic("reverse_kl")),
-    "top-teacher-entropy": Arm(FULL, highest, statistic("teacher_entropy")),
-    "top-student-entropy": Arm(FULL, highest, statistic("student_entropy")),
+    "random": Arm(FULL, highest(noise)),
+    "top-kl": Arm(FULL, highest(statistic("reverse_kl"))),
+    "top-teacher-entropy": Arm(FULL, highest(statistic("teacher_entropy"))),
+    "top-student-entropy": Arm(FULL, highest(statistic("student_entropy"))),
     # Controls of the gain itself: does it need a teacher, the teacher's distribution, the student's own text?
-    "no-teacher": Arm(FULL, fifth, surprise, divergence=unlikelihood),  # arXiv 2608.31046
+    "no-teacher": Arm(FULL, least_likely_fifth, divergence=unlikelihood),  # arXiv 2608.31046
     "seqkd": Arm(FULL, sampler=TEACHER, divergence=nll),  # cross-entropy on the teacher's answers
     "self-teacher": Arm(FULL, sharpened=0.7),
     "no-end": Arm(FULL, without_end),

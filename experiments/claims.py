@@ -6,7 +6,6 @@ Shapes: S seeds, P problems.
 """
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -22,6 +21,7 @@ from support.run_folder import read_csv
 ENDS = ("student", "teacher")  # scored without training: lower and upper reference
 COSTS = ("steps_done", "response_tokens", "loss_tokens", "seconds", "rollout_s")
 COLUMNS = ("arm", "seed", *COSTS, "accuracy", "last_box", "truncated", "mean_length", "greedy", "n")
+NUMBERS = COLUMNS[2:]
 COLUMNS += ("correct", "correct_greedy")  # all other columns are settings, in which the rows agree
 
 MIN_SEEDS = 3  # with fewer, no claim is decided
@@ -67,30 +67,26 @@ def check_settings(path: Path, rows: Iterable[Row], wanted: Row) -> None:
             raise BadInput(f"{path} would mix {what}: use the settings of its rows, or name another file")
 
 
-def read(path: Path) -> Results:
-    """The rows by arm and seed. Raises BadInput if the file is missing, damaged, or mixes settings."""
+def read(path: Path, settings: Row | None = None) -> Results:
+    """The rows by arm and seed. Raises BadInput if the file is missing or damaged, or if it mixes settings.
+
+    Without `settings` those of the first row are wanted.
+    """
     rows = read_rows(path, ("arm", "seed"), COLUMNS)
     if not rows:
         raise BadInput(f"there is no row in {path}: run the comparison without --report first, or name --csv")
-    for row in rows.values():
-        check_values(path, row)
     first = next(iter(rows.values()))
-    check_settings(path, rows.values(), {name: first[name] for name in first if name not in COLUMNS})
+    names = first.keys() - set(COLUMNS)  # a setting that this version does not know is None in `wanted`
+    wanted = {name: first[name] for name in names} if settings is None else dict.fromkeys(names) | settings
+    check_settings(path, rows.values(), wanted)
     results: Results = {}
     for (arm, seed), row in rows.items():
-        results.setdefault(arm, {})[int(seed)] = row
+        try:
+            [float(row[name]) for name in NUMBERS]
+            results.setdefault(arm, {})[int(seed)] = row
+        except ValueError as error:
+            raise BadInput(f"{path} has a damaged row ({error}): restore it, or name another file") from error
     return results
-
-
-def check_values(path: Path, row: Row) -> None:
-    """Raises BadInput unless seed, costs and verdicts are of the form that a comparison writes."""
-    verdicts = rf"[01]{{{int(row['n']) if row['n'].isdigit() else 0}}}"
-    forms = {"seed": r"\d+", "correct": verdicts, "correct_greedy": verdicts}
-    forms |= dict.fromkeys((*COSTS, "accuracy"), r"\d+(\.\d*)?(e-?\d+)?")
-    for name, form in forms.items():
-        if not re.fullmatch(form, row[name]):
-            what = f"{path} has {name} {row[name][:40]!r} for {row['arm']} with seed {row['seed']}"
-            raise BadInput(f"{what}: restore the file, or name another")
 
 
 def curves_path(path: Path) -> Path:
@@ -100,11 +96,9 @@ def curves_path(path: Path) -> Path:
 def read_curves(path: Path) -> Curves:
     """The curve points of the comparison `path`; if a run was repeated, those of the later run."""
     curves: Curves = {}
-    if curves_path(path).exists():
-        for row in read_csv(curves_path(path)):
-            if None not in row.values():
-                of_arm = curves.setdefault(row["arm"], {})
-                of_arm[int(row["seed"]), float(row["part"])] = row
+    for row in read_csv(curves_path(path)) if curves_path(path).exists() else []:
+        if None not in row.values():
+            curves.setdefault(row["arm"], {})[int(row["seed"]), float(row["part"])] = row
     return curves
 
 
@@ -180,16 +174,18 @@ WIDTHS = (9, 8, 8, 8, 8, 8, 10, 7, 9, 7, 7)
 def cells(results: Results, arm: str) -> list[str]:
     """An arm's line of the table: accuracies, the difference to full on the same seeds, costs and ratios."""
     rows = list(results[arm].values())
-    pair = paired(results, arm, "full")
-    shares = [*mean_and_se(correct(rows)), *mean_and_se(correct(rows, "correct_greedy"))]
-    gap, se = difference(*pair) if pair[0] else (math.nan, math.nan)
+    ours, full = paired(results, arm, "full")  # both empty if full has none of these seeds
+    shares = (*mean_and_se(correct(rows)), *mean_and_se(correct(rows, "correct_greedy")))
     found = [f"{share:.1%}" for share in shares]
-    found += ["", ""] if arm == "full" else [f"{gap:+.1%}", f"{se:.1%}"]
+    if arm == "full":
+        found += ["", ""]
+    else:
+        gap, se = difference(ours, full) if full else (math.nan, math.nan)
+        found += [f"{gap:+.1%}", f"{se:.1%}"]
     for column, digits in (("response_tokens", 0), ("seconds", 1)):
-        means = [mean_of(some, column) for some in pair] if pair[0] else [math.nan, math.nan]
-        cost = [f"{mean_of(rows, column):,.{digits}f}", f"{means[0] / means[1]:.2f}"]
-        found += ["", ""] if arm in ENDS else cost
-    return ["-" if "nan" in cell else cell for cell in [*found, str(len(rows))]]
+        ratio = f"{mean_of(ours, column) / mean_of(full, column):.2f}" if full else "-"
+        found += ["", ""] if arm in ENDS else [f"{mean_of(rows, column):,.{digits}f}", ratio]
+    return [*found, str(len(rows))]
 
 
 def table(results: Results, arms: tuple[str, ...]) -> str:

@@ -9,13 +9,13 @@ A row of the CSV is a finished run, one arm with one seed, scored after its last
 are not repeated: the same command continues a stopped comparison. Rows of other settings are refused. What is
 in the files that they name is not compared: if data or a model changes, name another --csv. The arms are in
 arms.py. Seconds are those of sampling, choosing tokens and training, without evaluation; `..._curves.csv` has
-the accuracy during the runs. Left out are checkpoints within a run (a stop costs one run) and several answers
-to a problem (use more seeds).
+the accuracy during the runs.
 """
 
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,20 +24,22 @@ import figures
 import torch
 from arms import ARMS, GROUPS, Arm, History
 from root import RESULTS
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import train
 from eval_math import HeldOut, evaluate
 from rollout import rollout
 from support import data, models, run_folder
-from support.cli import BadInput, Stopped, flag_of, knob, parse, run_main
-from support.run import Run, check_saving
+from support.cli import BadInput, flag_of, knob, parse, run_main
+from support.run import Run
 from support.scores import score_answers
 
 # Flags of train.py that do not apply to a comparison.
 WITHOUT = ("schedule", "horizon", "popd_growth", "popd_interval", "eval_every", "show_every", "save_every")
 WITHOUT += ("resume", "out", "seed", "dry_run", "sampler")
+
+
+CHOICES = tuple(name for name, arm in ARMS.items() if not arm.low_memory)  # --low-memory is for all arms
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Knobs(train.Knobs):
     eval_temperature: float = knob(1.0, "of the sampled score; there is a greedy one too", least=0.01)
 
     arms: tuple[str, ...] = knob(
-        (), "may be repeated; default: those of GROUPS in arms.py", choices=ARMS, group="the comparison"
+        (), "may be repeated; default: those of GROUPS in arms.py", choices=CHOICES, group="the comparison"
     )
     seeds: int = knob(5, "runs of each arm, with seeds 0, 1, ...", least=1)
     minutes: float = knob(
@@ -174,11 +176,10 @@ class ArmRun(Run):
 
     def look(self, part: float) -> None:
         """Score the student after this part of the run."""
-        costs = self.costs()
         records = self.setup.answers(self.setup.pair.student, self.setup.knobs.eval_temperature)
-        row = {"part": part} | {key: costs[key] for key in ("steps_done", "response_tokens", "seconds")}
-        row |= {"accuracy": score_answers(records)["accuracy"], "correct": correct_digits(records)}
-        self.looks.append(row)
+        costs = {name: self.costs()[name] for name in ("steps_done", "response_tokens", "seconds")}
+        scores = {"accuracy": score_answers(records)["accuracy"], "correct": correct_digits(records)}
+        self.looks.append({"part": part} | costs | scores)
 
 
 def train_arm(setup: Setup, arm: Arm) -> ArmRun:
@@ -204,15 +205,10 @@ def missing_runs(knobs: Knobs, path: Path, shared: claims.Row) -> list[tuple[str
     curves = claims.curves_path(path)
     if curves.exists() and not path.exists():
         raise BadInput(f"{curves} belongs to {path}, which does not exist: remove it, or name another --csv")
-    results = claims.read(path) if path.exists() else {}
-    rows = [row for of_arm in results.values() for row in of_arm.values()]
-    settings = set().union(*rows) - set(claims.COLUMNS)
-    # Settings that this version does not know are None.
-    claims.check_settings(path, rows, dict.fromkeys(settings) | shared)
+    results = claims.read(path, shared) if path.exists() else {}
     names = (*claims.ENDS, *knobs.arms)
-    return [
-        (name, seed) for seed in range(knobs.seeds) for name in names if seed not in results.get(name, {})
-    ]
+    runs = product(range(knobs.seeds), names)
+    return [(name, seed) for seed, name in runs if seed not in results.get(name, {})]
 
 
 def compare(knobs: Knobs, path: Path) -> None:
@@ -221,16 +217,13 @@ def compare(knobs: Knobs, path: Path) -> None:
     shared = settings_of(knobs)
     wanted = missing_runs(knobs, path, shared)
     for name in knobs.arms:
-        ARMS[name].check(knobs)
+        ARMS[name].horizon(knobs, [])  # raises BadInput before minutes of loading
     if not wanted:
         print(f"all runs are in {path} already")
         return
     if knobs.keep:
         run_folder.check_creatable(Path(knobs.keep, "full-0"), "--keep")
     setup = load(knobs)
-    if knobs.keep:
-        with tempfile.TemporaryDirectory() as folder:
-            check_saving(setup.pair, train.save_student, Path(folder))
     start = {name: weight.detach().clone() for name, weight in setup.pair.masters.items()}
     for name, seed in tqdm(wanted, unit="run"):
         for weight_name, weight in setup.pair.masters.items():
@@ -248,11 +241,7 @@ def compare(knobs: Knobs, path: Path) -> None:
 def main() -> None:
     knobs, path = choose(parse(Knobs, __doc__))
     if not knobs.report:
-        try:
-            compare(knobs, path)
-        except (OSError, SafetensorError) as error:
-            what = f"cannot write ({error}), finished rows are kept"
-            raise Stopped(1, f"{what}: free some space, or name another --csv or --keep") from error
+        compare(knobs, path)
     results = claims.read(path)
     curves = claims.read_curves(path)
     closing = knobs.preset == "toy" and knobs.world == "closing"

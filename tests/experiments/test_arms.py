@@ -1,7 +1,6 @@
 """The controls of arms.py, each run with tiny models and checked against what it is said to do."""
 
 from copy import deepcopy
-from dataclasses import replace
 
 import arms
 import compare
@@ -12,7 +11,6 @@ from helpers import END, pair_of, tiny
 
 from rollout import Rollout, rollout, sampling_noise
 from support import data
-from support.cli import BadInput
 from support.run import Run
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]]
@@ -141,11 +139,11 @@ def test_the_self_teacher_is_the_student_at_the_start_sharpened():
             assert found.item() == pytest.approx(expected[row][position].item(), abs=1e-4)
 
 
-def test_lora_arms_need_a_student_with_adapters():
-    for name in ("lora", "lora-esr"):
-        with pytest.raises(BadInput, match="need --low-memory"):
-            arms.ARMS[name].check(KNOBS)
-        arms.ARMS[name].check(replace(KNOBS, low_memory=True))
+def test_compare_has_no_arms_with_lora():
+    """All of its arms share one pair, so --low-memory is for all of them."""
+    assert {name for name, arm in arms.ARMS.items() if arm.low_memory} == arms.ARMS.keys() - set(
+        compare.CHOICES
+    )
 
 
 def test_esr_with_a_horizon_of_one_token_is_not_full():

@@ -3,6 +3,7 @@
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import arms
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from rollout import Rollout, rollout, sampling_noise
-from support.cli import BadInput, Stopped
+from support.cli import BadInput
 from support.run_folder import append_csv, read_csv
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]] * 2
@@ -43,15 +44,14 @@ KNOBS = compare.Knobs(max_new_tokens=20)  # N = 2
 def test_first_and_last():
     first = [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
     last = [[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-    assert arms.first(RAGGED, 2, None).int().tolist() == first
-    assert arms.last(RAGGED, 2, None).int().tolist() == last
+    assert arms.first(None, RAGGED, KNOBS, 0).int().tolist() == first
+    assert arms.last(None, RAGGED, KNOBS, 0).int().tolist() == last
 
 
 def test_windows_are_whole_and_start_anywhere():
-    mask_of = arms.ARMS["window"].loss_mask(None, KNOBS)
     starts = [set(), set(), set()]
     for step in range(200):
-        for row, mask in enumerate(mask_of(step, RAGGED)):
+        for row, mask in enumerate(arms.window(None, RAGGED, KNOBS, step)):
             where = mask.nonzero().flatten().tolist()
             assert where == list(range(where[0], where[0] + (1 if row == 2 else 2)))
             assert RAGGED.response_mask[row][where].all()
@@ -61,15 +61,14 @@ def test_windows_are_whole_and_start_anywhere():
 
 def test_tokens_by_value_are_the_highest_of_the_step_and_never_padding():
     values = torch.tensor([[9.0, 0, 8, 0, 7, 0], [6, 5, 0, 99, 99, 99], [-1, 99, 99, 99, 99, 99]])
-    chosen = arms.highest(RAGGED, 2, values)
+    chosen = arms.highest(lambda *_: values)(None, RAGGED, KNOBS, 0)
     assert chosen.nonzero().tolist() == [[0, 0], [0, 2], [0, 4], [1, 0], [1, 1]]
-    negative = arms.highest(RAGGED, 99, -values.abs() - 1)  # as many as there are
+    negative = arms.top(RAGGED, 10, -values.abs() - 1)  # as many as there are
     assert torch.equal(negative, RAGGED.response_mask)
 
 
 def test_random_tokens_are_within_the_rows_and_equally_likely():
-    mask_of = arms.ARMS["random"].loss_mask(None, KNOBS)
-    masks = torch.stack([mask_of(step, RAGGED) for step in range(400)])
+    masks = torch.stack([arms.ARMS["random"].mask(None, RAGGED, KNOBS, step) for step in range(400)])
     assert (masks.sum((1, 2)) == 5).all()
     assert not masks[:, ~RAGGED.response_mask].any()
     assert (masks.float().mean(0)[RAGGED.response_mask] - 0.5).abs().max() < 0.1  # 5 of 10
@@ -78,13 +77,11 @@ def test_random_tokens_are_within_the_rows_and_equally_likely():
 @pytest.mark.parametrize("name", ["random", "window"])
 def test_random_masks_depend_on_seed_and_step_alone(name):
     long = rollouts_of(60, 60, 60, 60)
-    mask_of = arms.ARMS[name].loss_mask(None, KNOBS)
-    again = arms.ARMS[name].loss_mask(None, KNOBS)
-    other_seed = arms.ARMS[name].loss_mask(None, replace(KNOBS, seed=1))
+    mask_of = partial(arms.ARMS[name].mask, None, long)
     for step in (0, 7):
-        assert torch.equal(mask_of(step, long), again(step, long))
-        assert not torch.equal(mask_of(step, long), other_seed(step, long))
-    assert not torch.equal(mask_of(0, long), mask_of(1, long))
+        assert torch.equal(mask_of(KNOBS, step), mask_of(KNOBS, step))
+        assert not torch.equal(mask_of(KNOBS, step), mask_of(replace(KNOBS, seed=1), step))
+    assert not torch.equal(mask_of(KNOBS, 0), mask_of(KNOBS, 1))
 
 
 def test_token_values_are_each_tokens_own():
@@ -110,7 +107,7 @@ def test_first_tokens_of_full_rollouts_have_the_gradient_of_rollouts_cut_there()
     gradients = []
     for horizon in (12, 4):
         pair, rollouts = pair_and_rollouts(horizon)
-        mask = arms.first(rollouts, 4, None)
+        mask = arms.first(pair, rollouts, replace(KNOBS, max_new_tokens=40), 0)
         train.score(pair, rollouts, mask, micro_batch=40)
         gradients.append(torch.cat([master.grad.flatten() for master in pair.masters.values()]))
     assert rollouts.tokens.shape[1] == 4
@@ -420,11 +417,8 @@ def test_committed_verdicts_recomputed_by_hand():
         ([row("full", 0, "01"), row("full", 1, "01") | {"lr": "0.1"}], "would mix lr '0.1' and '0.001'"),
         ([row("full", 0, "01"), row("full", 0, "01")], "line 3 repeats full 0"),
         ([{"arm": "full", "seed": 0}], "line 2 is not a complete row"),
-        ([row("full", 0, "09")], "has correct '09' for full with seed 0: restore"),
-        ([row("full", 0, "01") | {"n": 3}], "has correct '01'"),
-        ([row("full", "x", "01")], "has seed 'x'"),
-        ([row("full", 0, "01", tokens=-5)], "has response_tokens '-5'"),
-        ([row("full", 0, "01") | {"accuracy": "nan"}], "has accuracy 'nan'"),
+        ([row("full", "x", "01")], "damaged row .*'x'"),
+        ([row("full", 0, "01") | {"accuracy": ""}], "damaged row .*''"),
     ],
 )
 def test_files_that_are_not_one_comparison(tmp_path, rows, why):
@@ -450,8 +444,7 @@ def test_figures_say_what_is_missing(tmp_path, monkeypatch):
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in drawn)
     ends = "missing: student (seed 1); teacher (all of it); full (seed 1)"
     assert said == [f"{ends}; topd-0.1 (seed 1); popd (all of it)", f"{ends}; random (all of it)"]
-    assert len(figures.draw(path, {"full": results["full"]}, {}, ("full",), 1)) == 1
-    assert figures.draw(path, {"student": results["student"]}, {}, ("full",), 1) == []
+    assert figures.draw(path, {"full": results["full"]}, {}, ("full",), 1) == []
 
 
 def main(monkeypatch, *flags):
@@ -498,15 +491,6 @@ def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_pa
     path.unlink()
     with pytest.raises(BadInput, match="remove it, or name another --csv"):
         main(monkeypatch, *flags)
-
-
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(compare, "compare", full)
-    with pytest.raises(Stopped, match="No space left on device.*finished rows are kept: free some space"):
-        main(monkeypatch, "--csv", tmp_path / "c.csv")
 
 
 def test_which_world_and_which_file():
