@@ -149,7 +149,7 @@ def paired(results: Results, *arms: str) -> list[list[Row]]:
 
 def values(results: Results, arm: str, column: str = "accuracy") -> list[float]:
     """The number of each seed, without empty cells."""
-    return [float(row[column]) for row in results.get(arm, {}).values() if row[column]]
+    return [float(row[column]) for row in results.get(arm, {}).values() if row.get(column)]
 
 
 def gaps(results: Results, arm: str, other: str, column: str = "accuracy") -> list[float]:

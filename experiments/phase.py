@@ -70,15 +70,16 @@ class Knobs(Sweep):
     def measure(self, place: float, seed: int, arm: str, lr: str, student: Row) -> Row:
         ours = {"steps": self.steps, "eval_limit": self.problems, "seed": seed}
         setup = sweep.load(build(place, seed), toy.PRESET, **ours)
-        places = {"announced": "", "auto": ""}
-        if arm == "student":
-            places = {"announced": announced(setup, place), "auto": sweep.horizon_auto(setup)}
-        tokens = 0
+        row = {"response_tokens": 0}
         if arm in ARMS:
-            tokens = sweep.train_arm(setup, ARMS[arm], lr, student["auto"]).costs()["response_tokens"]
+            run = sweep.train_arm(setup, ARMS[arm], lr, student["auto"])
+            row["response_tokens"] = run.costs()["response_tokens"]
         model = setup.pair.teacher if arm == "teacher" else setup.pair.student
         records = setup.answers(model, setup.knobs.eval_temperature)
-        return {"response_tokens": tokens, "accuracy": score_answers(records)["accuracy"]} | places
+        row["accuracy"] = score_answers(records)["accuracy"]
+        if arm == "student":
+            row |= {"announced": announced(setup, place), "auto": sweep.horizon_auto(setup)}
+        return row
 
 
 # The world.
@@ -191,9 +192,8 @@ def report(cells: Cells, knobs: Knobs) -> str:
         lines += ["", f"q {q:g}, {len(cells.gains(q, 'full'))} seeds"]
         for name in ("announced", "auto"):
             values = claims.values(results, "student", name)
-            lines += [
-                f"  {name:10} {statistics.fmean(values):.1f} tokens, {min(values):g} to {max(values):g}"
-            ]
+            mean = f"{statistics.fmean(values):.1f} tokens"
+            lines += [f"  {name:10} {mean}, {min(values):g} to {max(values):g}"]
         for arm in ("student", "teacher", "full"):
             lines += [f"  {arm:10} accuracy {shown(interval_of(claims.values(results, arm)))}"]
         for arm in list(ARMS)[1:]:

@@ -99,20 +99,25 @@ def load(name: str, knobs: Knobs, grader: Grader) -> Setup:
     """Models, problems and prompts. Raises BadInput."""
     if knobs.data == toy.preset("opening")["data"]:
         toy.build("opening")
-    problems = data.subset(data.read_problems(knobs.data, "test"), knobs.problems, knobs.seed)
-    problems = [problem for problem in problems for _ in range(knobs.samples)]
     settings = train.Knobs(
         student=knobs.student, teacher=knobs.teacher, checkpointing=False, dtype=knobs.dtype
     )
     pair = train.load_pair(settings, models.find_device(""))
-    prompts = render(pair.tokenizer, problems, knobs.instruction)
-    models.check_context([pair.student.config, pair.teacher.config], prompts, knobs.max_new_tokens)
     after = None
     if name != "decay":
         models.tokenizers_differ(knobs.trained, knobs.teacher, allowed=False)
         student = models.load_model(knobs.trained, getattr(torch, knobs.dtype), pair.student.device)
         head = models.OutputHead.of(student, pair.vocab_size)
         after = replace(pair, student=student, student_head=head, masters={})
+    return set_up(pair, after, grader, knobs)
+
+
+def set_up(pair: train.Pair, after: train.Pair | None, grader: Grader, knobs: Knobs) -> Setup:
+    """Read the problems for these models, and render their prompts. Raises BadInput."""
+    problems = data.subset(data.read_problems(knobs.data, "test"), knobs.problems, knobs.seed)
+    problems = [problem for problem in problems for _ in range(knobs.samples)]
+    prompts = render(pair.tokenizer, problems, knobs.instruction)
+    models.check_context([pair.student.config, pair.teacher.config], prompts, knobs.max_new_tokens)
     return Setup(pair, after, problems, prompts, grader, knobs)
 
 

@@ -38,9 +38,8 @@ import train
 from eval_math import boxed, extract
 from extras import profile_horizon
 from rollout import rollout
-from support import data, run_folder, words
+from support import run_folder, words
 from support.cli import BadInput, knob, parse, run_main
-from support.prompts import render
 from support.workers import Grader
 
 WORLD = "words"  # the only place of this sweep
@@ -53,7 +52,6 @@ WRITERS = {  # whose rollouts the reverse KL is measured on
     "own": "on each student's own rollouts",
 }
 DRAWN = ("student", "full", "topd-0.1", "esr")  # their reverse KL by position
-OF_RUN = ("grad_norm_mean", "grad_norm_max", "accuracy_0", "accuracy_1", "accuracy_2")
 TENTHS = range(10)
 PREFIXES = "0 10 25 50 75"
 SCORES = {"sampled": "accuracy", "greedy": "greedy"}  # the columns of the two accuracies
@@ -113,34 +111,29 @@ class Knobs(Sweep):
     def measure(self, place: str, seed: int, arm: str, lr: str, student: Row) -> Row:
         setup = self.load(seed, arm)
         start = deepcopy(setup.pair.student)
-        trained = arm in ARMS
         whole = seed != SWEEP_SEED  # other runs only choose a learning rate
         row = dict.fromkeys(claims.COSTS, 0)
-        of_run = dict.fromkeys(OF_RUN, "")
-        if trained:
+        if arm in ARMS:
             run = sweep.train_arm(setup, ARMS[arm], lr, student["auto"], looks=4 if whole else 1)
-            row = run.costs()
             norms = [step["grad_norm"] for step in run.rows]
-            of_run |= {f"accuracy_{round(4 * look['part']) - 1}": look["accuracy"] for look in run.looks}
-            of_run |= {"grad_norm_mean": statistics.fmean(norms), "grad_norm_max": max(norms)}
-        model = setup.pair.teacher if arm == "teacher" else setup.pair.student
-        row |= setup.scores(model, "repeating") | of_run
-        row |= {"auto": sweep.horizon_auto(setup) if arm == "student" else ""}
-        for name, writer in zip(WRITERS, (start, setup.pair.teacher, setup.pair.student)):
-            found = dict.fromkeys(TENTHS, "")
-            if arm == "student" or (trained and whole):
+            row = run.costs() | {"grad_norm_mean": statistics.fmean(norms), "grad_norm_max": max(norms)}
+            row |= {f"accuracy_{round(4 * look['part']) - 1}": look["accuracy"] for look in run.looks}
+        row |= setup.scores(setup.pair.teacher if arm == "teacher" else setup.pair.student, "repeating")
+        if arm == "student":
+            row["auto"] = sweep.horizon_auto(setup)
+        if arm == "student" or (arm in ARMS and whole):
+            for name, writer in zip(WRITERS, (start, setup.pair.teacher, setup.pair.student)):
                 prompts, how = setup.held_out.prompts, {"rollouts": self.rollouts, "writer": writer}
                 tokens = profile_horizon.measure(train.score, setup.pair, prompts, setup.knobs, **how)
                 found = by_tenth(tokens, setup.knobs.max_new_tokens)
-            row |= {f"kl_{name}_{i}": value for i, value in found.items()}
+                row |= {f"kl_{name}_{i}": value for i, value in found.items()}
         return row
 
 
-def by_tenth(tokens: dict, length: int) -> dict[int, float | str]:
-    """The mean reverse KL of the tokens in each tenth of `length` positions; empty if there are none."""
+def by_tenth(tokens: dict, length: int) -> dict[int, float]:
+    """The mean reverse KL of the tokens in each tenth of `length` positions that has some."""
     tenth = tokens["position"] * 10 // length
-    parts = {i: tokens["reverse_kl"][tenth == i] for i in TENTHS}
-    return {i: part.mean().item() if len(part) else "" for i, part in parts.items()}
+    return {i: tokens["reverse_kl"][tenth == i].mean().item() for i in tenth.unique().tolist()}
 
 
 def run_all(knobs: Knobs) -> None:
@@ -159,14 +152,11 @@ def run_all(knobs: Knobs) -> None:
 
 def decay(setup: Setup, problems: int) -> list[dict]:
     """The teacher's accuracy when it continues k tokens by the student, and k of its own."""
-    settings = setup.knobs
-    length = settings.max_new_tokens
-    knobs = probe.Knobs(prefixes=PREFIXES, max_new_tokens=length, sample_batch=settings.eval_batch)
-    chosen = data.subset(data.read_problems(settings.data, "test"), problems, knobs.seed)
-    chosen = [problem for problem in chosen for _ in range(knobs.samples)]
-    prompts = render(setup.pair.tokenizer, chosen, settings.instruction)
+    names = ("data", "instruction", "max_new_tokens")
+    settings = {name: getattr(setup.knobs, name) for name in names} | {"problems": problems}
+    knobs = probe.Knobs(**settings, prefixes=PREFIXES, sample_batch=setup.knobs.eval_batch)
     with Grader(extract, boxed) as grader:
-        return list(probe.decay(probe.Setup(setup.pair, None, chosen, prompts, grader, knobs)))
+        return list(probe.decay(probe.set_up(setup.pair, None, grader, knobs)))
 
 
 def decay_in_worlds(knobs: Knobs) -> str:
@@ -176,8 +166,6 @@ def decay_in_worlds(knobs: Knobs) -> str:
     """
     path = Path(knobs.csv).with_stem(f"{Path(knobs.csv).stem}_decay")
     run_folder.prepare_file(path, "--csv")
-    settings = knobs.settings()
-    claims.check_settings(path, claims.read_rows(path, ("seed", "student", "curve", "at")).values(), settings)
     lr = knobs.chosen_rates(knobs.finished(), ("full",)).get("full")
     if not lr:
         raise BadInput(f"{knobs.csv} has no learning rate of full: run words.py without --decay first")
@@ -187,12 +175,15 @@ def decay_in_worlds(knobs: Knobs) -> str:
         rows += [{"seed": seed, "student": "before"} | row for row in decay(setup, knobs.problems)]
         sweep.train_arm(setup, ARMS["full"], lr, auto=1)
         rows += [{"seed": seed, "student": "after full"} | row for row in decay(setup, knobs.problems)]
-    run_folder.write_csv(path, [*rows[0], *settings], [row | settings for row in rows])
-    lines = []
-    for key in dict.fromkeys((row["student"], row["curve"], row["at"]) for row in rows):
-        values = [row["value"] for row in rows if (row["student"], row["curve"], row["at"]) == key]
-        name = "{:10} {:20} {:>5}".format(*key)
-        lines.append(f"{name} {shown(interval_of(values), '.1%')}, {len(values)} worlds")
+    rows = [row | knobs.settings() for row in rows]
+    run_folder.write_csv(path, list(rows[0]), rows)
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        name = "{student:10} {curve:20} {at:>5}".format_map(row)
+        values.setdefault(name, []).append(row["value"])
+    lines = [
+        f"{name} {shown(interval_of(found), '.1%')}, {len(found)} worlds" for name, found in values.items()
+    ]
     return "\n".join(lines)
 
 
