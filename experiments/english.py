@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from figures import STYLES, plt, save
-from probe import mean_of_tokens
+from probe import ratio, sums_by_problem
 from root import RESULTS, ROOT
 
 import train
@@ -149,10 +149,10 @@ def kl_rows(curve: str, pair: train.Pair, parts: list[Rollout]) -> Iterator[dict
     tokens = scored(train.score, pair, parts)
     row, kl = tokens["row"], tokens["reverse_kl"]
     rows = int(row.max()) + 1
-    yield mean_of_tokens(curve, "all", kl, row, rows)
+    yield ratio(curve, "all", *sums_by_problem(kl, row, rows))
     tenth = tokens["position"] * 10 // MAX_NEW_TOKENS
     for i in tenth.unique().tolist():
-        yield mean_of_tokens(curve, str(i), kl[tenth == i], row[tenth == i], rows)
+        yield ratio(curve, str(i), *sums_by_problem(kl[tenth == i], row[tenth == i], rows))
 
 
 def score_students(folder: Path, names: tuple[str, ...], rollouts: int) -> list[dict]:

@@ -9,13 +9,12 @@ by a newline, and (log q - log p) / bytes on some answers of the untrained stude
 Intervals are 95 % over problems. A run that was stopped has a student as well.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from arms import by_place
-from probe import mean_of_tokens
+from probe import ratio
 from root import RESULTS
 
 import train
@@ -24,7 +23,7 @@ from extras.other_tokenizer import prepare
 from extras.profile_horizon import in_batches
 from rollout import Rollout
 from support import data, models, run_folder
-from support.cli import BadInput, knob, parse, run_main
+from support.cli import knob, parse, run_main
 from support.prompts import decode_answers, render
 from support.scores import is_repeating
 from support.workers import Grader
@@ -51,67 +50,54 @@ def answers_of(pair: train.Pair, prompts: list[list[int]], horizon: int) -> list
     return list(in_batches(pair.student, pair, prompts, horizon, 1.0, "other family", BATCH))
 
 
-def rows_of_answers(
-    name: str, tokenizer, parts: list[Rollout], problems: list[data.Problem]
-) -> Iterator[dict]:
-    """Accuracy, cut, repeating and newline of a student's answers."""
-    answers = [answer for part in parts for answer in decode_answers(part, tokenizer)]
+def sums_of_answers(answers: list[dict], problems: list[data.Problem]) -> dict[str, tuple[list, list]]:
+    """For each readout of a student's answers two numbers of each answer: the readout is the sums' ratio."""
     texts = [answer["response"] for answer in answers]
     with Grader(extract, boxed) as grader:
         verdicts = grader.grade(texts, [problem.answer for problem in problems])
-    every = torch.arange(len(answers))
-    shares = {
-        "accuracy": [verdict["correct"] for verdict in verdicts],
-        "cut": [not answer["finished"] for answer in answers],
-        "repeating": [is_repeating(text) for text in texts],
+    one = [1] * len(answers)
+    return {
+        "accuracy": ([verdict["correct"] for verdict in verdicts], one),
+        "cut": ([not answer["finished"] for answer in answers], one),
+        "repeating": ([is_repeating(text) for text in texts], one),
+        "newline": ([text.count(".\n") for text in texts], [text.count(".") for text in texts]),
     }
-    for readout, holds in shares.items():
-        yield mean_of_tokens(name, readout, torch.tensor(holds), every, len(answers))
-    stops = [(i, after[:1] == "\n") for i, text in enumerate(texts) for after in text.split(".")[1:]]
-    if stops:
-        answer, newline = zip(*stops)
-        yield mean_of_tokens(name, "newline", torch.tensor(newline), torch.tensor(answer), len(answers))
 
 
 @torch.no_grad()
-def row_of_text(name: str, pair: train.Pair, scorer, part: Rollout) -> dict:
-    """(log q - log p) / bytes of the fixed answers, over the tokens that the teacher scores."""
+def sums_of_text(pair: train.Pair, scorer, part: Rollout) -> tuple[list, list]:
+    """log q - log p, over the tokens that the teacher scores, and the bytes of each of the fixed answers."""
     _, tokens = scorer(pair, part)
-    ratio = -by_place(part, tokens, "reverse_kl").sum(1)  # (B,) nats
-    sizes = torch.tensor(
-        [len(answer["response"].encode()) for answer in decode_answers(part, pair.tokenizer)]
-    )
-    answer = torch.arange(len(sizes)).repeat_interleave(sizes)
-    return mean_of_tokens(name, "log_ratio_per_byte", (ratio / sizes)[answer], answer, len(sizes))
+    log_ratios = -by_place(part, tokens, "reverse_kl").sum(1)  # (B,) nats
+    answers = decode_answers(part, pair.tokenizer)
+    return log_ratios.tolist(), [len(answer["response"].encode()) for answer in answers]
 
 
 def measure(knobs: Knobs) -> list[dict]:
     """The rows of the student before training and of each trained one. Raises BadInput."""
-    for name in (knobs.student, *knobs.trained):  # before minutes of sampling
-        if not models.tokenizers_differ(name, knobs.teacher, allowed=True):
-            what = f"{name} and {knobs.teacher} have the same tokenizer"
-            raise BadInput(f"{what}: name a teacher of another family, or use compare.py")
     _, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.problems, seed=0)
-    settings = train.Knobs(
-        teacher=knobs.teacher,
-        instruction=knobs.instruction,
-        max_new_tokens=knobs.max_new_tokens,
-        checkpointing=False,
-        dtype="float32",
-    )
     rows = []
     fixed = None
     for name in (knobs.student, *knobs.trained):
-        device = models.find_device("")
-        pair = train.load_pair(replace(settings, student=name), device, two_tokenizers=True)
+        settings = train.Knobs(
+            student=name,
+            teacher=knobs.teacher,
+            instruction=knobs.instruction,
+            max_new_tokens=knobs.max_new_tokens,
+            checkpointing=False,
+            dtype="float32",
+        )
+        pair = train.load_pair(settings, models.find_device(""), two_tokenizers=True)
         prompts = render(pair.tokenizer, test, knobs.instruction)
         scorer, _ = prepare(pair, train.hidden_states, prompts, test, test, settings)
-        curve = Path(name).parent.name if name in knobs.trained else "before"
         parts = answers_of(pair, prompts, knobs.max_new_tokens)
-        rows += rows_of_answers(curve, pair.tokenizer, parts, test)
+        sums = sums_of_answers([a for part in parts for a in decode_answers(part, pair.tokenizer)], test)
         if fixed is None:
             (fixed,) = answers_of(pair, prompts[: knobs.texts], knobs.max_new_tokens)
-        rows.append(row_of_text(curve, pair, scorer, fixed))
+        sums["log_ratio_per_byte"] = sums_of_text(pair, scorer, fixed)
+        curve = Path(name).parent.name if name in knobs.trained else "before"
+        for readout, both in sums.items():
+            rows.append(ratio(curve, readout, *(torch.tensor(x, dtype=torch.double) for x in both)))
     return rows
 
 

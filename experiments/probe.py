@@ -314,11 +314,10 @@ def change(curve: str, n: int, before: tuple[Tensor, Tensor], after: tuple[Tenso
     return point(curve, n, statistic(torch.arange(units)), bootstrap(statistic, units), units)
 
 
-def mean_of_tokens(curve: str, at: str, values: Tensor, problem: Tensor, problems: int) -> dict:
-    """The mean over tokens, with an interval over problems: (N,) values, (N,) the problem of each."""
-    total, count = sums_by_problem(values, problem, problems)
-    interval = bootstrap(lambda drawn: total[drawn].sum() / count[drawn].sum(), problems)
-    return point(curve, at, values.double().mean(), interval, len(values))
+def ratio(curve: str, at: int | str, total: Tensor, count: Tensor) -> dict:
+    """A sum over problems by another one, such as the mean over all their tokens: (problems,) each."""
+    interval = bootstrap(lambda drawn: total[drawn].sum() / count[drawn].sum(), len(total))
+    return point(curve, at, total.sum() / count.sum(), interval, count.sum())
 
 
 def accuracy(curve: str, at: int, records: list[dict]) -> dict:

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import other_family
 import pytest
-import torch
 from helpers import renumbered
 
-from rollout import Rollout
 from support.data import Problem
 from support.run_folder import read_csv
 
@@ -40,24 +38,11 @@ def test_a_student_that_equals_the_teacher(world, tmp_path, monkeypatch):
     assert float(rows[trained, "accuracy"]["low"]) > float(rows["before", "accuracy"]["high"])
 
 
-class Sayings:
-    """A tokenizer of two texts."""
-
-    chat_template = ""
-    texts = ("1 + 1.\nSo 2. The answer is 2", "on and on and on. " * 20)
-    added_tokens_decoder = {}
-    all_special_ids = []
-
-    def decode(self, tokens):
-        return self.texts[tokens[0]]
-
-
 def test_readouts_of_two_answers():
-    mask = torch.ones(2, 1, dtype=torch.bool)
-    finished = torch.tensor([True, False])
-    part = Rollout([[1], [1]], torch.tensor([[0], [1]]), mask, logp=None, finished=finished)
+    texts = ("1 + 1.\nSo 2. The answer is 2", "on and on and on. " * 20)
+    answers = [{"response": text, "finished": done} for text, done in zip(texts, (True, False))]
     problems = [Problem("1 + 1?", "2"), Problem("1 + 2?", "3")]
-    rows = {row["at"]: row for row in other_family.rows_of_answers("x", Sayings(), [part], problems)}
-    assert {at: row["value"] for at, row in rows.items()} == pytest.approx(
+    sums = other_family.sums_of_answers(answers, problems)
+    assert {name: sum(total) / sum(count) for name, (total, count) in sums.items()} == pytest.approx(
         {"accuracy": 0.5, "cut": 0.5, "repeating": 0.5, "newline": 1 / 22}
     )
