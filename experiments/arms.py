@@ -22,15 +22,12 @@ from support import models
 
 SHARE = 0.1  # N / T: the horizon of topd-0.1, and the tokens of a row that keep their loss under a mask
 
-# One entry per finished step: its horizon, and the mean reverse KL of the tokens in the second half of it.
-History = list[tuple[int, float]]
 
-
-# Horizons: (knobs, history) -> (step -> H). The run appends to the history.
+# Horizons: (knobs, rows) -> (step -> H). The run appends to the rows, one for each finished step.
 
 
 def by_schedule(name: str, horizon: float | None = None) -> Callable:
-    def horizon_of(knobs, history: History) -> Callable[[int], int]:
+    def horizon_of(knobs, rows: list[dict]) -> Callable[[int], int]:
         tokens = knobs.esr_tokens
         esr = tokens if tokens > 1 else 1 / knobs.max_new_tokens  # a horizon of 1 would be all of T
         start = esr if name == "esr" else horizon
@@ -39,7 +36,7 @@ def by_schedule(name: str, horizon: float | None = None) -> Callable:
     return horizon_of
 
 
-def adaptive(knobs, history: History) -> Callable[[int], int]:
+def adaptive(knobs, rows: list[dict]) -> Callable[[int], int]:
     """H doubles when the reverse KL in its second half has stopped falling.
 
     The criterion: of the last four steps at this H, the later two have more than 0.9 times the KL of the
@@ -48,10 +45,10 @@ def adaptive(knobs, history: History) -> Callable[[int], int]:
     """
 
     def horizon_at(step: int) -> int:
-        if not history:
+        if not rows:
             return masked_tokens(knobs)
-        horizon = history[-1][0]
-        recent = [kl for h, kl in history if h == horizon][-4:]
+        horizon = rows[-1]["horizon"]
+        recent = [row["late_kl"] for row in rows if row["horizon"] == horizon][-4:]
         if len(recent) == 4 and sum(recent[2:]) > 0.9 * sum(recent[:2]):
             return min(knobs.max_new_tokens, 2 * horizon)
         return horizon
@@ -178,7 +175,7 @@ def unlikelihood(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> 
 
 
 class Arm(NamedTuple):
-    horizon: Callable  # (knobs, history) -> (step -> H)
+    horizon: Callable  # (knobs, rows) -> (step -> H)
     mask: Callable | None = None  # None: every sampled token has a loss
     lr_scale: float = 1.0
     sampler: Callable | None = None  # None: the student writes
@@ -202,7 +199,7 @@ class Arm(NamedTuple):
         return score
 
     def train(self, pair: train.Pair, prompts: list[list[int]], knobs, run) -> None:
-        """Train the pair's student. The horizon may depend on `run.history`."""
+        """Train the pair's student. The horizon may depend on `run.rows`."""
         knobs = replace(knobs, lr=knobs.lr * self.lr_scale)
         if self.sharpened:
             teacher = deepcopy(pair.student).requires_grad_(False)
@@ -211,7 +208,7 @@ class Arm(NamedTuple):
             pair,
             train.adamw(pair, knobs),
             prompts,
-            self.horizon(knobs, run.history),
+            self.horizon(knobs, run.rows),
             knobs,
             run,
             sampler=self.sampler(pair, knobs) if self.sampler else rollout,

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import claims
 import figures
 import torch
-from arms import ARMS, GROUPS, Arm, History
+from arms import ARMS, GROUPS, Arm
 from root import RESULTS
 from tqdm import tqdm
 
@@ -138,12 +138,11 @@ def load(knobs: Knobs) -> Setup:
 
 
 class ArmRun(Run):
-    """One run of an arm: its costs, the history of the adaptive horizon, and the looks along the way."""
+    """One run of an arm: its rows, its costs, and the looks along the way."""
 
     def __init__(self, setup: Setup):
         super().__init__(setup.pair.student.device)
         self.setup = setup
-        self.history: History = []
         self.looks: list[dict] = []
         self.next_step = 0
 
@@ -163,7 +162,7 @@ class ArmRun(Run):
         row["seconds"] = row["rollout_s"] + row["score_s"] + row["update_s"]  # without evaluation
         row["loss_tokens"] = len(tokens["row"])
         late = tokens["position"] >= row["horizon"] // 2
-        self.history.append((row["horizon"], tokens["reverse_kl"][late].mean().item()))
+        row["late_kl"] = tokens["reverse_kl"][late].mean().item()  # in the second half of the horizon
         knobs = self.setup.knobs
         self.next_step = row["step"] + 1
         if knobs.minutes:
@@ -200,22 +199,16 @@ def run_once(setup: Setup, name: str) -> tuple[dict, list[dict]]:
     return run | costs | setup.scores(model), [run | look for look in looks]
 
 
-def missing_runs(knobs: Knobs, path: Path, shared: claims.Row) -> list[tuple[str, int]]:
-    """Arm and seed of the runs that the file lacks, seed by seed. Raises BadInput for other settings."""
+def compare(knobs: Knobs, path: Path) -> None:
+    """Make the runs that the file lacks, seed by seed. Raises BadInput for other settings."""
+    run_folder.prepare_file(path, "--csv")
     curves = claims.curves_path(path)
     if curves.exists() and not path.exists():
         raise BadInput(f"{curves} belongs to {path}, which does not exist: remove it, or name another --csv")
-    results = claims.read(path, shared) if path.exists() else {}
-    names = (*claims.ENDS, *knobs.arms)
-    runs = product(range(knobs.seeds), names)
-    return [(name, seed) for seed, name in runs if seed not in results.get(name, {})]
-
-
-def compare(knobs: Knobs, path: Path) -> None:
-    """Make the missing runs. Raises BadInput."""
-    run_folder.prepare_file(path, "--csv")
     shared = settings_of(knobs)
-    wanted = missing_runs(knobs, path, shared)
+    results = claims.read(path, shared) if path.exists() else {}
+    runs = product(range(knobs.seeds), (*claims.ENDS, *knobs.arms))
+    wanted = [(name, seed) for seed, name in runs if seed not in results.get(name, {})]
     for name in knobs.arms:
         ARMS[name].horizon(knobs, [])  # raises BadInput before minutes of loading
     if not wanted:
@@ -231,7 +224,7 @@ def compare(knobs: Knobs, path: Path) -> None:
         setup.pair.copy_masters_to_weights()
         row, curve = run_once(setup._replace(knobs=replace(knobs, seed=seed)), name)
         if curve:  # first: a curve without its run, which a stop in between leaves, is ignored
-            run_folder.append_csv(claims.curves_path(path), curve)
+            run_folder.append_csv(curves, curve)
         run_folder.append_csv(path, [row | shared])
         if knobs.keep and name in ARMS:
             train.save_student(setup.pair, Path(knobs.keep, f"{name}-{seed}"))

@@ -25,7 +25,6 @@ class Recorder(Run):
 
     def __init__(self):
         super().__init__(torch.device("cpu"))
-        self.history = []
         self.steps_seen = []
 
     def log(self, rollouts, statistics, **columns):

@@ -128,7 +128,8 @@ def test_first_tokens_of_full_rollouts_have_the_gradient_of_rollouts_cut_there()
     ],
 )
 def test_adaptive_doubles_when_the_kl_at_its_end_has_stopped_falling(history, horizon):
-    assert arms.adaptive(compare.Knobs(max_new_tokens=100), history)(len(history)) == horizon
+    rows = [{"horizon": h, "late_kl": kl} for h, kl in history]
+    assert arms.adaptive(compare.Knobs(max_new_tokens=100), rows)(len(rows)) == horizon
 
 
 def run_tiny(name: str, **changes) -> tuple[dict, list[float]]:
