@@ -220,7 +220,8 @@ def draw_columns(axis, cells: Cells, arms: list[str], edges: list[float]) -> Non
         for number, arm in enumerate(arms):
             colour = "white" if numbers[row][number] < 0.5 else "black"
             look = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
-            axis.text((edges[number] * edges[number + 1]) ** 0.5, row + 0.2, text_of(cells, q, arm), **look)
+            middle = (edges[number] * edges[number + 1]) ** 0.5
+            axis.text(middle, row + 0.2, text_of(cells, q, arm), **look)
 
 
 def draw(cells: Cells, knobs: Knobs, path: Path) -> Path:

@@ -276,21 +276,16 @@ def draw_scores(axis, results: Results, name: str) -> None:
     A gain is paired by seed, so the worlds' different students do not widen its interval.
     """
     arms = [arm for arm in results if arm in ARMS]
-    tokens = {arm: mean(results, arm, "response_tokens") for arm in arms}
-    gains = {
-        arm: [100 * gap for gap in claims.gaps(results, arm, "student", name)]
-        for arm in (*claims.ENDS, *arms)
-    }
-    means = {arm: statistics.fmean(of_arm or [math.nan]) for arm, of_arm in gains.items()}
-    for row, arm in enumerate(arms):
-        found = interval_of(gains[arm])
-        error = found.high - found.mean if found else None
-        look = LOOKS.get(arm, {"color": "black", "marker": "o"}) | {"linestyle": "", "capsize": 3}
-        axis.errorbar(means[arm], row, xerr=error, **look)
-    for arm in claims.ENDS:
-        axis.axvline(means[arm], **LOOKS[arm], label=arm)
-    labels = [f"{arm}, {tokens[arm] / tokens.get('full', math.nan):.0%}" for arm in arms]
-    axis.set_yticks(range(len(arms)), labels)
+    gains = {arm: interval_of(claims.gaps(results, arm, "student", name)) for arm in results}
+    for arm, found in gains.items():
+        if found and arm in claims.ENDS:
+            axis.axvline(100 * found.mean, **LOOKS[arm], label=arm)
+        elif found:
+            look = LOOKS.get(arm, {"color": "black", "marker": "o"}) | {"linestyle": "", "capsize": 3}
+            error = 100 * (found.high - found.mean)
+            axis.errorbar(100 * found.mean, arms.index(arm), xerr=error, **look)
+    tokens = {arm: mean(results, arm, "response_tokens") for arm in ("full", *arms)}
+    axis.set_yticks(range(len(arms)), [f"{arm}, {tokens[arm] / tokens['full']:.0%}" for arm in arms])
     axis.set_ylim(len(arms) - 0.5, -0.7)
     axis.set_ylabel("arm, and its tokens as a share of full's" if name == "accuracy" else "")
 
