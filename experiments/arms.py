@@ -22,18 +22,19 @@ from support import models
 
 SHARE = 0.1  # N / T: the horizon of topd-0.1, and the tokens of a row that keep their loss under a mask
 
-
 # Horizons: (knobs, rows) -> (step -> H). The run appends to the rows, one for each finished step.
 
 
 def by_schedule(name: str, horizon: float | None = None) -> Callable:
     def horizon_of(knobs, rows: list[dict]) -> Callable[[int], int]:
-        tokens = knobs.esr_tokens
-        esr = tokens if tokens > 1 else 1 / knobs.max_new_tokens  # a horizon of 1 would be all of T
-        start = esr if name == "esr" else horizon
-        return make_schedule(name, knobs.max_new_tokens, knobs.steps, start)
+        return make_schedule(name, knobs.max_new_tokens, knobs.steps, horizon)
 
     return horizon_of
+
+
+def esr(knobs, rows: list[dict]) -> Callable[[int], int]:
+    """The first `esr_tokens` tokens of an answer."""
+    return lambda step: min(knobs.esr_tokens, knobs.max_new_tokens)
 
 
 def adaptive(knobs, rows: list[dict]) -> Callable[[int], int]:
@@ -218,14 +219,13 @@ class Arm(NamedTuple):
 
 FULL = by_schedule("full")
 TRUNCATED = by_schedule("topd", SHARE)
-ESR = by_schedule("esr")
 TEACHER = teachers_share(1.0)
 ARMS = {
     "full": Arm(FULL),
     "popd": Arm(by_schedule("popd")),
     "topd-0.25": Arm(by_schedule("topd", 0.25)),
     "topd-0.1": Arm(TRUNCATED),
-    "esr": Arm(ESR),
+    "esr": Arm(esr),
     "adaptive": Arm(adaptive),
     # A tenth of the learning rate and nothing else. It does not give a token the weight that it has in a full
     # rollout: that is a factor of the loss, which AdamW cancels.
@@ -245,7 +245,7 @@ ARMS = {
     "seqkd-0.1": Arm(TRUNCATED, sampler=TEACHER, divergence=nll),
     "gkd": Arm(FULL, sampler=teachers_share(0.5)),  # GKD's lambda = 0.5, with the same divergence as full
     "lora": Arm(FULL, low_memory=True),
-    "lora-esr": Arm(ESR, low_memory=True),
+    "lora-esr": Arm(esr, low_memory=True),
 }
 SELECTION = ("first", "last", "random", "top-kl", "top-teacher-entropy", "top-student-entropy")
 GROUPS = {
