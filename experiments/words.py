@@ -162,10 +162,11 @@ def decay(setup: Setup, problems: int) -> list[dict]:
 def decay_in_worlds(knobs: Knobs) -> str:
     """The decay in every world of the arms, before and after full training; means with a t interval.
 
-    Raises BadInput if the learning rate of full has not been chosen yet.
+    Raises BadInput if the file has other settings, or if the learning rate of full has not been chosen yet.
     """
     path = Path(knobs.csv).with_stem(f"{Path(knobs.csv).stem}_decay")
     run_folder.prepare_file(path, "--csv")
+    claims.check_settings(path, run_folder.read_csv(path) if path.exists() else [], knobs.settings())
     lr = knobs.chosen_rates(knobs.finished(), ("full",)).get("full")
     if not lr:
         raise BadInput(f"{knobs.csv} has no learning rate of full: run words.py without --decay first")
@@ -181,10 +182,8 @@ def decay_in_worlds(knobs: Knobs) -> str:
     for row in rows:
         name = "{student:10} {curve:20} {at:>5}".format_map(row)
         values.setdefault(name, []).append(row["value"])
-    lines = [
-        f"{name} {shown(interval_of(found), '.1%')}, {len(found)} worlds" for name, found in values.items()
-    ]
-    return "\n".join(lines)
+    shares = {name: shown(interval_of(found), ".1%") for name, found in values.items()}
+    return "\n".join(f"{name} {share}, {len(values[name])} worlds" for name, share in shares.items())
 
 
 # What the rows show.

@@ -82,6 +82,9 @@ def test_the_decay_before_and_after_training(micro, monkeypatch):
     assert [row["student"] for row in rows] == ["before"] * 6 + ["after full"] * 6
     before, after = ([row["value"] for row in part if row["at"] == "0"] for part in (rows[:6], rows[6:]))
     assert before == after  # without a prefix the student does not matter
+    with pytest.raises(BadInput, match=r"would mix problems '\d+' and '7'"):
+        words.decay_in_worlds(replace(micro, problems=7))
+    assert read_csv(Path(micro.csv).with_stem("words_decay")) == rows
 
 
 def test_committed_decay_recomputed_by_hand():
