@@ -97,7 +97,8 @@ def measure(knobs: Knobs) -> list[dict]:
         sums["log_ratio_per_byte"] = sums_of_text(pair, scorer, fixed)
         curve = Path(name).parent.name if name in knobs.trained else "before"
         for readout, both in sums.items():
-            rows.append(ratio(curve, readout, *(torch.tensor(x, dtype=torch.double) for x in both)))
+            if any(both[1]):  # there may be no full stop
+                rows.append(ratio(curve, readout, *(torch.tensor(x, dtype=torch.double) for x in both)))
     return rows
 
 
