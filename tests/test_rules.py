@@ -63,6 +63,13 @@ def test_exercises_import_the_five_and_torch():
         assert packages(path) <= {*FIVE, "torch", "pytest"}, path
 
 
+def test_experiments_put_the_project_on_the_path():
+    """pytest does so itself, so that a script without this import would pass its tests and not start."""
+    for path in (ROOT / "experiments").glob("*.py"):
+        if "__main__" in path.read_text(encoding="utf-8"):
+            assert "root" in packages(path), path
+
+
 def test_text_files_are_utf_8():
     """Said wherever one is opened, as the default depends on the machine; toy.py writes ASCII alone."""
     paths = [*ROOT.glob("*.py")]
