@@ -81,9 +81,11 @@ CHOICE = re.compile(  # but "a:b = 2:3" is a ratio, and "(i)" a part
     re.I | re.S,
 )
 PARTS = re.compile(  # of "(a) 5, (b) 6" and "i) 3; ii) 4"
-    r"(?:^\s*\((?:a|i)\)\s*[^\s(].*\s|[,;]\s*)\((?:b|ii)\)\s*[^\s,;]|[,;]\s*(?:b|ii)[).:]\s*[-\d\\]", re.I
+    r"(?:^\s*\((?:a|i)\)\s*[^\s(].*\s|[,;]\s*)\((?:[b-j]|ii+)\)\s*[^\s,;]"
+    r"|[,;]\s*(?:[b-j]|ii+)[).:]\s*(?:-?\d|\\[fs])",
+    re.I,
 )
-TWO_SIGNS = re.compile(r"(?!.*\\mp)((?:(?!\\pm|±).)*)(?:\\pm|±)((?:(?!\\pm|±).)*)")  # (1 \pm \sqrt5)/2
+TWO_SIGNS = re.compile(r"(?!.*\\(?:\{|mp))((?:(?!\\pm|±).)*)(?:\\pm|±)((?:(?!\\pm|±).)*)")  # (1 \pm \sqrt5)/2
 CALCULATION = re.compile(  # "5/2 =" in 5/2 = 2.5
     r"^(?:[-+*/\d.(){}^!%=\s]|,\d{3}|\\(?:frac|sqrt|binom|times|cdot|div|pi|%))*(?<!!)="
 )
@@ -95,10 +97,10 @@ NO_UNIT = (  # words after a number that change its value
 POWER = r"\^(?:\{?-?\d\}?|\\circ)"
 TEXT_UNIT = rf"(?:\\mu *)?\\text *\{{(?!{NO_UNIT})(?:[^{{}}\d^]|{POWER})*\}}(?:{POWER})?"
 SHORT_UNIT = r"(?:[ckm]m|[km]g|ml|ft|in|lb|oz|yd|mi|hr|mph|st|nd|rd|th)(?![a-z])"  # also without a space
-SYMBOL = r"(?-i:(?:[kMGmcn]|\\mu *)?(?:Hz|eV|Pa|[JNVWAmgs])|[KCFTLhl]|mol|min|yr)(?![a-z])"
+SYMBOL = r"(?-i:(?:[kMGmcn]|\\mu *)?(?:Hz|eV|Pa|[JNVWAmgs])|[KCFTLhl]|[KMG]B|mol|min|yr)(?![a-z])"
 BARE_UNIT = rf"(?:{SHORT_UNIT}|(?!{SHORT_UNIT}){SYMBOL})(?:{POWER})?"
 AMOUNT = re.compile(  # a number or formula, and the unit after it; a bare unit could also be a variable
-    r"(?P<amount>.*?(?:[\d)}!%]|\\pi))\s*(?P<unit>'{1,2}|\"|(?:\\?\$|[€£₹¥])(?: per [a-z]+)?"
+    r"(?P<amount>.*?(?:[\d)}!%]|\\pi))\s*(?P<unit>'{1,2}|\"|(?:\\?\$|[€£₹¢¥])(?: per [a-z]+)?"
     r"|\^ *\{? *\\circ *\}? *(?:\\text *)?\{?[CF]?\}?"
     rf"|{TEXT_UNIT}(?: *(?:\\cdot|/)? *{TEXT_UNIT})*"
     rf"|(?P<bare>(?:(?={SHORT_UNIT})|(?<= )){BARE_UNIT}(?:(?: *\\cdot *|[/ ]){BARE_UNIT})*)"
