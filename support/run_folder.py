@@ -250,7 +250,8 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
     except OSError as error:
-        raise Stopped(1, f"cannot write {folder} ({error}): fix that, then --resume {folder}") from error
+        what = f"cannot write {folder} ({error})"
+        raise Stopped(1, f"{what}: fix that, then --resume {folder}, or start again if it is gone") from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
