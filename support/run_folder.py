@@ -225,9 +225,9 @@ def build_world(knobs, sampler: Callable) -> None:
 def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
     """Create the folder, and hold its lock within the block.
 
-    Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. After an
-    error within the block nothing is left of a fresh run that has written nothing, or after a BadInput
-    config.json alone. Errors of disk and memory become a Stopped.
+    Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. If a fresh run
+    has an error before it has written anything, nothing is left of it; if the error is a BadInput, the same
+    holds for a run that has written config.json alone. Errors of disk and memory become a Stopped.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
