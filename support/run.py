@@ -131,7 +131,7 @@ class CheckpointedRun(Run):
         self.optimizer = optimizer
         self.save_pair = save_student
         self.save_every = save_every
-        self.resumed = False  # whether the folder may hold checkpoints and rows of an earlier process
+        self.is_resumed = False  # whether the folder may hold checkpoints and rows of an earlier process
         self.run_id: str | None = None
         self.step = 0  # steps that are done
         self.updating = False  # whether the optimizer has begun to change the weights in the current step
@@ -145,8 +145,8 @@ class CheckpointedRun(Run):
 
         `longest` is the largest horizon. Raises BadInput if the student cannot be saved.
         """
-        self.resumed = bool(knobs.resume)
-        with run_folder.exclusive(self.folder, fresh=not self.resumed):
+        self.is_resumed = bool(knobs.resume)
+        with run_folder.exclusive(self.folder, fresh=not self.is_resumed):
             if (self.folder / "summary.json").exists() and not self.checkpoints():
                 what = f"{self.folder} has finished, and has no checkpoint to continue from"
                 raise BadInput(f"{what}: start a new run")
@@ -169,7 +169,7 @@ class CheckpointedRun(Run):
                 os.write(2, b"\nfinishing and saving this step; repeat to stop at once\n")
 
         self.run_id = run_folder.run_id_of(self.folder)
-        if self.resumed:
+        if self.is_resumed:
             self.load(total)
         self.bar = tqdm(total=total, initial=self.step, mininterval=0.5)
         handled = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores SIGHUP
