@@ -83,6 +83,9 @@ def read(path: Path, settings: Row | None = None) -> Results:
     for (arm, seed), row in rows.items():
         try:
             [float(row[name]) for name in NUMBERS]
+            for name in ("correct", "correct_greedy"):
+                if len(row[name]) != int(row["n"]) or not set(row[name]) <= set("01"):
+                    raise ValueError(f"{name} {row[name][:40]!r} is not {row['n']} digits 0 or 1")
             results.setdefault(arm, {})[int(seed)] = row
         except ValueError as error:
             raise BadInput(f"{path} has a damaged row ({error}): restore it, or name another file") from error

@@ -420,6 +420,8 @@ def test_committed_verdicts_recomputed_by_hand():
         ([{"arm": "full", "seed": 0}], "line 2 is not a complete row"),
         ([row("full", "x", "01")], "damaged row .*'x'"),
         ([row("full", 0, "01") | {"accuracy": ""}], "damaged row .*''"),
+        ([row("full", 0, "01") | {"correct": "1.11E+62"}], "damaged row .*'1.11E.62' is not 2 digits"),
+        ([row("full", 0, "01") | {"correct_greedy": "1"}], "damaged row .*'1' is not 2 digits"),
     ],
 )
 def test_files_that_are_not_one_comparison(tmp_path, rows, why):
