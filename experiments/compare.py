@@ -24,13 +24,14 @@ import figures
 import torch
 from arms import ARMS, GROUPS, Arm
 from root import RESULTS
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import train
 from eval_math import HeldOut, evaluate
 from rollout import rollout
 from support import data, models, run_folder
-from support.cli import BadInput, flag_of, knob, parse, run_main
+from support.cli import BadInput, Stopped, flag_of, knob, parse, run_main
 from support.run import Run
 from support.scores import score_answers
 
@@ -225,16 +226,20 @@ def compare(knobs: Knobs, path: Path) -> None:
         row, curve = run_once(setup._replace(knobs=replace(knobs, seed=seed)), name)
         if curve:  # first: a curve without its run, which a stop in between leaves, is ignored
             run_folder.append_csv(curves, curve)
-        run_folder.append_csv(path, [row | shared])
-        if knobs.keep and name in ARMS:
+        if knobs.keep and name in ARMS:  # before the row: a run that has one is not repeated
             train.save_student(setup.pair, Path(knobs.keep, f"{name}-{seed}"))
+        run_folder.append_csv(path, [row | shared])
         tqdm.write(f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s")
 
 
 def main() -> None:
     knobs, path = choose(parse(Knobs, __doc__))
     if not knobs.report:
-        compare(knobs, path)
+        try:
+            compare(knobs, path)
+        except (OSError, SafetensorError) as error:
+            what = f"cannot write ({error}), finished rows are kept"
+            raise Stopped(1, f"{what}: free some space, or name another --csv or --keep") from error
     results = claims.read(path)
     curves = claims.read_curves(path)
     closing = knobs.preset == "toy" and knobs.world == "closing"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from rollout import Rollout, rollout, sampling_noise
-from support.cli import BadInput
+from support.cli import BadInput, Stopped
 from support.run_folder import append_csv, read_csv
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4]] * 2
@@ -479,6 +479,11 @@ def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_pa
 
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:4]))  # without the last run, of esr
+    with monkeypatch.context() as patch:  # as on a full disk
+        patch.setattr(train, "save_student", lambda *_: load_file(path))
+        with pytest.raises(Stopped, match="cannot write .* name another --csv or --keep"):
+            main(patch, *flags)
+    assert path.read_text() == "".join(lines[:4])  # no row of a run whose student was not saved
     main(monkeypatch, *flags)
     again = {r["arm"]: r for r in read_csv(path)}
     for r in rows:  # the same as after other runs: the weights are restored before each
