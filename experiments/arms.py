@@ -190,12 +190,12 @@ class Arm(NamedTuple):
 
         def score(pair: train.Pair, rollouts: Rollout, **settings) -> tuple[float, dict[str, Tensor]]:
             step = next(steps)
-            settings["teacher_temperature"] = self.sharpened
+            changes = {"teacher_temperature": self.sharpened}
             if self.divergence:
-                settings["divergence"] = self.divergence
+                changes["divergence"] = self.divergence
             if self.mask:
-                settings["loss_mask"] = self.mask(pair, rollouts, knobs, step)
-            return train.score(pair, rollouts, **settings)
+                changes["loss_mask"] = self.mask(pair, rollouts, knobs, step)
+            return train.score(pair, rollouts, **(settings | changes))
 
         return score
 

@@ -177,7 +177,8 @@ class ArmRun(Run):
     def look(self, part: float) -> None:
         """Score the student after this part of the run."""
         records = self.setup.answers(self.setup.pair.student, self.setup.knobs.eval_temperature)
-        costs = {name: self.costs()[name] for name in ("steps_done", "response_tokens", "seconds")}
+        all_costs = self.costs()
+        costs = {name: all_costs[name] for name in ("steps_done", "response_tokens", "seconds")}
         scores = {"accuracy": score_answers(records)["accuracy"], "correct": correct_digits(records)}
         self.looks.append({"part": part} | costs | scores)
 

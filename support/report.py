@@ -69,7 +69,7 @@ def finish(folder: Path, summary: dict) -> None:
     """Write summary.json and curve.png; print the table and the advice."""
     rows = read_csv(folder / "metrics.csv")
     tokens = sum(int(row["response_tokens"]) for row in rows)
-    summary |= {"response_tokens": tokens, "steps": len(rows)}
+    summary = summary | {"response_tokens": tokens, "steps": len(rows)}
     lines = [f"{tokens:,} tokens sampled in {len(rows)} steps, {summary['seconds'] / 60:.1f} minutes"]
     lines.append(advice_on_kl(rows))
     if summary["before"]:
