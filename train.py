@@ -106,10 +106,10 @@ class Pair:
     student_head: models.OutputHead  # from hidden states to logits, fp32 where the device can
     teacher_head: models.OutputHead
     tokenizer: object  # the student's
-    # Ids from vocab_size on exist in one model alone: training neither samples nor scores them. With two
-    # tokenizers this is the size of the larger vocabulary, so no id is excluded.
-    vocab_size: int
+    # Ids from vocab_size on exist in one model alone: training neither samples nor scores them.
+    vocab_size: int | None  # None: all ids of each model, as their tokenizers differ
     eos_ids: set[int]  # ids that end a response
+    teacher_tokenizer: object | None = None  # None: the student's
 
     @torch.no_grad()
     def copy_masters_to_weights(self) -> None:
@@ -133,7 +133,9 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
     weight.grad = None
 
 
-def make_pair(student, teacher, tokenizer, vocab_size: int, eos_ids: set[int], dtype: torch.dtype) -> Pair:
+def make_pair(
+    student, teacher, tokenizer, vocab_size: int | None, eos_ids: set[int], dtype: torch.dtype
+) -> Pair:
     """Make a Pair of two loaded models. The teacher already has `dtype`, that of the matmuls.
 
     The student gets its masters, and its weights are then cast to `dtype` in place. Raises BadInput if a head
@@ -292,10 +294,10 @@ def train(
             run.show(step, rollouts, statistics)
 
 
-def load_pair(knobs: Knobs, device: torch.device, two_tokenizers: bool = False) -> Pair:
-    """Load both models. Raises BadInput if that fails, or if tokenizers differ without `two_tokenizers`."""
-    tokenizer = models.load_tokenizer(knobs.student)
-    vocab_size = models.shared_vocabulary(knobs.student, knobs.teacher, two_tokenizers)
+def load_pair(knobs: Knobs, device: torch.device) -> Pair:
+    """Load both models. Raises BadInput, also for two tokenizers with another divergence than `sampled`."""
+    may_differ = knobs.divergence == "sampled"
+    tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, may_differ)
     dtype = getattr(torch, knobs.dtype)
     # In fp32, for the masters; with LoRA only the adapters are trained, so only they have masters.
     student = models.load_model(knobs.student, dtype if knobs.low_memory else torch.float32, device)
@@ -309,21 +311,27 @@ def load_pair(knobs: Knobs, device: torch.device, two_tokenizers: bool = False) 
         lora.add_adapters(student)
     if knobs.checkpointing:
         models.enable_checkpointing(student)
-    # The teacher may end its answers with an id that the student's list lacks; the student learns to use it.
-    with_eos = [student] if two_tokenizers else [student, teacher]
-    eos_ids = models.eos_ids(tokenizer, *with_eos)
+    if teacher_tokenizer:
+        vocab_size = None
+        eos_ids = models.eos_ids(tokenizer, student)
+    else:
+        vocab_size = models.shared_vocabulary(student, teacher)
+        # The teacher may end answers with an id that the student's list lacks; the student learns to use it.
+        eos_ids = models.eos_ids(tokenizer, student, teacher)
     student.generation_config.eos_token_id = sorted(eos_ids)
-    return make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
+    pair = make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
+    return replace(pair, teacher_tokenizer=teacher_tokenizer)
 
 
 def render_prompts(
-    pair: Pair, problems: list[data.Problem], test: list[data.Problem], knobs: Knobs, two_tokenizers: bool
+    pair: Pair, problems: list[data.Problem], test: list[data.Problem], knobs: Knobs
 ) -> tuple[list[list[int]], HeldOut]:
     """The prompts to train on, and the held-out problems `test` with theirs. Raises BadInput."""
     prompts = render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
     test_prompts = render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
-    configs = [pair.student.config, pair.teacher.config]
-    models.check_context(configs, prompts + test_prompts, knobs.max_new_tokens, two_tokenizers)
+    readers = [pair.student] if pair.teacher_tokenizer else [pair.student, pair.teacher]
+    configs = [model.config for model in readers]
+    models.check_context(configs, prompts + test_prompts, knobs.max_new_tokens)
     return prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
 
 
@@ -389,16 +397,13 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
         return None
 
     # 2. The models, and what depends on their tokenizers.
-    # Two tokenizers are allowed with the divergence `sampled` alone; with another one this raises BadInput.
-    allowed = knobs.divergence == "sampled"
-    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
-    if two_tokenizers and scorer:
-        raise BadInput(f"the script's {own} needs one tokenizer: name a teacher of the student's family")
-    pair = engine.load_pair(knobs, device, two_tokenizers)
-    prompts, held_out = render_prompts(pair, problems, test, knobs, two_tokenizers)
+    pair = engine.load_pair(knobs, device)
+    prompts, held_out = render_prompts(pair, problems, test, knobs)
     default_scorer = engine.score
     teacher_held_out = held_out
-    if two_tokenizers:
+    if pair.teacher_tokenizer:
+        if scorer:
+            raise BadInput(f"the script's {own} needs one tokenizer: name a teacher of the student's family")
         from extras.other_tokenizer import prepare
 
         default_scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)

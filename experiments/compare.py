@@ -135,7 +135,10 @@ def load(knobs: Knobs) -> Setup:
     device = models.find_device(knobs.device)
     problems, test = data.problems_of(knobs)
     pair = train.load_pair(knobs, device)
-    return Setup(pair, *train.render_prompts(pair, problems, test, knobs, two_tokenizers=False), knobs)
+    if pair.teacher_tokenizer:
+        what = f"{knobs.student} and {knobs.teacher} have different tokenizers"
+        raise BadInput(f"{what}, with which train.py alone works: name a teacher of the student's family")
+    return Setup(pair, *train.render_prompts(pair, problems, test, knobs), knobs)
 
 
 class ArmRun(Run):

@@ -82,12 +82,13 @@ def measure(knobs: Knobs) -> list[dict]:
         settings = train.Knobs(
             student=name,
             teacher=knobs.teacher,
+            divergence="sampled",
             instruction=knobs.instruction,
             max_new_tokens=knobs.max_new_tokens,
             checkpointing=False,
             dtype="float32",
         )
-        pair = train.load_pair(settings, models.find_device(""), two_tokenizers=True)
+        pair = train.load_pair(settings, models.find_device(""))
         prompts = render(pair.tokenizer, test, knobs.instruction)
         scorer, _ = prepare(pair, train.hidden_states, prompts, test, test, settings)
         parts = answers_of(pair, prompts, knobs.max_new_tokens)

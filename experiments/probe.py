@@ -105,7 +105,7 @@ def load(name: str, knobs: Knobs, grader: Grader) -> Setup:
     pair = train.load_pair(settings, models.find_device(""))
     after = None
     if name != "decay":
-        models.tokenizers_differ(knobs.trained, knobs.teacher, allowed=False)
+        models.load_tokenizers(knobs.trained, knobs.teacher)  # raises BadInput if they differ
         student = models.load_model(knobs.trained, getattr(torch, knobs.dtype), pair.student.device)
         head = models.OutputHead.of(student, pair.vocab_size)
         after = replace(pair, student=student, student_head=head, masters={})

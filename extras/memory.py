@@ -140,13 +140,13 @@ def dry_run(knobs, problems: list, test: list, horizon: int, device: torch.devic
     """
     horizon = knobs.max_new_tokens if knobs.horizon == "auto" else horizon
     knobs = replace(knobs, device=str(device))
-    tokenizer = models.load_tokenizer(knobs.student)
+    may_differ = knobs.divergence == "sampled"
+    tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, may_differ)
     prompts = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
     held_out = render(tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
-    allowed = knobs.divergence == "sampled"
-    two_tokenizers = models.tokenizers_differ(knobs.student, knobs.teacher, allowed)
-    models.check_context(configs, prompts + held_out, knobs.max_new_tokens, two_tokenizers)
+    readers = configs[:1] if teacher_tokenizer else configs
+    models.check_context(readers, prompts + held_out, knobs.max_new_tokens)
     found = estimate(knobs, *configs, max(map(len, prompts)), horizon)
     lines = [format_estimate(found, free_memory(device))]
     if is_elsewhere(knobs):

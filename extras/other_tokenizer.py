@@ -369,7 +369,7 @@ def prepare(pair, hidden_states: Callable, prompts: list[list[int]], problems: l
 
     Raises BadInput if the teacher has no chat template, or if a tokenizer does not keep the bytes of a text.
     """
-    tokenizer = models.load_tokenizer(knobs.teacher)
+    tokenizer = pair.teacher_tokenizer or pair.tokenizer
     align = Aligner(Vocabulary(pair.tokenizer), Vocabulary(tokenizer))
     own = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
     own_test = render(tokenizer, test, knobs.instruction, knobs.system_prompt)

@@ -81,8 +81,8 @@ class Worker:
         self.adamw = adamw  # train.adamw
         self.pair = None  # after `load`
 
-    def load(self, knobs, device: torch.device, two_tokenizers: bool) -> None:
-        self.pair = self.load_pair(knobs, device, two_tokenizers)
+    def load(self, knobs, device: torch.device) -> None:
+        self.pair = self.load_pair(knobs, device)
 
     def prepare(self, model: str) -> None:
         """Before sampling, the student takes rank 0's trained weights, in the dtype of the matmuls."""
@@ -180,14 +180,14 @@ class Leader:
                 raise result
         return results
 
-    def load_pair(self, knobs, device: torch.device, two_tokenizers: bool = False):
+    def load_pair(self, knobs, device: torch.device):
         """As `train.load_pair`, in every rank. Raises Stopped if one ends."""
-        if two_tokenizers:
-            print("the teacher has another tokenizer: process 0 alone scores the answers", flush=True)
         try:
-            self.everywhere("load", [(knobs, device, two_tokenizers)] * self.size)
+            self.everywhere("load", [(knobs, device)] * self.size)
         except ProcessEnded as error:
             raise Stopped(1, f"{error} while it loaded the models: start again") from error
+        if self.worker.pair.teacher_tokenizer:
+            print("the teacher has another tokenizer: process 0 alone scores the answers", flush=True)
         return self.worker.pair
 
     def rollout(

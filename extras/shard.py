@@ -36,9 +36,9 @@ class ShardedWorker(Worker):
     whole: str | None = None  # the model that is gathered
     optimizer: torch.optim.Optimizer | None = None  # after `divide`
 
-    def load(self, knobs, device: torch.device, two_tokenizers: bool) -> None:
+    def load(self, knobs, device: torch.device) -> None:
         """Load both models into the CPU's memory; `divide` moves the shards to the device."""
-        super().load(knobs, torch.device("cpu"), two_tokenizers)
+        super().load(knobs, torch.device("cpu"))
 
     @torch.no_grad()
     def divide(self, knobs, device: torch.device) -> None:
@@ -147,11 +147,10 @@ class ShardedLeader(Leader):
         self.sampler = leader.sampler
         self.begin("shard")  # the other ranks replace their workers as well
 
-    def load_pair(self, knobs, device: torch.device, two_tokenizers: bool = False):
-        if two_tokenizers:
+    def load_pair(self, knobs, device: torch.device):
+        if super().load_pair(knobs, device).teacher_tokenizer:
             what = "--shard needs one tokenizer, and the teacher has another"
             raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")
-        super().load_pair(knobs, device)
         self.everywhere("divide", [(self.knobs, models.find_device(self.knobs.device))] * self.size)
         return self.worker.pair
 

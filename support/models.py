@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -202,10 +201,10 @@ class OutputHead:
     bias: Tensor | None
     scale: float  # a constant factor of the logits
     softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
-    vocab_size: int  # V: logits of the first V ids are returned
+    vocab_size: int | None  # V: logits of the first V ids are returned; None: of all
 
     @classmethod
-    def of(cls, model, vocab_size: int) -> "OutputHead":
+    def of(cls, model, vocab_size: int | None) -> "OutputHead":
         """The head of a Hugging Face causal LM."""
         linear = model.get_output_embeddings()
         config = model.config.get_text_config()
@@ -216,7 +215,7 @@ class OutputHead:
             bias=getattr(linear, "bias", None),
             scale=scale,
             softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=min(vocab_size, len(linear.weight)),  # vocab_size may exceed it with two tokenizers
+            vocab_size=vocab_size,
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -244,7 +243,7 @@ def check_head(model, hidden_states: Callable, head: OutputHead) -> None:
     that the head does not.
     """
     weight = model.get_output_embeddings().weight
-    vocab_size = head.vocab_size
+    vocab_size = head.vocab_size or len(weight)
     length = min(64, context_length(model.config))
     ids = torch.arange(length, device=weight.device)[None] * 7919 % vocab_size
     theirs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size].float()
@@ -309,24 +308,23 @@ def check_finite(model, logp: Tensor, questions: list[str]) -> None:
         raise BadInput(f"{what}: raise --temperature, use --dtype float32, or repair the weights")
 
 
-def tokenizers_differ(student: str, teacher: str, allowed: bool) -> bool:
-    """Whether an id means different tokens to the two. Raises BadInput if so, unless that is allowed."""
-    entries = [set(load_tokenizer(name).get_vocab().items()) for name in (student, teacher)]
+def load_tokenizers(student: str, teacher: str, may_differ: bool = False) -> tuple[Any, Any | None]:
+    """The tokenizer of the student, and that of the teacher if an id means another token to it, else None.
+
+    Raises BadInput if they differ, unless `may_differ`.
+    """
+    tokenizers = [load_tokenizer(name) for name in (student, teacher)]
+    entries = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
     differing = len(entries[0] ^ entries[1])
-    if differing and not allowed:
+    if differing and not may_differ:
         what = f"{student} and {teacher} have different tokenizers ({differing} entries differ)"
         raise BadInput(f"{what}: add --divergence sampled, or name a teacher of the student's family")
-    return differing > 0
+    return tokenizers[0], tokenizers[1] if differing else None
 
 
-def shared_vocabulary(student: str, teacher: str, allowed: bool = False) -> int:
-    """The number of ids that both models score; with two tokenizers, the size of the larger vocabulary.
-
-    Raises BadInput if the tokenizers differ, unless that is allowed.
-    """
-    sizes = [load(AutoConfig, name).get_text_config(decoder=True).vocab_size for name in (student, teacher)]
-    if tokenizers_differ(student, teacher, allowed):
-        return max(sizes)
+def shared_vocabulary(student, teacher) -> int:
+    """The number of ids that both models score."""
+    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         print(f"vocabularies of {sizes[0]} and {sizes[1]} rows, one tokenizer: using the first {min(sizes)}")
     return min(sizes)
@@ -375,16 +373,12 @@ def context_length(config) -> int:
     return min(filter(None, lengths), default=1 << 30)
 
 
-def check_context(
-    configs: list, prompts: list[list[int]], max_new_tokens: int, two_tokenizers: bool = False
-) -> None:
+def check_context(configs: list, prompts: list[list[int]], max_new_tokens: int) -> None:
     """Raises BadInput if a prompt and a full response do not fit into the context of every model.
 
-    Also if an id has no embedding: tokens were added to the tokenizer, and the model was not resized. With
-    `two_tokenizers` only the first model reads these ids.
+    Also if an id has no embedding: tokens were added to the tokenizer, and the model was not resized.
     """
-    readers = configs[:1] if two_tokenizers else configs
-    rows = min(config.get_text_config(decoder=True).vocab_size for config in readers)
+    rows = min(config.get_text_config(decoder=True).vocab_size for config in configs)
     largest = max(map(max, prompts))
     if largest >= rows:
         what = f"a prompt has the token id {largest}, and a model has {rows} embeddings"

@@ -501,6 +501,16 @@ def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_pa
         main(monkeypatch, *flags)
 
 
+def test_arms_are_scored_with_one_tokenizer(tmp_path, monkeypatch):
+    """Their scorer is `train.score`, which would read the student's ids as the teacher's."""
+    pair = replace(pair_of(tiny(), tiny(seed=1)), teacher_tokenizer="another")
+    monkeypatch.setattr(train, "load_pair", lambda knobs, device: pair)
+    monkeypatch.setattr(compare.data, "problems_of", lambda knobs: ([], []))
+    knobs = compare.Knobs(student="A", teacher="B", divergence="sampled")
+    with pytest.raises(BadInput, match="A and B have different tokenizers, .* name a teacher of the"):
+        compare.load(knobs)
+
+
 def test_which_world_and_which_file():
     assert [
         compare.choose(given)[1].name

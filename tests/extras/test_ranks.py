@@ -251,10 +251,12 @@ def test_all_processes_get_the_sampler(monkeypatch):
     assert options["sampler"] == "a sampler"
 
 
-def test_shards_need_one_tokenizer():
+def test_shards_need_one_tokenizer(monkeypatch):
     leader = shard.ShardedLeader.__new__(shard.ShardedLeader)
+    pair = SimpleNamespace(teacher_tokenizer="another")
+    monkeypatch.setattr(ranks.Leader, "load_pair", lambda self, knobs, device: pair)
     with pytest.raises(cli.BadInput, match="--shard needs one tokenizer, and the teacher has another: drop"):
-        leader.load_pair(train.Knobs(), torch.device("cpu"), two_tokenizers=True)
+        leader.load_pair(train.Knobs(), torch.device("cpu"))
 
 
 def test_a_divergence_that_cannot_be_sent_is_refused(monkeypatch):
@@ -278,7 +280,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [0, 0, 4], [5, 6], [7, 7, 7, 7],
 ENDS = {END, *range(20, 30)}
 
 
-def load(knobs, device, two_tokenizers):
+def load(knobs, device):
     return pair_of(tiny(), tiny(seed=1), getattr(torch, knobs.dtype), ENDS)
 
 

@@ -206,7 +206,7 @@ def test_prompts_with_ids_beyond_the_embeddings():
     """Tokens that were added to a tokenizer alone: an IndexError in the first forward pass."""
     configs = [tiny(vocab_size=V + 1).config, tiny().config]
     models.check_context(configs, [[1], [V - 1, 2]], 4)
-    models.check_context(configs, [[V]], 4, two_tokenizers=True)
+    models.check_context(configs[:1], [[V]], 4)
     with pytest.raises(BadInput, match=f"token id {V}, and a model has {V} embeddings: resize"):
         models.check_context(configs, [[1], [V, 2]], 4)
 
