@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from opd import log_probs, token_logp
-from rollout import Rollout, keep_top_p, model_inputs, rollout, sampling_noise
+from opd import token_logp
+from rollout import Rollout, model_inputs, rollout, sampling_logp, sampling_noise
 from support import data, models, run_folder, scores
 from support.batch_size import batch_that_fits
 from support.cli import BadInput, flag_of, knob, parse, run_main
@@ -133,10 +133,8 @@ def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -
     row = len(rollouts.prompts) - 1
     mask = rollouts.response_mask[row]
     ids, predicts = model_inputs(rollouts, [row], rollouts.response_mask)
-    logits = model(input_ids=ids, use_cache=False).logits[predicts].float()
-    logp = log_probs(logits, temperature or 1)  # greedy sampling records those of temperature 1
-    if temperature > 0 and top_p < 1:
-        logp = keep_top_p(logp, top_p)
+    logits = model(input_ids=ids, use_cache=False).logits[predicts]
+    logp = sampling_logp(logits, temperature, top_p)
     models.check_sampler(model, rollouts.logp[row][mask], token_logp(logp, rollouts.tokens[row][mask]))
 
 

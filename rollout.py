@@ -1,7 +1,7 @@
 """Rollouts: the student samples its own responses token by token, with a KV cache.
 
 Shapes: B rows, b of them unfinished, P longest prompt, R longest response, H horizon, V vocabulary; M rows of
-a micro-batch, L longest input of a micro-batch.
+a micro-batch, L longest input of a micro-batch, D hidden size.
 """
 
 import random
@@ -40,34 +40,39 @@ def sampling_noise(keys: Iterable[object], horizon: int) -> Tensor:
     return torch.stack(rows)
 
 
-def sample(logits: Tensor, temperature: float, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """One token a row from softmax(logits / temperature), the argmax at temperature 0.
+def sampling_logp(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """The distribution that `sample` draws from, as fp32 log-probabilities: (b, V) -> (b, V).
 
-    (b, V) logits, (b,) uniform numbers -> tokens (b,), logp (b,). The token is the first whose cumulative
-    probability exceeds the uniform number (inverse transform sampling), so one of probability 0 is never
-    drawn. At temperature 0, logp is that of temperature 1, and top_p is not used. NaN logits give a NaN logp.
+    With top_p below 1, the fewest tokens that together reach it, renormalised; -inf elsewhere. Temperature 0,
+    greedy sampling, has the log-probabilities of temperature 1, and does not use top_p.
     """
     if temperature not in (0, 1):
         logits = logits.float() / temperature
     logp = torch.log_softmax(logits, dim=-1, dtype=torch.float)
+    if temperature == 0 or top_p >= 1:
+        return logp
+    ordered, ids = logp.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all more likely tokens
+    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+    return logp.scatter(-1, ids, ordered).log_softmax(-1)
+
+
+def sample(logits: Tensor, temperature: float, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One token a row from `sampling_logp`, the argmax at temperature 0.
+
+    (b, V) logits, (b,) uniform numbers -> tokens (b,), logp (b,). The token is the first whose cumulative
+    probability exceeds the uniform number (inverse transform sampling), so one of probability 0 is never
+    drawn. NaN logits give a NaN logp.
+    """
+    logp = sampling_logp(logits, temperature, top_p)
     if temperature == 0:
         token = logp.argmax(-1, keepdim=True)
     else:
-        if top_p < 1:
-            logp = keep_top_p(logp, top_p)
         cumulative = logp.exp().cumsum_(-1)
         threshold = uniform[:, None] * cumulative[:, -1:]  # scaled by the last sum, which is not exactly 1
         token = torch.searchsorted(cumulative, threshold, right=True)
         token = token.clamp_max(logp.shape[-1] - 1)  # with NaN logits, searchsorted returns V
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
-
-
-def keep_top_p(logp: Tensor, top_p: float) -> Tensor:
-    """Renormalised log-probabilities of the fewest tokens that together reach `top_p`; -inf elsewhere."""
-    ordered, ids = logp.sort(-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all more likely tokens
-    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-    return logp.scatter(-1, ids, ordered).log_softmax(-1)
 
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -128,12 +133,11 @@ def rollout(
             active = active[keep]
             token = token[keep]
             mask = mask[keep]
-            positions = positions[keep]
             cache.reorder_cache(keep)  # made for beam search: it selects any rows
         ids = token[:, None]
-        positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    length = int(response_mask.any(0).sum())  # R
+        positions = mask.sum(1, keepdim=True) - 1
+    length = t + 1  # R
     return Rollout(prompts, tokens[:, :length], response_mask[:, :length], logp[:, :length], finished)
 
 
@@ -177,3 +181,9 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
         no_loss = loss_mask.new_zeros(len(prompt) - 1)  # prompt tokens before the last predict prompt tokens
         predicts.append(torch.cat([no_loss, loss_mask[row][is_response]]))
     return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)
+
+
+def hidden_states(model, ids: Tensor) -> Tensor:
+    """The final hidden states, (M, L) -> (M, L, D), on the device of `ids`."""
+    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    return hidden.to(ids.device)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eval_math import INSTRUCTION, HeldOut, evaluate
 from opd import DIVERGENCES, Divergence, opd_backward, reverse_kl
-from rollout import Rollout, micro_batches, model_inputs, rollout, sampling_noise
+from rollout import Rollout, hidden_states, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
 from support import data, models, report, run_folder, toy
 from support.cli import BadInput, knob, parse, run_main
@@ -117,11 +117,14 @@ class Pair:
             if name in self.masters and weight is not self.masters[name]:
                 weight.copy_(self.masters[name])
 
+    def save_student(self, folder: Path) -> None:
+        """Write the student as a Hugging Face folder in the dtype of the matmuls, LoRA adapters merged."""
+        state_dict = None
+        if any("lora_" in name for name in self.masters):
+            from extras import lora
 
-def hidden_states(model, ids: Tensor) -> Tensor:
-    """The final hidden states: (M, L) -> (M, L, D). Without attention mask, as padding is on the right."""
-    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    return hidden.to(ids.device)
+            state_dict = lora.merged(self.student)
+        models.save_model(self.student, self.tokenizer, folder, state_dict)
 
 
 def move_gradient(master: Tensor, weight: Tensor) -> None:
@@ -335,16 +338,6 @@ def render_prompts(
     return prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
 
 
-def save_student(pair: Pair, folder: Path) -> None:
-    """Write the student as a Hugging Face folder in the dtype of the matmuls, LoRA adapters merged."""
-    state_dict = None
-    if any("lora_" in name for name in pair.masters):
-        from extras import lora
-
-        state_dict = lora.merged(pair.student)
-    models.save_model(pair.student, pair.tokenizer, folder, state_dict)
-
-
 def schedule_of(knobs: Knobs) -> Callable[[int], int]:
     """The function step -> H in tokens. Raises BadInput if the settings are invalid."""
     return make_schedule(
@@ -393,7 +386,7 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
     if knobs.dry_run:
         from extras import memory
 
-        print(memory.dry_run(knobs, problems, test, max(map(horizon_at, range(knobs.steps))), device))
+        print(memory.dry_run(knobs, problems, test, horizon_at, device))
         return None
 
     # 2. The models, and what depends on their tokenizers.
@@ -406,20 +399,20 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
             raise BadInput(f"the script's {own} needs one tokenizer: name a teacher of the student's family")
         from extras.other_tokenizer import prepare
 
-        default_scorer, teacher_held_out = prepare(pair, hidden_states, prompts, problems, test, knobs)
+        default_scorer, teacher_held_out = prepare(pair, prompts, problems, test, knobs)
     if knobs.horizon == "auto":
         from extras import profile_horizon
 
         knobs = replace(knobs, horizon=profile_horizon.choose(default_scorer, pair, prompts, knobs))
         horizon_at = schedule_of(knobs)
 
-    def grade(model, name: str) -> dict | None:
+    def grade(model, name: str, held_out: HeldOut = held_out) -> dict | None:
         """Scores of full-length answers to the held-out problems; the answers go to the run folder."""
         if not test:  # --eval-limit 0
             return None
         records = evaluate(
             model,
-            teacher_held_out if model is pair.teacher else held_out,
+            held_out,
             path=folder / f"eval_{name}.jsonl",
             max_new_tokens=knobs.max_new_tokens,
             batch_size=knobs.eval_batch,
@@ -431,8 +424,8 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
 
     # 3. Evaluate, train, evaluate again.
     optimizer = engine.adamw(pair, knobs)
-    run = engine.run(folder, pair, optimizer, save_student, knobs.save_every)
-    with run.open(knobs, longest=max(map(horizon_at, range(knobs.steps)))):
+    run = engine.run(folder, pair, optimizer, knobs.save_every)
+    with run.open(knobs, horizon_at):
         inputs = run_folder.training_inputs(knobs, problems, test)
         inputs["functions of the script"] = own
         run_folder.write_config(folder, asdict(knobs), device, inputs)  # raises if a resumed run had others
@@ -442,10 +435,12 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
             run.track = tracker.start(knobs.tracker, folder, asdict(knobs))
         # A resumed run finds these answers in its folder, and samples none again. Its student still has the
         # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
-        summary = {"before": grade(pair.student, "before"), "teacher": grade(pair.teacher, "teacher")}
-        functions = {"sampler": sampler or engine.rollout, "scorer": scorer or default_scorer}
-        train(pair, optimizer, prompts, horizon_at, knobs, run, grade if test else None, **functions)
-        run.save_student()
+        summary = {"before": grade(pair.student, "before")}
+        summary["teacher"] = grade(pair.teacher, "teacher", teacher_held_out)
+        sampler = sampler or engine.rollout
+        scorer = scorer or default_scorer
+        train(pair, optimizer, prompts, horizon_at, knobs, run, grade if test else None, sampler, scorer)
+        run.save_student(folder / "student")
         summary["seconds"] = run.seconds()
         summary["after"] = grade(pair.student, "after")
         run.track(knobs.steps, summary)

@@ -231,7 +231,7 @@ def compare(knobs: Knobs, path: Path) -> None:
         if curve:  # first: a curve without its run, which a stop in between leaves, is ignored
             run_folder.append_csv(curves, curve)
         if knobs.keep and name in ARMS:  # before the row: a run that has one is not repeated
-            train.save_student(setup.pair, Path(knobs.keep, f"{name}-{seed}"))
+            setup.pair.save_student(Path(knobs.keep, f"{name}-{seed}"))
         run_folder.append_csv(path, [row | shared])
         tqdm.write(f"{name}, seed {seed}: {row['accuracy']:.0%} after {row['seconds']:.1f} s")
 

@@ -134,9 +134,9 @@ def build(recipe: Recipe = Recipe()) -> Path:
     part.mkdir(parents=True, exist_ok=True)
     worked = write_problems(part, recipe)
     pair = load_pair(recipe.student, recipe.student)
-    train.save_student(pair, part / "student")
+    pair.save_student(part / "student")
     teach(pair, worked, recipe)
-    train.save_student(pair, part / "teacher")
+    pair.save_student(part / "teacher")
     part.rename(folder)
     return folder
 

@@ -90,7 +90,7 @@ def measure(knobs: Knobs) -> list[dict]:
         )
         pair = train.load_pair(settings, models.find_device(""))
         prompts = render(pair.tokenizer, test, knobs.instruction)
-        scorer, _ = prepare(pair, train.hidden_states, prompts, test, test, settings)
+        scorer, _ = prepare(pair, prompts, test, test, settings)
         parts = answers_of(pair, prompts, knobs.max_new_tokens)
         sums = sums_of_answers([a for part in parts for a in decode_answers(part, pair.tokenizer)], test)
         if fixed is None:

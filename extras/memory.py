@@ -4,6 +4,7 @@ The estimate is in bytes, from the shapes alone; the comments say what is counte
 tested; the CUDA context and the fragmentation are allowances, measured on one card (results/gpu_first.csv).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -133,12 +134,13 @@ def format_estimate(found: dict[str, int], free: int) -> str:
     return "\n".join(lines)
 
 
-def dry_run(knobs, problems: list, test: list, horizon: int, device: torch.device) -> str:
+def dry_run(knobs, problems: list, test: list, horizon_at: Callable, device: torch.device) -> str:
     """The estimate for these settings, from the configs, the tokenizer and the prompts. Raises BadInput.
 
     With --horizon auto it is that of the profile, which takes full rollouts.
     """
-    horizon = knobs.max_new_tokens if knobs.horizon == "auto" else horizon
+    longest = max(map(horizon_at, range(knobs.steps)))
+    horizon = knobs.max_new_tokens if knobs.horizon == "auto" else longest
     knobs = replace(knobs, device=str(device))
     may_differ = knobs.divergence == "sampled"
     tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, may_differ)

@@ -39,7 +39,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from eval_math import HeldOut
 from opd import log_probs, token_logp
-from rollout import Rollout, micro_batches, model_inputs
+from rollout import Rollout, hidden_states, micro_batches, model_inputs
 from support import models
 from support.cli import BadInput
 from support.prompts import render
@@ -270,7 +270,6 @@ class Scorer:
     align: Aligner
     prompts: dict[tuple[int, ...], list[int]]  # the teacher's ids of a prompt, by the student's ids
     ends: list[int]  # eos ids of the teacher
-    hidden_states: Callable  # train.hidden_states
 
     def __call__(
         self,
@@ -293,7 +292,7 @@ class Scorer:
         for rows in micro_batches(rollouts, micro_batch):
             ids, predicts = model_inputs(read, rows, read.response_mask)
             with torch.no_grad():
-                hidden = self.hidden_states(pair.teacher, ids)[predicts]
+                hidden = hidden_states(pair.teacher, ids)[predicts]
             of_rows = [aligned[row] for row in rows]
             gain = gains(pair.teacher_head, hidden, of_rows, temperature)
             part_loss, part = self.student_part(pair, rollouts, rows, of_rows, gain, normalizer, temperature)
@@ -321,7 +320,7 @@ class Scorer:
         ids, predicts = model_inputs(rollouts, rows, rollouts.response_mask)
         row, position = mask.nonzero().T
         tokens = rollouts.tokens[rows][mask]
-        hidden = self.hidden_states(pair.student, ids)[predicts]
+        hidden = hidden_states(pair.student, ids)[predicts]
         ends = torch.tensor(sorted(pair.eos_ids), device=tokens.device)
         scored_logp, logp, entropy = student_statistics(
             pair.student_head, hidden.detach(), tokens, ends, temperature
@@ -364,7 +363,7 @@ def coverage(
     return scored / max(sum(map(len, ids)), 1), scored / max(chunks, 1)
 
 
-def prepare(pair, hidden_states: Callable, prompts: list[list[int]], problems: list, test: list, knobs):
+def prepare(pair, prompts: list[list[int]], problems: list, test: list, knobs):
     """The `Scorer`, and the held-out problems as the teacher reads them.
 
     Raises BadInput if the teacher has no chat template, or if a tokenizer does not keep the bytes of a text.
@@ -379,5 +378,5 @@ def prepare(pair, hidden_states: Callable, prompts: list[list[int]], problems: l
     what = f"the teacher has another tokenizer and reads the student's text: {share:.1%} of the tokens of"
     print(f"{what} {len(texts)} problems can be scored, in chunks of {length:.2f} tokens", flush=True)
     ends = models.eos_ids(tokenizer, pair.teacher)
-    scorer = Scorer(align, dict(zip(map(tuple, prompts), own)), sorted(ends), hidden_states)
+    scorer = Scorer(align, dict(zip(map(tuple, prompts), own)), sorted(ends))
     return scorer, HeldOut(test, own_test, tokenizer, ends)

@@ -9,7 +9,6 @@ In bf16, the gradients of the output head are summed over the chunks of a micro-
 --shard they are summed in fp32.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +86,8 @@ class ShardedWorker(Worker):
     def gather_heads(self) -> None:
         """Gather the output heads, and with them the embeddings and last norms.
 
-        FSDP gathers them in the model's own forward, which scoring does not call: `train.hidden_states` calls
-        the decoder, and `opd.opd_backward` the heads.
+        FSDP gathers them in the model's own forward, which scoring does not call:
+        `rollout.hidden_states` calls the decoder, and `opd.opd_backward` the heads.
         """
         heads = []
         for model in (self.pair.student, self.pair.teacher):
@@ -168,18 +167,8 @@ class ShardedLeader(Leader):
         optimizer.register_step_pre_hook(lambda *_: self.begin("step", optimizer.param_groups[0]["lr"]))
         return optimizer
 
-    def run(self, folder: Path, pair, optimizer, save_student: Callable, save_every: int) -> CheckpointedRun:
-        return ShardedRun(self, folder, pair, optimizer, self.save_student, save_every)
-
-    def save_student(self, pair, folder: Path) -> None:
-        """As `train.save_student`."""
-        weights = self.everywhere("weights", [()] * self.size)[0]
-        _, kind = type(pair.student).__bases__  # FSDP has put a class of its own in front of the model's
-        plain = kind.__new__(kind)
-        plain.__dict__.update(pair.student.__dict__)
-        dtype = getattr(torch, self.knobs.dtype)
-        weights = {name: weight.to(dtype) for name, weight in weights.items()}
-        models.save_model(plain, pair.tokenizer, folder, weights)
+    def run(self, folder: Path, pair, optimizer, save_every: int) -> CheckpointedRun:
+        return ShardedRun(self, folder, pair, optimizer, save_every)
 
 
 class ShardedRun(CheckpointedRun):
@@ -188,6 +177,17 @@ class ShardedRun(CheckpointedRun):
     def __init__(self, leader: ShardedLeader, *arguments: Any):
         super().__init__(*arguments)
         self.leader = leader
+
+    def save_student(self, folder: Path) -> None:
+        """As `train.Pair.save_student`."""
+        student = self.pair.student
+        weights = self.leader.everywhere("weights", [()] * self.leader.size)[0]
+        _, kind = type(student).__bases__  # FSDP has put a class of its own in front of the model's
+        plain = kind.__new__(kind)
+        plain.__dict__.update(student.__dict__)
+        dtype = getattr(torch, self.leader.knobs.dtype)
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        models.save_model(plain, self.pair.tokenizer, folder, weights)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.leader.everywhere("state", [()] * self.leader.size)[0]

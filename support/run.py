@@ -93,27 +93,6 @@ def digest(facts: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     return found.hexdigest()
 
 
-def check_saving(pair, save_student: Callable[[Any, Path], None], folder: Path) -> None:
-    """Save the student in `folder`, read it back and remove it again. Raises BadInput if that fails.
-
-    So a student that cannot be saved is refused before it is trained.
-    """
-    trial = folder / ".trial"
-    shutil.rmtree(trial, ignore_errors=True)  # of a run that was killed here
-    try:
-        trial.mkdir()
-        save_student(pair, trial / "student")
-        models.load_tokenizer(str(trial / "student"))
-        models.load_model(str(trial / "student"), pair.student.dtype, torch.device("cpu"))
-    except models.LOADING_ERRORS as error:
-        if run_folder.is_out_of_memory(error):
-            raise
-        what = f"the student cannot be saved ({type(error).__name__}: {models.first_line(error)})"
-        raise BadInput(f"{what}: make room, name another --student, or drop --low-memory") from error
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
-
-
 class CheckpointedRun(Run):
     """A training run in a folder."""
 
@@ -122,14 +101,12 @@ class CheckpointedRun(Run):
         folder: Path,
         pair,  # train.Pair
         optimizer: torch.optim.Optimizer,
-        save_student: Callable[[Any, Path], None],  # (pair, folder)
         save_every: int,  # steps; 0: no checkpoints
     ):
         super().__init__(pair.student.device)
         self.folder = folder
         self.pair = pair
         self.optimizer = optimizer
-        self.save_pair = save_student
         self.save_every = save_every
         self.is_resumed = False  # whether the folder may hold checkpoints and rows of an earlier process
         self.run_id: str | None = None
@@ -140,23 +117,44 @@ class CheckpointedRun(Run):
         self.bar: tqdm | None = None
 
     @contextmanager
-    def open(self, knobs, longest: int) -> Iterator[None]:
+    def open(self, knobs, horizon_at: Callable[[int], int]) -> Iterator[None]:
         """Hold the folder's lock; turn errors of memory, disk and processes into a one-line Stopped.
 
-        `longest` is the largest horizon. Raises BadInput if the student cannot be saved.
+        Raises BadInput if the student cannot be saved.
         """
         self.is_resumed = bool(knobs.resume)
         with run_folder.exclusive(self.folder, fresh=not self.is_resumed):
             if (self.folder / "summary.json").exists() and not self.checkpoints():
                 what = f"{self.folder} has finished, and has no checkpoint to continue from"
                 raise BadInput(f"{what}: start a new run")
-            check_saving(self.pair, self.save_pair, self.folder)
+            self.check_saving()
             try:
                 yield
             except Exception as error:
+                longest = max(map(horizon_at, range(knobs.steps)))
                 rows = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts"
                 self.stop_on_fault(error, f"{rows} of at most {longest} tokens")
                 raise
+
+    def check_saving(self) -> None:
+        """Save the student, read it back and remove it again. Raises BadInput if that fails.
+
+        So a student that cannot be saved is refused before it is trained.
+        """
+        trial = self.folder / ".trial"
+        shutil.rmtree(trial, ignore_errors=True)  # of a run that was killed here
+        try:
+            trial.mkdir()
+            self.save_student(trial / "student")
+            models.load_tokenizer(str(trial / "student"))
+            models.load_model(str(trial / "student"), self.pair.student.dtype, torch.device("cpu"))
+        except models.LOADING_ERRORS as error:
+            if run_folder.is_out_of_memory(error):
+                raise
+            what = f"the student cannot be saved ({type(error).__name__}: {models.first_line(error)})"
+            raise BadInput(f"{what}: make room, name another --student, or drop --low-memory") from error
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that remain. Saves between them, and after a signal ends the run by raising Stopped."""
@@ -184,7 +182,7 @@ class CheckpointedRun(Run):
                 if signals or (self.save_every and (self.step % self.save_every == 0 or self.step == total)):
                     self.save()
                 if signals:
-                    self.save_student()
+                    self.save_student(self.folder / "student")
                     raise Stopped(128 + signals[0], f"stopped after step {self.step - 1}: {self.remedy()}")
         finally:
             self.bar.close()
@@ -219,8 +217,8 @@ class CheckpointedRun(Run):
         what = f"step {step} has loss {loss} and gradient norm {grad_norm}"
         raise Stopped(1, f"{what}: start a new run with a lower --lr, or look for odd data in {path}")
 
-    def save_student(self) -> None:
-        self.save_pair(self.pair, self.folder / "student")
+    def save_student(self, folder: Path) -> None:
+        self.pair.save_student(folder)
 
     def stop_on_fault(self, error: Exception, workload: str) -> None:
         """Raise Stopped with one line if memory, disk or another process is the cause; else return.

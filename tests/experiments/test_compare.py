@@ -480,7 +480,7 @@ def test_a_stopped_comparison_continues_and_refuses_other_settings(world, tmp_pa
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:4]))  # without the last run, of esr
     with monkeypatch.context() as patch:  # as on a full disk
-        patch.setattr(train, "save_student", lambda *_: load_file(path))
+        patch.setattr(train.Pair, "save_student", lambda *_: load_file(path))
         with pytest.raises(Stopped, match="cannot write .* name another --csv or --keep"):
             main(patch, *flags)
     assert path.read_text() == "".join(lines[:4])  # no row of a run whose student was not saved

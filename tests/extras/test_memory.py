@@ -134,10 +134,10 @@ def test_dry_run_looks_at_the_memory_of_the_teachers_device(world, monkeypatch, 
     pair = {name: str(world / name) for name in ("student", "teacher")}
     knobs = train.Knobs(**pair, dtype="float32", teacher_device="meta", max_new_tokens=8)
     problems = [data.Problem("x=2", None)]
-    text = memory.dry_run(knobs, problems, [], horizon=8, device=torch.device("cpu"))
+    text = memory.dry_run(knobs, problems, [], lambda step: 8, device=torch.device("cpu"))
     assert f"the teacher's weights on meta, 0.00 GB of {free / 1e9:.1f} GB free: {verdict}" in text
     assert "free: fits" in text.splitlines()[-2]
     here = memory.dry_run(
-        replace(knobs, teacher_device=""), problems, problems, horizon=8, device=torch.device("cpu")
+        replace(knobs, teacher_device=""), problems, problems, lambda step: 8, device=torch.device("cpu")
     )
     assert "the teacher's weights on" not in here

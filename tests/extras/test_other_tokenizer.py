@@ -168,7 +168,7 @@ def canonical(tokenizer, texts, prompts):
 
 def scorer_of(student, teacher, prompts, ends):
     given = {tuple(prompt): prompt for prompt in prompts}
-    return Scorer(aligner(student, teacher), given, ends, train.hidden_states)
+    return Scorer(aligner(student, teacher), given, ends)
 
 
 def gradient(pair, score, rollouts, **options):

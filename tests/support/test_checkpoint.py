@@ -27,7 +27,7 @@ import train
 from extras import lora
 from support import data, models, run_folder
 from support.cli import BadInput, Stopped
-from support.run import SIGNALS, CheckpointedRun, check_saving
+from support.run import SIGNALS, CheckpointedRun
 
 SHORT = "--preset toy --steps 9 --batch-size 4 --max-new-tokens 8 --horizon 5"
 SHORT += " --eval-limit 6 --eval-every 6 --save-every 3 --show-every 2"
@@ -289,7 +289,7 @@ def test_a_damaged_checkpoint_is_skipped(saved, monkeypatch, capsys, fault):
 def test_every_flipped_bit_is_noticed(tmp_path):
     """In the header, whose step was once not part of the checksum, and in the tensors."""
     pair = pair_of(tiny(), tiny(seed=1))
-    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.save_student, 1)
+    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), 1)
     run.save()
     path = tmp_path / "checkpoint-000000.safetensors"
     content = path.read_bytes()
@@ -576,7 +576,7 @@ def test_checkpoint_of_a_student_that_is_trained_in_part(tmp_path):
         student = tiny()
         student.model.layers[0].requires_grad_(False)
         pair = pair_of(student, tiny(seed=1))
-        runs.append(CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.save_student, 1))
+        runs.append(CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), 1))
     first, second = runs
     first.pair.student(input_ids=torch.arange(9)[None]).logits.square().sum().backward()
     first.optimizer.step()
@@ -599,7 +599,7 @@ def test_a_student_that_can_be_saved_passes_and_leaves_nothing(world, tmp_path, 
     pair = train.replace(
         pair_of(student, tiny(seed=1)), tokenizer=AutoTokenizer.from_pretrained(world / "student")
     )
-    check_saving(pair, train.save_student, tmp_path)
+    CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), 1).check_saving()
     assert not list(tmp_path.iterdir())
 
 
