@@ -161,13 +161,12 @@ def evaluate(
 ) -> list[dict]:
     """One record per answer, written to the JSONL file `path` batch by batch; batches found there are kept.
 
-    The sampling noise of an answer depends on the seed, the index of its problem and its sample alone, so a
-    resumed evaluation with the same batch size gives the same scores. Longest prompts come first: a batch
-    that does not fit into memory fails at once. A record has the `index` and the text of its `problem`, the
-    whole `response`, the answer `extracted` from it, the `gold` answer, and whether it is `correct`,
-    `correct_strict` (correct and in a box), and `correct_last` (if the last box counts).
+    A record has the `index` and the text of its `problem`, the whole `response`, the answer `extracted` from
+    it, the `gold` answer, and whether it is `correct`, `correct_strict` (correct and in a box), and
+    `correct_last` (if the last box counts).
     """
     problems, prompts, tokenizer, eos_ids = held_out
+    # The longest prompts first, so that a batch that does not fit into memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     keys = [(i, k) for i in order for k in range(samples)]  # (problem, sample) of each answer
     records = run_folder.whole_batches(path, [i for i, _ in keys])
@@ -182,6 +181,7 @@ def evaluate(
             questions = [problems[i].question for i, _ in batch]
             golds = [problems[i].answer for i, _ in batch]
             began = time.perf_counter()
+            # Each answer has its own noise: a resumed evaluation with the same batches has the same scores.
             noise = sampling_noise([("evaluation", seed, i, k) for i, k in batch], max_new_tokens)
             batch_prompts = [prompts[i] for i, _ in batch]
             # Without vocab_size: a model is evaluated with all its ids, as it will be used.

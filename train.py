@@ -236,12 +236,11 @@ def train(
 ) -> None:
     """The training loop. `run` (support/run.py) yields the step numbers, and times, logs and saves the steps.
 
-    `sampler` and `scorer` take the place of `rollout` and `score`, and are called in the same way: with the
-    student, and with the pair. Rollouts that the student did not sample have `logp=None`; otherwise `logp` is
-    compared with the scorer's `student_logp` whenever the horizon is longer than in all earlier steps of this
-    process. Raises BadInput if they differ by more than rounding.
+    `sampler` is called like `rollout`, and `scorer` like `score`. Rollouts that were not sampled by the
+    student have `logp=None`. Raises BadInput if `logp` differs from the scorer's `student_logp` by more than
+    rounding.
     """
-    longest_checked = 0  # the longest horizon so far, in tokens
+    longest_checked = 0  # tokens
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
         horizon = horizon_at(step)
 
@@ -270,7 +269,8 @@ def train(
                 temperature=knobs.temperature,
                 micro_batch=knobs.micro_batch,
             )
-            if horizon > longest_checked:  # the sampled distribution has to be the one in the loss
+            # The sampled distribution has to be the one in the loss, also beyond the lengths seen so far.
+            if horizon > longest_checked:
                 models.check_rollouts(pair.student, rollouts, statistics, knobs.dtype)
                 longest_checked = horizon
 
