@@ -398,7 +398,7 @@ def atomic_rename(part: Path, path: Path) -> None:
 def sync(path: Path) -> None:
     """Wait until what was written is on the disk."""
     if path.exists():
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
 
 

@@ -83,9 +83,7 @@ class Grader:
 
     def ask_worker(self, found: str, gold: str) -> str:
         """The verdict of a worker, or one of LOST."""
-        worker = self.workers.get() or subprocess.Popen(
-            COMMAND, cwd=ROOT, stdin=-1, stdout=-1, stderr=-3, text=True, start_new_session=True
-        )
+        worker = self.workers.get() or start_worker()
         alarm = threading.Timer(self.seconds, worker.kill)
         alarm.start()
         try:
@@ -101,6 +99,19 @@ class Grader:
         worker.kill()
         worker.communicate()
         return "worker died" if in_time else "timed out"
+
+
+def start_worker() -> subprocess.Popen:
+    """A process that runs `work`; a Ctrl-C in the terminal does not reach it."""
+    return subprocess.Popen(
+        COMMAND,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @cache

@@ -1,6 +1,7 @@
 """The run folder: the settings a run gets, its lock, and its files."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,14 @@ def test_whole_batches(tmp_path):
         with pytest.raises(BadInput, match=f"answer {number} of .* is not the one that the evaluation wrote"):
             run_folder.whole_batches(path, list(range(7)))
         assert path.read_text() == "".join(edited)
+
+
+def test_a_file_is_flushed_while_it_is_open_for_writing(tmp_path, monkeypatch):
+    """Windows refuses to flush one that is open for reading alone."""
+    written = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: written.append(os.write(descriptor, b"")))
+    run_folder.write_json(tmp_path / "a.json", {})
+    assert written == [0]
 
 
 def test_rows_after_a_checkpoint_are_dropped(tmp_path):
