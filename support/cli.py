@@ -155,7 +155,10 @@ class Output:
 
 REMEDIES = {  # errors of the operating system that any program can meet: exit code, and what to do
     errno.ENAMETOOLONG: (2, "give a shorter name"),
+    errno.EACCES: (2, "make it readable and writable, or name another path"),
+    errno.EROFS: (2, "name a path on another disk"),
     errno.ENOSPC: (1, "free some space, then start again"),
+    errno.EDQUOT: (1, "free some space, then start again"),
 }
 
 

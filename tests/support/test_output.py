@@ -1,5 +1,6 @@
 """Output that ends early: a run finishes, a program that only prints has exit code 1, and no traceback."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -70,3 +71,14 @@ def test_a_full_disk_is_one_line(capsys):
     printed = capsys.readouterr()
     assert stop.value.code == 1 and not printed.out
     assert printed.err.count("\n") == 1 and "free some space" in printed.err
+
+
+def test_a_file_that_may_not_be_written_is_one_line(capsys):
+    def write():
+        raise PermissionError(errno.EACCES, "Permission denied", "rows.csv")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(write)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and not printed.out
+    assert printed.err.count("\n") == 1 and "'rows.csv': make it readable and writable" in printed.err
