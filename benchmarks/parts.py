@@ -28,7 +28,7 @@ import train
 from eval_math import INSTRUCTION, boxed, extract
 from extras.graphs import graph_rollout
 from opd import log_probs, opd_backward, reverse_kl
-from rollout import model_inputs, rollout, sampling_noise
+from rollout import hidden_states, model_inputs, rollout, sampling_noise
 from support import data, models, run_folder
 from support.batch_size import Shape
 from support.cli import BadInput, knob, parse, run_main
@@ -216,8 +216,8 @@ def sampled_logits(knobs: Knobs) -> tuple[Tensor, Tensor]:
     rollouts = rollout(pair.student, prompts, 64, pair.eos_ids, noise)
     ids, predicts = model_inputs(rollouts, list(range(len(prompts))), rollouts.response_mask)
     return (
-        pair.student_head(train.hidden_states(pair.student, ids)[predicts]),
-        pair.teacher_head(train.hidden_states(pair.teacher, ids)[predicts]),
+        pair.student_head(hidden_states(pair.student, ids)[predicts]),
+        pair.teacher_head(hidden_states(pair.teacher, ids)[predicts]),
     )
 
 

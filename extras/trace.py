@@ -17,7 +17,7 @@ from torch import Tensor
 
 import opd
 import train
-from rollout import Rollout, model_inputs, rollout, sampling_noise
+from rollout import Rollout, hidden_states, model_inputs, rollout, sampling_noise
 from support import data, models, toy
 from support.cli import BadInput, knob, parse, run_main
 from support.prompts import render
@@ -40,8 +40,8 @@ def log_probs_of(pair: train.Pair, rollouts: Rollout) -> tuple[Tensor, Tensor]:
     """The log-probabilities of student and teacher at each of the N sampled tokens, (N, V) each."""
     ids, predicts = model_inputs(rollouts, [0], rollouts.response_mask)
     with torch.no_grad():
-        teacher = opd.log_probs(pair.teacher_head(train.hidden_states(pair.teacher, ids)[predicts]))
-        student = opd.log_probs(pair.student_head(train.hidden_states(pair.student, ids)[predicts]))
+        teacher = opd.log_probs(pair.teacher_head(hidden_states(pair.teacher, ids)[predicts]))
+        student = opd.log_probs(pair.student_head(hidden_states(pair.student, ids)[predicts]))
     return student, teacher
 
 

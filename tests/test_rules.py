@@ -82,7 +82,7 @@ def test_text_files_are_utf_8():
             opens = function.endswith(("open", "read_text", "write_text"))
             if opens and function not in ("os.open", "run.open", "safe_open", "subprocess.Popen"):
                 text = ast.unparse(call)
-                assert "encoding=" in text or "('rb')" in text, f"{path}: {text}"
+                assert "encoding=" in text or "b')" in text, f"{path}: {text}"
 
 
 @pytest.mark.parametrize("name", FIVE)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import opd
 import rollout as sampling
 import train
-from rollout import micro_batches, model_inputs, rollout, sampling_noise
+from rollout import hidden_states, micro_batches, model_inputs, rollout, sampling_noise
 from support import cli, data, models
 from support.models import enable_checkpointing
 from support.prompts import render
@@ -372,7 +372,7 @@ def test_the_teacher_may_be_on_another_device():
 
     ids = torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
     states = SimpleNamespace(last_hidden_state=torch.ones(2, 3, 4))
-    assert train.hidden_states(Teacher(), ids).device == ids.device
+    assert hidden_states(Teacher(), ids).device == ids.device
     assert seen == [Teacher.device]
     pair = pair_of(tiny(), tiny(seed=1))
     assert pair.teacher_head.weight is pair.teacher.get_output_embeddings().weight  # no copy without need

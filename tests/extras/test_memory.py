@@ -11,6 +11,7 @@ from helpers import pair_of, tiny
 
 import train
 from extras import lora, memory
+from rollout import hidden_states
 from support import data, models
 from support.batch_size import Shape
 from support.run import Run
@@ -32,7 +33,7 @@ def bytes_kept(model, tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = train.hidden_states(model, torch.ones(1, tokens, dtype=torch.long))
+        hidden = hidden_states(model, torch.ones(1, tokens, dtype=torch.long))
     assert hidden.requires_grad
     return sum(size for size, _ in kept.values())
 

@@ -7,7 +7,7 @@ from helpers import END, SIZES, V, pair_of
 
 import train
 from extras import lora
-from rollout import rollout, sampling_noise
+from rollout import hidden_states, rollout, sampling_noise
 from support import models
 from support.cli import BadInput
 
@@ -137,7 +137,7 @@ REFUSED_HEADS = {
 def test_refused_by_the_head(name):
     model = size_of(name, **REFUSED_HEADS[name])
     with pytest.raises(BadInput, match=f"{name} computes its logits in a way that OutputHead does not"):
-        models.check_head(model, train.hidden_states, models.OutputHead.of(model, V))
+        models.check_head(model, hidden_states, models.OutputHead.of(model, V))
 
 
 BART = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}

@@ -9,7 +9,7 @@ import transformers
 from helpers import SIZES, V, load_pair, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-import train
+from rollout import hidden_states
 from support import models
 from support.cli import BadInput
 
@@ -38,10 +38,10 @@ def test_heads_that_are_supported(name, changes, scale, softcap):
     assert (head.scale, head.softcap) == (scale, softcap)
     if name == "Phi":
         torch.nn.init.normal_(head.bias)
-    models.check_head(model, train.hidden_states, head)
+    models.check_head(model, hidden_states, head)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
-        logits = head(train.hidden_states(model, ids)[0])
+        logits = head(hidden_states(model, ids)[0])
         assert torch.allclose(logits, model(input_ids=ids).logits[0, :, : V - 3], atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_a_head_that_does_more_is_refused_by_name(change):
 
     model.forward = changed
     with pytest.raises(BadInput, match="Qwen2ForCausalLM computes its logits in a way"):
-        models.check_head(model, train.hidden_states, models.OutputHead.of(model, V))
+        models.check_head(model, hidden_states, models.OutputHead.of(model, V))
 
 
 def counted(model):
@@ -71,7 +71,7 @@ def counted(model):
 
 def gradient(model):
     model.zero_grad()
-    hidden = train.hidden_states(model, torch.arange(4, 20)[None])
+    hidden = hidden_states(model, torch.arange(4, 20)[None])
     hidden.square().sum().backward()
     return torch.cat([weight.grad.flatten() for weight in model.get_decoder().parameters()])
 
@@ -84,7 +84,7 @@ def test_checkpointing_recomputes_in_backward_and_only_there():
     assert torch.equal(gradient(model), plain)
     assert len(calls) == 2
     with torch.no_grad():
-        train.hidden_states(model, torch.tensor([[5, 6]]))
+        hidden_states(model, torch.tensor([[5, 6]]))
     assert len(calls) == 3
 
 
@@ -94,11 +94,11 @@ def test_checkpointing_leaves_dropout_off():
     config.word_embed_proj_dim, config.dropout, config.attention_dropout = 16, 0.5, 0.5
     model = OPTForCausalLM(config).eval()
     ids = torch.arange(4, 20)[None]
-    plain = train.hidden_states(model, ids)
+    plain = hidden_states(model, ids)
     models.enable_checkpointing(model)
-    assert torch.equal(train.hidden_states(model, ids), plain)
+    assert torch.equal(hidden_states(model, ids), plain)
     with torch.no_grad():
-        assert torch.equal(train.hidden_states(model, ids), plain)
+        assert torch.equal(hidden_states(model, ids), plain)
     assert not any(module.training for module in model.modules())
 
 
