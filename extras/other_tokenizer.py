@@ -30,11 +30,12 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise, takewhile
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from eval_math import HeldOut
@@ -58,8 +59,7 @@ class Vocabulary:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise BadInput(f"{name} has no fast tokenizer, so its bytes are unknown: name another teacher")
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        decoder = json.dumps(state["decoder"])
-        of_bytes = '"ByteLevel"' in decoder
+        of_bytes = '"ByteLevel"' in json.dumps(state["decoder"])
         added = tokenizer.added_tokens_decoder
         self.pieces: dict[int, bytes] = {}  # without control tokens, which have no text
         for token, i in tokenizer.get_vocab().items():
@@ -106,47 +106,44 @@ def unchanging(state: dict) -> dict:
 class Alignment:
     """What the teacher reads of one response, and where both models can be compared."""
 
-    tokens: list[list[int]]  # z, one id each; if the response has ended, then all eos ids of the teacher
-    # (i, j, I): after i of the student's tokens F is log q(z_1..z_j), plus log sum_{t in I} q(t) if I is not
-    # empty. The first is (0, 0, []); tokens after the last one are not scored.
+    tokens: list[int]  # z; if the response has ended, then an eos id of the teacher
+    # (i, j, I): the number of the student's tokens up to a boundary, and what F is there. The first is
+    # (0, 0, []), where F is 0; tokens after the last one are not scored.
     bounds: list[tuple[int, int, list[int]]]
     size: int  # bytes up to the last boundary
+    unscored: int  # the student's tokens after it
 
 
 class Aligner:
     def __init__(self, student: Vocabulary, teacher: Vocabulary):
         self.student, self.teacher = student, teacher
+        # The teacher's tokens whose spelling begins with these pieces.
+        self.beginning: dict[tuple[bytes, ...], list[int]] = {}
         own = set(student.pieces.values())
-        spellings = [((piece,), t) for t, piece in teacher.pieces.items() if piece in own]
-        others = [t for t, piece in teacher.pieces.items() if piece not in own and is_text(piece)]
-        texts = [teacher.pieces[t].decode() for t in others]
-        for t, encoded in zip(others, student.backend.encode_batch(texts, add_special_tokens=False)):
-            if student.spell(encoded.ids) == teacher.pieces[t]:
-                spellings.append((tuple(student.pieces[i] for i in encoded.ids), t))
-        self.spellings = sorted(spellings)  # (the student's pieces of a teacher's token, the token)
-
-    def beginning_with(self, pieces: tuple[bytes, ...]) -> list[int]:
-        """The teacher's tokens whose spelling begins with these pieces."""
-        after = (*pieces[:-1], pieces[-1] + b"\0")  # the next piece in order
-        found = self.spellings[bisect_left(self.spellings, (pieces,)) : bisect_left(self.spellings, (after,))]
-        return [t for _, t in found]
+        for t, piece in sorted(teacher.pieces.items()):
+            spelling = (piece,)
+            if piece not in own:
+                ids = student.encode(piece.decode(errors="ignore")) or []
+                spelling = tuple(student.pieces[i] for i in ids)
+            if b"".join(spelling) == piece:
+                for n in range(1, len(spelling) + 1):
+                    self.beginning.setdefault(spelling[:n], []).append(t)
 
     def __call__(self, tokens: list[int], ended: bool, ends: list[int], room: int) -> Alignment:
         """Align a student's response with a teacher that has the eos ids `ends` and reads `room` tokens.
 
         The text ends at the first control token within it, or at the first byte that is not UTF-8.
         """
-        pieces = [self.student.pieces.get(i, b"") for i in tokens[: len(tokens) - ended]]
-        until = pieces.index(b"") if b"" in pieces else len(pieces)
-        text = valid_start(b"".join(pieces[:until]))
-        z = self.teacher.encode(text)
-        whole = until == len(pieces) and text.encode() == b"".join(pieces) and z is not None
-        z = [[t] for t in (z or [])[:room]]
-        bounds = [(0, 0, []), *self.bounds(pieces[:until], [t for [t] in z])]
-        size = sum(map(len, pieces[: bounds[-1][0]]))
-        if ended and whole and len(z) < room:
-            return Alignment([*z, ends], [*bounds, (len(tokens), len(z) + 1, [])], size)
-        return Alignment(z, bounds, size)
+        written = tokens[: len(tokens) - ended]  # without its end
+        pieces = [*takewhile(len, (self.student.pieces.get(i, b"") for i in written))]
+        z = self.teacher.encode(valid_start(b"".join(pieces))) or []
+        z = z[:room]
+        bounds = [(0, 0, []), *self.bounds(pieces, z)]
+        scored = bounds[-1][0]
+        size = sum(map(len, pieces[:scored]))
+        if ended and scored == len(written) and len(z) < room:
+            return Alignment([*z, ends[0]], [*bounds, (len(tokens), len(z), ends)], size, 0)
+        return Alignment(z, bounds, size, len(tokens) - scored)
 
     def bounds(self, pieces: list[bytes], z: list[int]) -> list[tuple[int, int, list[int]]]:
         """The boundaries in the text, as in `Alignment`."""
@@ -159,18 +156,12 @@ class Aligner:
             started[offset] = i
             j = bisect_left(ends, offset) - 1  # ends[j] < offset <= ends[j + 1]
             a = started.get(ends[j])
-            alive = [] if a is None else self.beginning_with(tuple(pieces[a:i]))
+            alive = [] if a is None else [*self.beginning.get(tuple(pieces[a:i]), [])]
             if offset == ends[j + 1] and z[j] not in alive:
                 alive.append(z[j])
-            if alive == [z[j]]:
-                found.append((i, j + 1, []))
-            elif alive:
+            if alive:
                 found.append((i, j, alive))
         return found
-
-
-def is_text(piece: bytes) -> bool:
-    return valid_start(piece).encode() == piece
 
 
 def valid_start(raw: bytes) -> str:
@@ -182,45 +173,45 @@ def valid_start(raw: bytes) -> str:
 
 
 @torch.no_grad()
-def log_sums(head: Callable, hidden: Tensor, sets: list[tuple[int, list[int]]], temperature: float) -> list:
+def log_sums(
+    head: Callable, hidden: Tensor, sets: list[tuple[int, list[int]]], temperature: float
+) -> list[float]:
     """The log-probability of each set (n, tokens), predicted by state n of hidden, (N, D): float64 nats."""
-    # On the CPU: Apple's GPU has no float64.
     state = torch.tensor([n for n, tokens in sets for _ in tokens], dtype=torch.long)
     token = torch.tensor([t for _, tokens in sets for t in tokens], dtype=torch.long)
-    owner = torch.tensor([i for i, (_, tokens) in enumerate(sets) for _ in tokens], dtype=torch.long)
-    values = torch.zeros(len(state), dtype=torch.double)
+    values = torch.zeros(len(state), dtype=torch.double)  # on the CPU: Apple's GPU has no float64
     for start in range(0, len(hidden), CHUNK):
         logp = log_probs(head(hidden[start : start + CHUNK]), temperature)
         here = (state >= start) & (state < start + CHUNK)
         values[here] = logp[state[here] - start, token[here]].cpu().double()
-    top = values.new_full((len(sets),), -torch.inf).scatter_reduce(0, owner, values, "amax")
-    total = torch.zeros_like(top).index_add(0, owner, (values - top[owner]).exp())
-    return (top + total.log()).tolist()
+    return [part.logsumexp(0).item() for part in values.split([len(tokens) for _, tokens in sets])]
 
 
-def gains(head: Callable, hidden: Tensor, aligned: list[Alignment], temperature: float) -> list[list[float]]:
-    """F(o') - F(o) of each chunk of each response; `hidden` predicts their teacher's tokens, in order."""
-    firsts = [0, *accumulate(len(row.tokens) for row in aligned)]
-    sets = [(n, tokens) for n, tokens in enumerate(tokens for row in aligned for tokens in row.tokens)]
-    for first, row in zip(firsts, aligned):
-        sets += [(first + j, tokens) for _, j, tokens in row.bounds if tokens]
-    values = log_sums(head, hidden, sets, temperature)
-    opened = iter(values[firsts[-1] :])
+def gains(
+    head: Callable, hidden: Tensor, aligned: list[Alignment], temperature: float
+) -> list[tuple[int, float | None]]:
+    """(tokens, F(o') - F(o)) of each chunk of these responses; (1, None) for a token that is not scored.
+
+    `hidden`, (N, D), predicts the tokens that the teacher reads, in order.
+    """
+    sets = []
+    first = 0  # the state that predicts the response's first token
+    for row in aligned:
+        for (_, before, _), (_, after, tokens) in pairwise(row.bounds):
+            sets += [(first + j, [row.tokens[j]]) for j in range(before, after)]
+            sets.append((first + after, tokens))
+        first += len(row.tokens)
+    logp = iter(log_sums(head, hidden, sets, temperature))
     found = []
-    for first, row in zip(firsts, aligned):
-        rest = [next(opened) if tokens else 0.0 for _, _, tokens in row.bounds]
-        closed = [sum(values[first + a[1] : first + b[1]]) for a, b in pairwise(row.bounds)]
-        found.append([c + after - before for c, before, after in zip(closed, rest, rest[1:])])
+    for row in aligned:
+        opened = 0.0  # of the last set
+        for (start, before, _), (end, after, _) in pairwise(row.bounds):
+            # -opened first: where the last set was the first of these tokens alone, the two cancel exactly.
+            gain = sum(islice(logp, after - before), -opened)
+            opened = next(logp)
+            found.append((end - start, gain + opened))
+        found += [(1, None)] * row.unscored
     return found
-
-
-def advantages(row: Alignment, gain: list[float], logp: list[float]) -> tuple[list[float], list[int]]:
-    """For each token of a response the advantage A of its chunk and the chunk's length; 0 if not scored."""
-    advantage, length = [0.0] * len(logp), [0] * len(logp)
-    for (start, _, _), (end, _, _), value in zip(row.bounds, row.bounds[1:], gain):
-        advantage[start:end] = [value - sum(logp[start:end])] * (end - start)
-        length[start:end] = [end - start] * (end - start)
-    return advantage, length
 
 
 def end_or_token_logp(logp: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
@@ -229,38 +220,54 @@ def end_or_token_logp(logp: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     return torch.where(torch.isin(tokens, ends), logp[:, ends].logsumexp(-1), token_logp(logp, tokens))
 
 
-@torch.no_grad()
-def student_statistics(head: Callable, hidden: Tensor, tokens: Tensor, ends: Tensor, temperature: float):
-    """(N, D), (N,) -> `end_or_token_logp`, and log p and entropy as in `opd.token_statistics`, (N,) each."""
-    parts = []
-    for states, chosen in zip(hidden.split(CHUNK), tokens.split(CHUNK)):
-        logp = log_probs(head(states), temperature)
-        entropy = -(logp.exp() * logp).sum(-1)
-        parts.append((end_or_token_logp(logp, chosen, ends), token_logp(logp, chosen), entropy))
-    return tuple(map(torch.cat, zip(*parts)))
+def advantages(gain: Tensor, number: Tensor, logp: Tensor) -> Tensor:
+    """A of each token, (N,), given F(o') - F(o) of each chunk, and chunk number and log p of each token."""
+    return (gain - torch.zeros_like(gain).index_add(0, number, logp))[number]
 
 
-def weighted_backward(
-    head: Callable,
-    hidden: Tensor,
-    tokens: Tensor,
-    ends: Tensor,
-    weight: Tensor,
+def student_backward(
+    pair,
+    hidden: Tensor,  # (N, D) the student's states that predict the tokens
+    tokens: Tensor,  # (N,)
+    chunks: list[tuple[int, float | None]],  # as `gains` returns them
     normalizer: int,
     temperature: float,
-) -> float:
-    """The sum of -weight log p(y) / normalizer, backpropagated chunk by chunk as in `opd.opd_backward`."""
-    cut = hidden.detach().requires_grad_(hidden.requires_grad)
-    total = 0.0
-    for states, chosen, factor in zip(cut.split(CHUNK), tokens.split(CHUNK), weight.split(CHUNK)):
-        logp = log_probs(head(states), temperature)
-        loss = (-factor * end_or_token_logp(logp, chosen, ends)).sum() / normalizer
-        if loss.requires_grad:
-            loss.backward()
-        total += loss.item()
-    if cut.grad is not None:
-        hidden.backward(cut.grad)
-    return total
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss, backpropagated as in `opd.opd_backward`, and statistics, (N,) each."""
+    ends = torch.tensor(sorted(pair.eos_ids), device=tokens.device)
+    length = torch.tensor([length for length, _ in chunks])
+    gain = torch.tensor([gain or 0.0 for _, gain in chunks], dtype=torch.double)
+    scored = torch.tensor([float(gain is not None) for _, gain in chunks])
+    number = torch.arange(len(chunks)).repeat_interleave(length)  # (N,) of each token's chunk
+    # A needs log p of a whole chunk, so logits exist for all chunks that start within the same CHUNK tokens.
+    start = length.cumsum(0) - length
+    sizes = (start // CHUNK)[number].unique(return_counts=True)[1].tolist()
+    leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+    loss = torch.zeros((), device=tokens.device)
+    parts = []
+    for states, chosen, numbers in zip(leaf.split(sizes), tokens.split(sizes), number.split(sizes)):
+        logp = log_probs(pair.student_head(states), temperature)
+        event_logp = end_or_token_logp(logp, chosen, ends)
+        # On the CPU: Apple's GPU has no float64.
+        advantage = advantages(gain, numbers, event_logp.detach().cpu().double()) * scored[numbers]
+        advantage = advantage.float().to(logp.device)
+        part = (-advantage * event_logp).sum() / normalizer
+        if part.requires_grad:
+            part.backward()
+        loss += part.detach()
+        logp = logp.detach()
+        parts.append((advantage, token_logp(logp, chosen), -(logp.exp() * logp).sum(-1)))
+    if leaf.grad is not None:
+        hidden.backward(leaf.grad)
+    advantage, logp, entropy = map(torch.cat, zip(*parts))
+    gap = advantage / length[number].to(logp.device)
+    return loss.item(), {
+        "reverse_kl": -gap,
+        "student_entropy": entropy,
+        "student_logp": logp,
+        "teacher_logp": logp + gap,
+        "scored": scored[number].to(logp.device),
+    }
 
 
 @dataclass(frozen=True)
@@ -285,77 +292,47 @@ class Scorer:
         the token's chunk; A is 0 for tokens that are not scored. `scored` is 1 or 0; `chunk_length`, in
         tokens, and `log_ratio_per_byte`, (log q - log p) / bytes, are the same number for every token.
         """
-        aligned = self.aligned(pair, rollouts)
-        read = teacher_rollouts([self.prompts[tuple(p)] for p in rollouts.prompts], aligned, rollouts.tokens)
+        aligned, read = self.read(pair, rollouts)
         normalizer = max(sum(row.bounds[-1][0] for row in aligned), 1)
         loss, parts = 0.0, []
         for rows in micro_batches(rollouts, micro_batch):
             ids, predicts = model_inputs(read, rows, read.response_mask)
             with torch.no_grad():
                 hidden = hidden_states(pair.teacher, ids)[predicts]
-            of_rows = [aligned[row] for row in rows]
-            gain = gains(pair.teacher_head, hidden, of_rows, temperature)
-            part_loss, part = self.student_part(pair, rollouts, rows, of_rows, gain, normalizer, temperature)
+            chunks = gains(pair.teacher_head, hidden, [aligned[row] for row in rows], temperature)
+            ids, predicts = model_inputs(rollouts, rows, rollouts.response_mask)
+            hidden = hidden_states(pair.student, ids)[predicts]
+            mask = rollouts.response_mask[rows]
+            tokens = rollouts.tokens[rows][mask]
+            part_loss, part = student_backward(pair, hidden, tokens, chunks, normalizer, temperature)
             loss += part_loss
-            parts.append(part)
+            index, position = mask.nonzero(as_tuple=True)
+            parts.append(part | {"row": index.new_tensor(rows)[index], "position": position})
         statistics = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        chunks = sum(len(row.bounds) - 1 for row in aligned)
+        count = sum(len(row.bounds) - 1 for row in aligned)
         size = sum(row.size for row in aligned)
+        gap = -statistics["reverse_kl"].cpu().double().sum().item()
+        means = {"chunk_length": normalizer / max(count, 1), "log_ratio_per_byte": gap / max(size, 1)}
         every = torch.ones_like(statistics["reverse_kl"])
-        ratio = -statistics["reverse_kl"].cpu().double().sum().item() / max(size, 1)
-        more = {"chunk_length": every * normalizer / max(chunks, 1), "log_ratio_per_byte": every * ratio}
-        return loss, statistics | more
+        return loss, statistics | {name: every * value for name, value in means.items()}
 
-    def aligned(self, pair, rollouts: Rollout) -> list[Alignment]:
-        found = []
-        for i, prompt in enumerate(rollouts.prompts):
-            tokens = rollouts.tokens[i][rollouts.response_mask[i]].tolist()
-            room = models.context_length(pair.teacher.config) - len(self.prompts[tuple(prompt)])
-            found.append(self.align(tokens, bool(rollouts.finished[i]), self.ends, room))
-        return found
-
-    def student_part(self, pair, rollouts, rows, aligned, gain, normalizer, temperature):
-        """The student's pass over a micro-batch: its share of the loss, and its statistics."""
-        mask = rollouts.response_mask[rows]
-        ids, predicts = model_inputs(rollouts, rows, rollouts.response_mask)
-        row, position = mask.nonzero().T
-        tokens = rollouts.tokens[rows][mask]
-        hidden = hidden_states(pair.student, ids)[predicts]
-        ends = torch.tensor(sorted(pair.eos_ids), device=tokens.device)
-        scored_logp, logp, entropy = student_statistics(
-            pair.student_head, hidden.detach(), tokens, ends, temperature
-        )
-        by_row = [part.tolist() for part in scored_logp.split(mask.sum(1).tolist())]
-        pairs = [advantages(*each) for each in zip(aligned, gain, by_row)]
-        advantage = logp.new_tensor([value for values, _ in pairs for value in values])
-        length = logp.new_tensor([value for _, values in pairs for value in values])
-        loss = weighted_backward(pair.student_head, hidden, tokens, ends, advantage, normalizer, temperature)
-        gap = advantage / length.clamp_min(1)
-        return loss, {
-            "reverse_kl": -gap,
-            "student_entropy": entropy,
-            "student_logp": logp,
-            "teacher_logp": logp + gap,
-            "scored": (length > 0).float(),
-            "row": row.new_tensor(rows)[row],
-            "position": position,
-        }
+    def read(self, pair, rollouts: Rollout) -> tuple[list[Alignment], Rollout]:
+        """The responses aligned, and as the teacher reads them."""
+        prompts = [self.prompts[tuple(prompt)] for prompt in rollouts.prompts]
+        size = models.context_length(pair.teacher.config)
+        aligned = []
+        for prompt, tokens, mask, ended in zip(
+            prompts, rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist()
+        ):
+            aligned.append(self.align(tokens[mask].tolist(), ended, self.ends, size - len(prompt)))
+        tokens = [rollouts.tokens.new_tensor(row.tokens) for row in aligned]
+        tokens = pad_sequence(tokens, batch_first=True, padding_value=-1)
+        return aligned, Rollout(prompts, tokens, tokens >= 0, logp=None, finished=rollouts.finished)
 
 
-def teacher_rollouts(prompts: list[list[int]], aligned: list[Alignment], like: Tensor) -> Rollout:
-    """The responses as the teacher reads them, an end as its first eos id, which predicts nothing."""
-    width = max(len(row.tokens) for row in aligned)
-    padded = [[t[0] for t in row.tokens] + [0] * (width - len(row.tokens)) for row in aligned]
-    mask = [[True] * len(row.tokens) + [False] * (width - len(row.tokens)) for row in aligned]
-    mask = torch.tensor(mask, dtype=torch.bool, device=like.device)
-    return Rollout(prompts, like.new_tensor(padded), mask, logp=None, finished=None)
-
-
-def coverage(
-    align: Aligner, encode: Callable[[str], list[int] | None], texts: list[str]
-) -> tuple[float, float]:
+def coverage(align: Aligner, texts: list[str]) -> tuple[float, float]:
     """The fraction of the student's tokens of these texts that are scored, and the mean chunk length."""
-    encoded = (encode(text) for text in texts)
+    encoded = map(align.student.encode, texts)
     ids = [tokens for tokens in encoded if tokens is not None]  # without texts whose bytes are not kept
     rows = [align(tokens, False, [], 1 << 30) for tokens in ids]
     scored = sum(row.bounds[-1][0] for row in rows)
@@ -374,7 +351,7 @@ def prepare(pair, prompts: list[list[int]], problems: list, test: list, knobs):
     own_test = render(tokenizer, test, knobs.instruction, knobs.system_prompt)
     models.check_context([pair.teacher.config], own + own_test, knobs.max_new_tokens)
     texts = [problem.question for problem in problems[:100]]
-    share, length = coverage(align, align.student.encode, texts)
+    share, length = coverage(align, texts)
     what = f"the teacher has another tokenizer and reads the student's text: {share:.1%} of the tokens of"
     print(f"{what} {len(texts)} problems can be scored, in chunks of {length:.2f} tokens", flush=True)
     ends = models.eos_ids(tokenizer, pair.teacher)
