@@ -73,7 +73,7 @@ def after_phrase(text: str) -> list[str]:
     last line of the text counts, if it begins like a formula.
     """
     # Bounds such as {0,20} keep the search linear in a response that repeats itself without end.
-    # "**Answer**: 5", or a heading "### Answer" above a last line that is a formula.
+    # `phrase` finds "**Answer**: 5", or a heading "### Answer" above a last line that is a formula.
     heading = r"^[#*]{1,9} ?(?:final )?answer[#* ]{0,9}\n(?=\s{0,9}[-$\\\d][^\n]*\s*\Z)"
     phrase = rf"(?:answer\*{{0,3}}(?: is| ?:| =)|{heading})(?:[\s:*]|(?:\$\$|\\\[)\s*\n){{0,20}}"
     # A comma ends the answer in "1 hour, or 60 minutes", but not before the last part of "1, 2, and 3".

@@ -19,7 +19,7 @@ Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student_logp, teache
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature), the distribution that tokens are sampled from: (C, V) -> (C, V)."""
+    """log softmax(logits / temperature); the student's is what `rollout` samples from: (C, V) -> (C, V)."""
     if temperature != 1:  # dividing copies the logits, which are among the largest tensors of a step
         logits = logits / temperature
     return F.log_softmax(logits, dim=-1)
@@ -52,9 +52,9 @@ def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float 
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., arXiv 2306.13649).
 
     beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. In the gradient with
-    respect to log p, the derivative of the factor log p contributes (1 - beta) p, and that of log m
-    -(1 - beta) p. They cancel, so the logarithms are computed without gradient. What remains is
-    (1 - beta) p (log p - log m), exactly zero where p = q.
+    respect to log p, differentiating log p gives (1 - beta) p, and differentiating log m, in both terms
+    together, gives -(1 - beta) p. They cancel, so the logarithms are computed without gradient. What remains
+    is (1 - beta) p (log p - log m), exactly zero where p = q.
     """
     with torch.no_grad():
         log_ratio = (teacher_logp - student_logp).clamp_max(80)  # log q - log p; e^89 overflows in fp32
@@ -96,9 +96,10 @@ DIVERGENCES = {
 
 @torch.no_grad()
 def token_statistics(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Per-token statistics, (C,) each, in nats; `agreement` is 1 where both argmaxes are equal, else 0.
+    """Per-token statistics, (C,) each, in nats, whichever loss is used.
 
-    Whichever loss is used, the mean of each over the tokens with a loss is a column of metrics.csv.
+    The two `_logp` are those of the token; `agreement` is 1 where both argmaxes are equal, else 0. The mean
+    of each statistic over the tokens with a loss is a column of metrics.csv.
     """
     return {
         "reverse_kl": reverse_kl(student_logp, teacher_logp, tokens),
@@ -122,20 +123,20 @@ def opd_backward(
     teacher_temperature: float | None = None,  # by default that of the student
     chunk: int = 128,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss = sum of the tokens' divergence / normalizer, backpropagated into the student.
+    """Loss = sum of the tokens' divergence / normalizer, backpropagated into the student chunk by chunk.
 
-    Returns the loss, a scalar, and `token_statistics`, (N,) each. The text before each token is taken as
-    given: no gradient flows through the sampling. Under `torch.no_grad()` nothing is backpropagated. Raises
-    ValueError if the lengths differ, or if the divergence does not return one value per token.
+    Returns the loss, a scalar, and `token_statistics`, (N,) each. Under `torch.no_grad()` nothing is
+    backpropagated. Raises ValueError if the lengths differ, or if the divergence does not return one value
+    per token.
     """
     lengths = len(student_hidden), len(teacher_hidden), len(tokens)
     if len(set(lengths)) > 1:
         raise ValueError(f"the lengths of student states, teacher states and tokens differ: {lengths}")
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    # So that (C, V) tensors exist for one or two chunks, never for all N tokens, the graph is cut at the
-    # hidden states: at `leaf`.
+    # So that (C, V) tensors exist for one chunk, and the one before until it is overwritten, but never for
+    # all N tokens, the graph is cut at the hidden states: at `leaf`.
     # 1. Each chunk runs head, divergence and backward before the next one starts. This fills its rows of
-    #    leaf.grad, and frees its graph.
+    #    leaf.grad, and frees its graph; the split, which all chunks share, keeps no tensors.
     # 2. After the last chunk, one backward pass takes leaf.grad through the rest of the student.
     leaf = student_hidden.detach().requires_grad_(student_hidden.requires_grad)
     chunks = zip(leaf.split(chunk), teacher_hidden.split(chunk), tokens.split(chunk))

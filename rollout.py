@@ -117,7 +117,7 @@ def rollout(
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         # The argument `cache` was called `past_key_values` before transformers 5.24.
         output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
-        if cache.get_seq_length() != mask.shape[1]:
+        if cache.get_seq_length() != mask.shape[1]:  # P + t, all tokens so far
             raise ValueError(f"{type(model).__name__} does not keep a KV cache: use another model")
         logits = output.logits[:, -1, :vocab_size]  # (b, V)
         token, token_logp = sample(logits, temperature, noise[active, t], top_p)  # (b,) each
@@ -150,7 +150,7 @@ def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
     response_lengths = rollouts.response_mask.sum(1).tolist()
     lengths = [len(prompt) + n for prompt, n in zip(rollouts.prompts, response_lengths)]
     groups: list[list[int]] = []
-    longest = 0  # of the last group: the length of its first row
+    longest = 0  # tokens of the last group's first row, which is its longest
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if not groups or longest * (len(groups[-1]) + 1) > max_tokens:
             groups.append([])
@@ -177,7 +177,7 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
         prompt = rollouts.tokens.new_tensor(rollouts.prompts[row])
         is_response = rollouts.response_mask[row]
         sequence = torch.cat([prompt, rollouts.tokens[row][is_response]])
-        ids.append(sequence[:-1])  # the last token predicts nothing
+        ids.append(sequence[:-1])
         no_loss = loss_mask.new_zeros(len(prompt) - 1)  # prompt tokens before the last predict prompt tokens
         predicts.append(torch.cat([no_loss, loss_mask[row][is_response]]))
     return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)

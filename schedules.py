@@ -101,7 +101,7 @@ def make_schedule(
 
 
 def main() -> None:
-    parse(NoKnobs, __doc__)  # --help alone
+    parse(NoKnobs, __doc__)  # it has no flag but --help
     budget = 1024
     steps = 60
     for name in SCHEDULES:

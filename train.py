@@ -1,7 +1,7 @@
 """On-policy distillation: the student samples answers, the teacher scores each token, the student learns.
 
-    python train.py --schedule topd --horizon 0.1      no GPU: a toy world, 1 to 3 minutes the first time
-    python train.py --preset qwen                      one GPU: a 0.5B student, a 1.5B teacher, GSM8K
+    python train.py --schedule topd --horizon 0.1      without a GPU: a toy world, 1 to 3 minutes at first
+    python train.py --preset qwen                      with a GPU: a 0.5B student, a 1.5B teacher, GSM8K
 
 --help prints this text; the defaults that it shows are those of the preset qwen.
 """
@@ -68,7 +68,9 @@ class Knobs:
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
     beta2: float = knob(0.95, "of AdamW; low, because runs are short", least=0, most=0.9999)
     clip: float = knob(1.0, "largest gradient norm", least=1e-6)
-    micro_batch: int = knob(2048, "tokens in one backward: changes memory, not the result", least=1)
+    micro_batch: int = knob(
+        2048, "tokens in one backward: changes memory, and the result by rounding", least=1
+    )
     low_memory: bool = knob(False, "train LoRA adapters instead of all weights; lr 5e-5 with preset qwen")
     shard: bool = knob(False, "with torchrun: divide both models among the processes (FSDP2)")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
@@ -93,7 +95,7 @@ class Knobs:
 class Pair:
     """Student and teacher in the dtype of the matmuls, and the fp32 masters that the optimizer updates.
 
-    A bf16 weight has 8 bits of precision: an update of 1e-6 would be rounded away. So the optimizer updates
+    A bf16 weight has 8 bits of precision: adding 1e-6 to 0.02 would change nothing. So the optimizer updates
     the masters, fp32 tensors in which the gradients accumulate too, and the student computes with bf16 copies
     of them. If the student computes in fp32, its weights are the masters.
 
@@ -128,7 +130,7 @@ class Pair:
 
 
 def move_gradient(master: Tensor, weight: Tensor) -> None:
-    """Move a bf16 gradient to the fp32 master, so that chunks and micro-batches are summed in fp32."""
+    """Add a bf16 gradient to the fp32 master's: one a chunk for the head, else one a micro-batch."""
     if master.grad is None:
         master.grad = weight.grad.to(master.dtype)
     else:
@@ -154,11 +156,11 @@ def make_pair(
         if weight.requires_grad and dtype == torch.float32:
             masters[name] = weight
         elif weight.requires_grad:
-            masters[name] = torch.nn.Parameter(weight.detach().float())
+            masters[name] = torch.nn.Parameter(weight.detach().float())  # shares the memory of an fp32 weight
             # Called in backward, each time that autograd has added to the weight's gradient.
             weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
-        # Assigning to .data keeps the Parameter, which the head refers to. Buffers stay in fp32: rotary
-        # frequencies need it.
+        # The weight gets memory of its own; it stays the Parameter that the head refers to. Buffers stay in
+        # fp32: rotary frequencies need it.
         weight.data = weight.data.to(dtype)
     return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
 
@@ -237,8 +239,8 @@ def train(
     """The training loop. `run` (support/run.py) yields the step numbers, and times, logs and saves the steps.
 
     `sampler` is called like `rollout`, and `scorer` like `score`. Rollouts that were not sampled by the
-    student have `logp=None`. Raises BadInput if `logp` differs from the scorer's `student_logp` by more than
-    rounding.
+    student have `logp=None`. Raises BadInput if `logp` and the scorer's `student_logp` differ on average by
+    more than rounding.
     """
     longest_checked = 0  # tokens
     for step in run.steps(knobs.steps):  # resumes from a checkpoint, saves, and stops on a signal
@@ -269,7 +271,7 @@ def train(
                 temperature=knobs.temperature,
                 micro_batch=knobs.micro_batch,
             )
-            # The sampled distribution has to be the one in the loss, also beyond the lengths seen so far.
+            # The sampled distribution has to be the one in the loss: compared whenever answers may be longer.
             if horizon > longest_checked:
                 models.check_rollouts(pair.student, rollouts, statistics, knobs.dtype)
                 longest_checked = horizon
@@ -286,7 +288,7 @@ def train(
             optimizer.zero_grad()
             pair.copy_masters_to_weights()
 
-        # 4. Evaluate every `eval_every` steps, log, and show an answer every `show_every` steps.
+        # 4. Evaluate if it is due, log, and show an answer if it is due.
         done = step + 1
         accuracy = ""  # an empty cell; after the last step, main evaluates
         if grade and knobs.eval_every and done % knobs.eval_every == 0 and done < knobs.steps:
@@ -363,20 +365,20 @@ def choose_engine(knobs: Knobs, ranks) -> SimpleNamespace:
 
 
 def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int | None:
-    """Check all that can be checked before the first step, then train. Returns 0, or None after --dry-run.
+    """Check the settings, load the models, evaluate, train, evaluate. Returns 0, or None after --dry-run.
 
     A script may give `train` its own `sampler` and `scorer`, as in `run_main(partial(train.main, scorer=f))`.
     Evaluation keeps the sampler of the flags.
     """
     # 1. Settings and problems.
-    own = run_folder.describe_functions(sampler=sampler, scorer=scorer)
+    functions = run_folder.describe_functions(sampler=sampler, scorer=scorer)
     ranks = None
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
         from extras.ranks import join
 
         ranks = join(load_pair, score, adamw)  # returns on rank 0 alone; the others serve it, and exit
-        if own:
-            raise BadInput(f"the script's {own} needs one process: start it without torchrun")
+        if functions:
+            raise BadInput(f"the script's {functions} needs one process: start it without torchrun")
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
     engine = choose_engine(knobs, ranks)
     horizon_at = schedule_of(knobs)
@@ -396,7 +398,8 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
     teacher_held_out = held_out
     if pair.teacher_tokenizer:
         if scorer:
-            raise BadInput(f"the script's {own} needs one tokenizer: name a teacher of the student's family")
+            what = f"the script's {functions} needs one tokenizer"
+            raise BadInput(f"{what}: name a teacher of the student's family")
         from extras.other_tokenizer import prepare
 
         default_scorer, teacher_held_out = prepare(pair, prompts, problems, test, knobs)
@@ -427,7 +430,7 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
     run = engine.run(folder, pair, optimizer, knobs.save_every)
     with run.open(knobs, horizon_at):
         inputs = run_folder.training_inputs(knobs, problems, test)
-        inputs["functions of the script"] = own
+        inputs["functions of the script"] = functions
         run_folder.write_config(folder, asdict(knobs), device, inputs)  # raises if a resumed run had others
         if knobs.tracker:
             from extras import tracker

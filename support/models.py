@@ -219,7 +219,7 @@ class OutputHead:
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """(C, D) -> (C, V) fp32 logits. On a CPU, bf16 matmuls round them to bf16 first."""
+        """(C, D) -> (C, V) fp32 logits. Without CUDA, bf16 matmuls round them to bf16 first."""
         if hidden.is_cuda and hidden.dtype == torch.bfloat16:
             logits = LinearFP32.apply(hidden, self.weight)
         else:
