@@ -137,7 +137,7 @@ def rollout(
         ids = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = mask.sum(1, keepdim=True) - 1
-    length = t + 1  # R
+    length = int(response_mask.any(0).sum())  # R
     return Rollout(prompts, tokens[:, :length], response_mask[:, :length], logp[:, :length], finished)
 
 

@@ -147,9 +147,12 @@ class ShardedLeader(Leader):
         self.begin("shard")  # the other ranks replace their workers as well
 
     def load_pair(self, knobs, device: torch.device):
-        if super().load_pair(knobs, device).teacher_tokenizer:
+        may_differ = knobs.divergence == "sampled"
+        _, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, may_differ)
+        if teacher_tokenizer:
             what = "--shard needs one tokenizer, and the teacher has another"
             raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")
+        super().load_pair(knobs, device)
         self.everywhere("divide", [(self.knobs, models.find_device(self.knobs.device))] * self.size)
         return self.worker.pair
 

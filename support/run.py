@@ -286,7 +286,7 @@ class CheckpointedRun(Run):
                 print(f"{path} is damaged ({error}): using the one before", file=sys.stderr, flush=True)
         else:
             if self.checkpoints():
-                raise BadInput(f"no checkpoint in {self.folder} is intact: start a new run")
+                raise BadInput(f"no checkpoint in {self.folder} is intact: restore one, or start a new run")
             print(f"{self.folder} has no checkpoint: starting at step 0", flush=True)
         self.check_rows()
         run_folder.drop_rows_after(self.folder, self.step, total)

@@ -253,8 +253,7 @@ def test_all_processes_get_the_sampler(monkeypatch):
 
 def test_shards_need_one_tokenizer(monkeypatch):
     leader = shard.ShardedLeader.__new__(shard.ShardedLeader)
-    pair = SimpleNamespace(teacher_tokenizer="another")
-    monkeypatch.setattr(ranks.Leader, "load_pair", lambda self, knobs, device: pair)
+    monkeypatch.setattr(shard.models, "load_tokenizers", lambda *given: ("one", "another"))
     with pytest.raises(cli.BadInput, match="--shard needs one tokenizer, and the teacher has another: drop"):
         leader.load_pair(train.Knobs(), torch.device("cpu"))
 
@@ -303,6 +302,7 @@ def in_order(statistics):
 
 def compare_with_one(dtype, tolerance):
     ranks.Worker.take_gradient = take_gradient
+    shard.models.load_tokenizers = lambda *given: (None, None)  # these models have none
     leader = ranks.join(load, train.score, train.adamw)
     for divided in (False, True):
         compare(leader, dtype, divided, tolerance)
@@ -314,7 +314,7 @@ def compare(leader, dtype, divided, tolerance):
     knobs = train.Knobs(batch_size=7, clip=1e9, dtype=dtype, shard=divided, device="cpu")
     leader = leader.start(knobs, rollout)
     pair = leader.load_pair(knobs, torch.device("cpu"))
-    one = load(knobs, torch.device("cpu"), False)
+    one = load(knobs, torch.device("cpu"))
     noise = sampling_noise(range(len(PROMPTS)), 9)
     alone = rollout(one.student, PROMPTS, 9, ENDS, noise, temperature=0.7)
     for name in ("teacher", "student") if dtype == "float32" else ("student",):
