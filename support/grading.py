@@ -114,7 +114,8 @@ UNITS |= {"gram": "g", "lit(er|re)": "l", "second|sec": "s", "pound": "lb"}
 UNITS |= {" per ": "/", r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°", "''|\"": "in"}
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
-    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[A-Za-z]'|(?<!_)\d\s+[\d.]|[\d}]_|:.*:"
+    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[A-Za-z]'|[\d}]_|:.*:"
+    r"|(?<!_)\d(?:\s+| *[a-z]{1,2} +)[\d.]"  # also with a unit between them: 6 ft 2 in
     r"|\.\.\.|!!|^\s*(?:\d{4}-(?:0\d|1[0-2])-\d\d|(?:\d{3}-)?\d{3}-\d{4})\s*$"  # dates, telephone numbers
     r"|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
 )

@@ -22,6 +22,14 @@ EQUAL = {
     ],
     "sets of points": [(r"\{(2,3), (4,5)\}", "(2,3),(4,5)"), (r"(2,3),(4,5)", r"\{(4,5),(2,3)\}")],
     "case of units": [("5 KM", "5 km"), ("20 Min", "20 minutes"), ("5 MW", "5"), ("30''", '30"')],
+    "what is counted": [
+        ("5 cups of sugar", "5"),
+        ("5 hours a day", "5"),
+        (r"5\text{ pieces of candy}", "5"),
+        ("28 people on the bus", "28"),
+        ("60 minutes to complete", "60"),
+    ],
+    "a number with an exponent in a formula": [(r"\frac{2e3}{5}", "400"), (r"\sqrt{1e4}", "100")],
     "cents and gigabytes": [("5¢", "5"), ("5 GB", "5")],
     "inches": [('5"', "5 inches"), ("5 in", '5"')],
     "hyphens": [("100-1500x", "-1500x+100"), ("x^{2}+100-1000", "x^2-900"), ("2000-50-7", "1943")],
@@ -340,7 +348,10 @@ DIFFERENT = {
         ("3 over x", "3"),
         ("4 root two", "4"),
         ("2 lakh", "2"),
+        ("6 ft 2 in", "2 ft 6 in"),
+        ("5 hr 30 min", "30 hr 5 min"),
         ("5" + " cm" * 150 + " 7", "5"),  # read in one way, not in 2^150
+        ("5" + " cm^{2}" * 50 + " 7", "5"),
     ],
     "letter case": [
         (r"\frac{m}{M}", r"\frac{M}{m}"),
