@@ -68,9 +68,7 @@ class Knobs:
     decay: str = knob("cosine", "of the learning rate after the warm-up", choices=("cosine", "constant"))
     beta2: float = knob(0.95, "of AdamW; low, because runs are short", least=0, most=0.9999)
     clip: float = knob(1.0, "largest gradient norm", least=1e-6)
-    micro_batch: int = knob(
-        2048, "tokens in one backward: changes memory, and the result by rounding", least=1
-    )
+    micro_batch: int = knob(2048, "tokens in one backward: changes memory and rounding alone", least=1)
     low_memory: bool = knob(False, "train LoRA adapters instead of all weights; lr 5e-5 with preset qwen")
     shard: bool = knob(False, "with torchrun: divide both models among the processes (FSDP2)")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
@@ -130,7 +128,7 @@ class Pair:
 
 
 def move_gradient(master: Tensor, weight: Tensor) -> None:
-    """Add a bf16 gradient to the fp32 master's: one a chunk for the head, else one a micro-batch."""
+    """Add a weight's bf16 gradient to its master's: each chunk's for the head, else each micro-batch's."""
     if master.grad is None:
         master.grad = weight.grad.to(master.dtype)
     else:
