@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import compare
+import torch
 from arms import Arm
 from claims import Results, Row, check_settings, read_rows
 from compare import Setup
@@ -80,6 +81,7 @@ class Sweep:
         """
         run_folder.prepare_file(Path(self.csv), "--csv")
         CACHE.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)  # each core has a process of its own
         for timeout in (0, -1):
             for (place, seed), (arm, lr) in product(worlds, runs):
                 try:

@@ -69,6 +69,10 @@ def settings(knobs_class: type, given: dict[str, Any]) -> tuple[Any, Path]:
         low_memory = LOW_MEMORY if given.get("low_memory") else {}
         knobs = knobs_class(**(low_memory | of_preset | given | {"preset": preset}))
         folder = new_folder(knobs.out, f"{preset}-{knobs.schedule}")
+    if knobs.student == world_preset(knobs.preset, knobs.world).get("student"):
+        # An operation of so small a model takes microseconds. After each one, several threads would wait for
+        # the slowest: if another program uses a core, a step takes up to ten times as long.
+        torch.set_num_threads(1)
     device = models.find_device(knobs.device)
     check_device_flags(knobs, device)
     dtype = models.dtype_name(knobs.dtype, device)

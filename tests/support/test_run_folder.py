@@ -56,6 +56,18 @@ def test_given_flags_take_precedence_over_the_preset(here, monkeypatch):
     assert knobs.teacher == toy.preset("closing")["teacher"] and knobs.steps == toy.PRESET["steps"]
 
 
+@pytest.mark.parametrize("preset", ["toy", "words"])
+def test_tiny_models_run_with_one_thread_and_others_with_all(here, monkeypatch, preset):
+    """With two threads and one busy core, a run of the toy took ten times as long."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    settings(monkeypatch, preset=preset)
+    assert chosen == [1]
+    settings(monkeypatch, preset=preset, student="X")
+    settings(monkeypatch, preset="qwen")
+    assert chosen == [1]
+
+
 def test_a_low_memory_run_has_its_own_learning_rate(here, monkeypatch):
     assert settings(monkeypatch, preset="qwen")[0].lr == train.Knobs.lr
     assert settings(monkeypatch, preset="qwen", low_memory=True)[0].lr == run_folder.LOW_MEMORY["lr"]
