@@ -318,7 +318,7 @@ def load_tokenizers(student: str, teacher: str, may_differ: bool = False) -> tup
     differing = len(entries[0] ^ entries[1])
     if differing and not may_differ:
         what = f"{student} and {teacher} have different tokenizers ({differing} entries differ)"
-        raise BadInput(f"{what}: add --divergence sampled, or name a teacher of the student's family")
+        raise BadInput(f"{what}: name another teacher, or use train.py with --divergence sampled")
     return tokenizers[0], tokenizers[1] if differing else None
 
 

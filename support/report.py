@@ -134,12 +134,12 @@ def advice_on_kl(rows: list[dict[str, Any]]) -> str:
     first, last = (fmean(float(row["reverse_kl"]) for row in part) for part in (rows[:few], rows[-few:]))
     steps = "step" if few == 1 else f"{few} steps"
     found = f"The reverse KL of the first and last {steps} is {first:.3f} and {last:.3f} nats a token"
+    if math.isnan(first + last):
+        return f"{found}: in a step no token had a loss."
     if len(rows) < 10:
         return f"{found}: too few steps to tell."
     if rows[0]["horizon"] != rows[-1]["horizon"]:
         return f"{found}, of other tokens, as the horizon changed: positions.csv has it by position."
-    if math.isnan(first + last):
-        return f"{found}: in a step no token had a loss."
     if last > first:
         return f"{found}: it rose; lower --lr, or raise --batch-size."
     return f"{found}: it fell."
@@ -154,7 +154,8 @@ def advice_on_accuracy(summary: dict) -> list[str]:
     if low == high == 0:
         found.append(f"No verdict changed on {before['n']} problems: raise --eval-limit, or train longer.")
     elif p >= 0.05 and (low > 0 or high < 0):  # few verdicts changed: the interval is too narrow
-        found.append(f"The change of accuracy is within noise (p = {p:.2g}): raise --eval-limit.")
+        what = f"The change of accuracy is not significant (sign test, p = {p:.2g})"
+        found.append(f"{what}: raise --eval-limit.")
     elif low > 0:
         found.append("Accuracy rose: the interval of the change is above 0.")
     elif high < 0:
@@ -165,7 +166,9 @@ def advice_on_accuracy(summary: dict) -> list[str]:
     if teacher["accuracy"] <= before["accuracy"]:
         found.append("The teacher is not better than the student was: check --instruction and --teacher.")
     elif after["truncated"] > 0.1:
-        found.append(f"{after['truncated']:.0%} of the answers were cut: raise --max-new-tokens.")
+        cut, cut_before = (f"{scores['truncated']:.0%}" for scores in (after, before))
+        what = f"{cut} of the answers were cut, {cut_before} before training"
+        found.append(f"{what}: raise --max-new-tokens, or lower --lr if they no longer end.")
     return found
 
 

@@ -231,7 +231,8 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
 
     Raises BadInput if another run holds it or, with `fresh`, if a run was ever started there. If a fresh run
     has an error before it has written anything, nothing is left of it; if the error is a BadInput, the same
-    holds for a run that has written config.json alone. Errors of disk and memory become a Stopped.
+    holds for a run that has written config.json alone. Errors of disk and memory, and Ctrl-C in a run that
+    can be resumed, become a Stopped.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -251,6 +252,10 @@ def exclusive(folder: Path, fresh: bool) -> Iterator[None]:
                 if fresh and not written:  # while the lock is held: afterwards another run may use the folder
                     remove_unbegun(folder, created)
                 raise
+    except KeyboardInterrupt as error:
+        if not (folder / "config.json").exists():
+            raise
+        raise Stopped(130, f"stopped: continue with --resume {folder}") from error
     except Timeout as error:
         raise BadInput(f"another run is writing to {folder}: wait for it, or name another --out") from error
     except OSError as error:
@@ -390,7 +395,10 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     changed = [what for what in inputs if known.get(what) != inputs[what]]
     if changed:
         what = f"{', '.join(changed)} changed since the run was started"
-        raise BadInput(f"{what}: restore them, or the version of transformers, or start a new run")
+        remedy = "restore them, or the version of transformers, or start a new run"
+        if changed == ["functions of the script"]:
+            remedy = "resume with the script that started the run, unchanged"
+        raise BadInput(f"{what}: {remedy}")
 
 
 def atomic_rename(part: Path, path: Path) -> None:

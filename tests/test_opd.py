@@ -111,6 +111,19 @@ def test_divergences_are_zero_between_equals_and_never_negative():
         assert divergence(p, q, None).min() >= -1e-6
 
 
+ESTIMATORS = ("sampled",)  # their expected gradient is that of a divergence, their value is not
+
+
+@pytest.mark.parametrize("divergence", [name for name in opd.DIVERGENCES if name not in ESTIMATORS])
+def test_the_gradient_is_that_of_the_value(divergence):
+    """A part that is computed without gradient, or a term that is added, must not change the gradient."""
+
+    def value(logits):
+        return opd.DIVERGENCES[divergence](logits.log_softmax(-1), Q.expand(5, 5), torch.arange(5))
+
+    assert torch.autograd.gradcheck(value, P.expand(5, 5).clone().requires_grad_())
+
+
 @pytest.mark.parametrize("divergence", [name for name in opd.DIVERGENCES if name != "nll"])  # without teacher
 def test_the_gradient_between_equals_is_exactly_zero(divergence):
     """AdamW divides by the gradient's size: rounding errors of 1e-7 would move weights by a full step."""

@@ -91,12 +91,12 @@ WORSE = BETTER | {"accuracy": 0.2}
         (FELL, BETTER, [-0.1, 0.3], 0, ["it fell", "with 20 problems, only changes of about 20%"]),
         (FELL, BETTER, [0.0, 0.0], 0, ["it fell", "No verdict changed on 20 problems"]),
         (FELL, BETTER, [1.0, 1.0], 0, ["it fell", "Accuracy rose"]),  # every verdict changed
-        (FELL, WORSE | {"n": 4}, [1.0, 1.0], 0, ["it fell", "within noise (p = 0.12)", "teacher is not"]),
-        (FELL, BETTER | {"n": 4}, [0.4, 1.0], 0, ["it fell", "within noise (p = 0.12)"]),
+        (FELL, WORSE | {"n": 4}, [1.0, 1.0], 0, ["it fell", "(sign test, p = 0.12)", "teacher is not"]),
+        (FELL, BETTER | {"n": 4}, [0.4, 1.0], 0, ["it fell", "not significant (sign test, p = 0.12)"]),
         (GREW, BETTER, [0.1, 0.5], 0, ["of other tokens, as the horizon changed", "Accuracy rose"]),
         (BLANK, BETTER, [0.1, 0.5], 0, ["in a step no token had a loss.", "Accuracy rose"]),
         (FELL, WORSE, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "teacher is not better"]),
-        (FELL, BETTER, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "50% of the answers were cut"]),
+        (FELL, BETTER, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "50% of the answers were cut, 0% b"]),
     ],
 )
 def test_advice(rows, teacher, change, cut, words):
