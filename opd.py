@@ -43,9 +43,8 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
-    """KL(teacher || student) = sum_v q (log q - log p). The terms - q + p: see `reverse_kl`."""
-    p, q = student_logp.exp(), teacher_logp.exp()
-    return (q * (teacher_logp - student_logp) - q + p).sum(-1)
+    """KL(teacher || student) = sum_v q (log q - log p): the reverse KL with the two models exchanged."""
+    return reverse_kl(teacher_logp, student_logp, tokens)
 
 
 def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float = 0.5) -> Tensor:
