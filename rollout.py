@@ -149,13 +149,12 @@ def micro_batches(rollouts: Rollout, max_tokens: int) -> list[list[int]]:
     """
     response_lengths = rollouts.response_mask.sum(1).tolist()
     lengths = [len(prompt) + n for prompt, n in zip(rollouts.prompts, response_lengths)]
-    groups: list[list[int]] = []
-    longest = 0  # tokens of the last group's first row, which is its longest
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not groups or longest * (len(groups[-1]) + 1) > max_tokens:
-            groups.append([])
-            longest = lengths[row]
-        groups[-1].append(row)
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    groups = []
+    while rows:
+        size = max(1, max_tokens // lengths[rows[0]])  # all rows of the group are padded to its first one
+        groups.append(rows[:size])
+        rows = rows[size:]
     return groups
 
 
