@@ -113,9 +113,8 @@ class Pair:
 
     @torch.no_grad()
     def copy_masters_to_weights(self) -> None:
-        for name, weight in self.student.named_parameters():
-            if name in self.masters and weight is not self.masters[name]:
-                weight.copy_(self.masters[name])
+        for name, master in self.masters.items():
+            self.student.get_parameter(name).copy_(master)  # in fp32 the two are one tensor
 
     def save_student(self, folder: Path) -> None:
         """Write the student as a Hugging Face folder in the dtype of the matmuls, LoRA adapters merged."""
