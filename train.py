@@ -298,8 +298,7 @@ def train(
 
 def load_pair(knobs: Knobs, device: torch.device) -> Pair:
     """Load both models. Raises BadInput, also for two tokenizers with another divergence than `sampled`."""
-    may_differ = knobs.divergence == "sampled"
-    tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, may_differ)
+    tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, knobs.divergence)
     dtype = getattr(torch, knobs.dtype)
     # In fp32, for the masters; with LoRA only the adapters are trained, so only they have masters.
     student = models.load_model(knobs.student, dtype if knobs.low_memory else torch.float32, device)

@@ -142,8 +142,7 @@ def dry_run(knobs, problems: list, test: list, horizon_at: Callable, device: tor
     longest = max(map(horizon_at, range(knobs.steps)))
     horizon = knobs.max_new_tokens if knobs.horizon == "auto" else longest
     knobs = replace(knobs, device=str(device))
-    may_differ = knobs.divergence == "sampled"
-    tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, may_differ)
+    tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, knobs.divergence)
     prompts = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
     held_out = render(tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]

@@ -147,8 +147,7 @@ class ShardedLeader(Leader):
         self.begin("shard")  # the other ranks replace their workers as well
 
     def load_pair(self, knobs, device: torch.device):
-        may_differ = knobs.divergence == "sampled"
-        _, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, may_differ)
+        _, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, knobs.divergence)
         if teacher_tokenizer:
             what = "--shard needs one tokenizer, and the teacher has another"
             raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")

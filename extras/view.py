@@ -163,7 +163,7 @@ def settings(argv: list[str]) -> tuple[Knobs, train.Knobs, Path]:
     if not (folder / "student").is_dir():
         what = f"{folder} has no student, because the run has not finished"
         raise BadInput(f"{what}: continue it with --resume {folder}")
-    _, teacher_tokenizer = models.load_tokenizers(run.student, run.teacher, may_differ=True)
+    _, teacher_tokenizer = models.load_tokenizers(run.student, run.teacher, run.divergence)
     if teacher_tokenizer:
         what = f"the models of {folder} have different tokenizers, and the page needs one vocabulary for both"
         raise BadInput(f"{what}: name a run with one tokenizer")

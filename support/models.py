@@ -308,15 +308,15 @@ def check_finite(model, logp: Tensor, questions: list[str]) -> None:
         raise BadInput(f"{what}: raise --temperature, use --dtype float32, or repair the weights")
 
 
-def load_tokenizers(student: str, teacher: str, may_differ: bool = False) -> tuple[Any, Any | None]:
+def load_tokenizers(student: str, teacher: str, divergence: str = "") -> tuple[Any, Any | None]:
     """The tokenizer of the student, and that of the teacher if an id means another token to it, else None.
 
-    Raises BadInput if they differ, unless `may_differ`.
+    Raises BadInput if they differ and the divergence is another than `sampled`.
     """
     tokenizers = [load_tokenizer(name) for name in (student, teacher)]
     entries = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
     differing = len(entries[0] ^ entries[1])
-    if differing and not may_differ:
+    if differing and divergence != "sampled":
         what = f"{student} and {teacher} have different tokenizers ({differing} entries differ)"
         raise BadInput(f"{what}: name another teacher, or use train.py with --divergence sampled")
     return tokenizers[0], tokenizers[1] if differing else None

@@ -176,7 +176,7 @@ def test_wrong_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch)
     with pytest.raises(BadInput, match=f"{held_out} changed since the run was started"):
         run_view(monkeypatch, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(view.models, "load_tokenizers", lambda *names, may_differ: ("one", "another"))
+        patch.setattr(view.models, "load_tokenizers", lambda *given: ("one", "another"))
         with pytest.raises(BadInput, match="different tokenizers.*name a run with one tokenizer"):
             run_view(monkeypatch, folder)
     digests = config["digests"] | {"eval_limit": run_folder.hash_of_json(0)}
