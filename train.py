@@ -135,19 +135,18 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
     weight.grad = None
 
 
-def make_pair(
-    student, teacher, tokenizer, vocab_size: int | None, eos_ids: set[int], dtype: torch.dtype
-) -> Pair:
-    """Make a Pair of two loaded models. The teacher already has `dtype`, that of the matmuls.
+def make_pair(student, teacher, tokenizer, vocab_size: int | None, eos_ids: set[int]) -> Pair:
+    """Make a Pair of two loaded models. The teacher already has the dtype of the matmuls.
 
-    The student gets its masters, and its weights are then cast to `dtype` in place. Raises BadInput if a head
-    is not supported.
+    The student gets its masters, and its weights are then cast to that dtype in place. Raises BadInput if a
+    head is not supported.
     """
     student_head = models.OutputHead.of(student, vocab_size)
     teacher_head = models.OutputHead.of(teacher, vocab_size)
     models.check_head(student, hidden_states, student_head)
     models.check_head(teacher, hidden_states, teacher_head)
     teacher_head = models.move_head(teacher_head, student.device)  # the two distributions are compared there
+    dtype = teacher_head.weight.dtype
     masters = {}
     for name, weight in student.named_parameters():
         if weight.requires_grad and dtype == torch.float32:
@@ -312,15 +311,12 @@ def load_pair(knobs: Knobs, device: torch.device) -> Pair:
         lora.add_adapters(student)
     if knobs.checkpointing:
         models.enable_checkpointing(student)
-    if teacher_tokenizer:
-        vocab_size = None
-        eos_ids = models.eos_ids(tokenizer, student)
-    else:
-        vocab_size = models.shared_vocabulary(student, teacher)
-        # The teacher may end answers with an id that the student's list lacks; the student learns to use it.
-        eos_ids = models.eos_ids(tokenizer, student, teacher)
+    readers = [student] if teacher_tokenizer else [student, teacher]  # of the student's tokens
+    vocab_size = None if teacher_tokenizer else models.shared_vocabulary(student, teacher)
+    # The teacher may end answers with an id that the student's list lacks; the student learns to use it.
+    eos_ids = models.eos_ids(tokenizer, *readers)
     student.generation_config.eos_token_id = sorted(eos_ids)
-    pair = make_pair(student, teacher, tokenizer, vocab_size, eos_ids, dtype)
+    pair = make_pair(student, teacher, tokenizer, vocab_size, eos_ids)
     return replace(pair, teacher_tokenizer=teacher_tokenizer)
 
 

@@ -91,7 +91,7 @@ def verdict(model) -> tuple[str, str]:
         models.check_architecture(model)
         models.check_cache(model)
         teacher = deepcopy(model).requires_grad_(False)
-        pair = train.make_pair(model, teacher, None, 64, EOS_IDS, torch.float32)
+        pair = train.make_pair(model, teacher, None, 64, EOS_IDS)
         rollouts = rollout(model, PROMPTS * 2, 24, EOS_IDS, sampling_noise(range(6), 24), vocab_size=64)
         _, statistics = train.score(pair, rollouts)
         sampled = rollouts.logp[statistics["row"], statistics["position"]]

@@ -45,7 +45,7 @@ def pair_of(student, teacher, dtype: torch.dtype = torch.float32, ends=(END,)) -
     teacher.requires_grad_(False)
     for weight in teacher.parameters():  # not buffers: from_pretrained keeps the rotary frequencies in fp32
         weight.data = weight.data.to(dtype)
-    return train.make_pair(student, teacher, None, vocab_size, set(ends), dtype)
+    return train.make_pair(student, teacher, None, vocab_size, set(ends))
 
 
 def load_pair(student: Path | str, teacher: Path | str) -> train.Pair:

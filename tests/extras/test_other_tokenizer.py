@@ -234,7 +234,7 @@ def test_with_a_student_of_bytes_the_gradient_is_that_of_the_reverse_kl_of_texts
     are the tokenizer's own.
     """
     student, teacher = tiny(0, vocab_size=4), tiny(1, vocab_size=5, eos_token_id=4)
-    pair = train.make_pair(student, teacher.requires_grad_(False), None, None, {2, 3}, torch.float32)
+    pair = train.make_pair(student, teacher.requires_grad_(False), None, None, {2, 3})
     prompt, ends = [1, 0], [3, 4]
     score = scorer_of(SMALL, LARGE, [prompt], ends)
     encode = Vocabulary(LARGE).encode
