@@ -24,7 +24,6 @@ from rollout import Rollout, hidden_states, micro_batches, model_inputs, rollout
 from schedules import SCHEDULES, make_schedule
 from support import data, models, report, run_folder, toy
 from support.cli import BadInput, knob, parse, run_main
-from support.prompts import render
 from support.run import CheckpointedRun, Run
 from support.scores import score_answers
 
@@ -320,18 +319,6 @@ def load_pair(knobs: Knobs, device: torch.device) -> Pair:
     return replace(pair, teacher_tokenizer=teacher_tokenizer)
 
 
-def render_prompts(
-    pair: Pair, problems: list[data.Problem], test: list[data.Problem], knobs: Knobs
-) -> tuple[list[list[int]], HeldOut]:
-    """The prompts to train on, and the held-out problems `test` with theirs. Raises BadInput."""
-    prompts = render(pair.tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    test_prompts = render(pair.tokenizer, test, knobs.instruction, knobs.system_prompt)
-    readers = [pair.student] if pair.teacher_tokenizer else [pair.student, pair.teacher]
-    configs = [model.config for model in readers]
-    models.check_context(configs, prompts + test_prompts, knobs.max_new_tokens)
-    return prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
-
-
 def schedule_of(knobs: Knobs) -> Callable[[int], int]:
     """The function step -> H in tokens. Raises BadInput if the settings are invalid."""
     return make_schedule(
@@ -385,7 +372,10 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
 
     # 2. The models, and what depends on their tokenizers.
     pair = engine.load_pair(knobs, device)
-    prompts, held_out = render_prompts(pair, problems, test, knobs)
+    readers = [pair.student.config] if pair.teacher_tokenizer else [pair.student.config, pair.teacher.config]
+    prompts = models.render_prompts(pair.tokenizer, problems, knobs, readers)
+    test_prompts = models.render_prompts(pair.tokenizer, test, knobs, readers)
+    held_out = HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
     default_scorer = engine.score
     teacher_held_out = held_out
     if pair.teacher_tokenizer:

@@ -138,7 +138,10 @@ def load(knobs: Knobs) -> Setup:
     if pair.teacher_tokenizer:
         what = f"{knobs.student} and {knobs.teacher} have different tokenizers"
         raise BadInput(f"{what}, with which train.py alone works: name a teacher of the student's family")
-    return Setup(pair, *train.render_prompts(pair, problems, test, knobs), knobs)
+    configs = [pair.student.config, pair.teacher.config]
+    prompts = models.render_prompts(pair.tokenizer, problems, knobs, configs)
+    test_prompts = models.render_prompts(pair.tokenizer, test, knobs, configs)
+    return Setup(pair, prompts, HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids), knobs)
 
 
 class ArmRun(Run):

@@ -14,7 +14,6 @@ from extras import lora
 from support import models
 from support.batch_size import Shape, free_memory
 from support.cli import BadInput
-from support.prompts import render
 
 # What the driver, its libraries and their kernels take of a GPU beside PyTorch's allocator: on an H200.
 CONTEXT = 900_000_000
@@ -143,11 +142,10 @@ def dry_run(knobs, problems: list, test: list, horizon_at: Callable, device: tor
     horizon = knobs.max_new_tokens if knobs.horizon == "auto" else longest
     knobs = replace(knobs, device=str(device))
     tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, knobs.divergence)
-    prompts = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    held_out = render(tokenizer, test, knobs.instruction, knobs.system_prompt)
     configs = [models.load(AutoConfig, name) for name in (knobs.student, knobs.teacher)]
     readers = configs[:1] if teacher_tokenizer else configs
-    models.check_context(readers, prompts + held_out, knobs.max_new_tokens)
+    prompts = models.render_prompts(tokenizer, problems, knobs, readers)
+    models.render_prompts(tokenizer, test, knobs, readers)  # to be checked
     found = estimate(knobs, *configs, max(map(len, prompts)), horizon)
     lines = [format_estimate(found, free_memory(device))]
     if is_elsewhere(knobs):

@@ -43,7 +43,6 @@ from opd import log_probs, token_logp
 from rollout import Rollout, hidden_states, micro_batches, model_inputs
 from support import models
 from support.cli import BadInput
-from support.prompts import render
 
 CHUNK = 128  # states whose logits exist at a time, as in opd.opd_backward
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # GPT-2's names of the bytes
@@ -347,9 +346,8 @@ def prepare(pair, prompts: list[list[int]], problems: list, test: list, knobs):
     """
     tokenizer = pair.teacher_tokenizer or pair.tokenizer
     align = Aligner(Vocabulary(pair.tokenizer), Vocabulary(tokenizer))
-    own = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
-    own_test = render(tokenizer, test, knobs.instruction, knobs.system_prompt)
-    models.check_context([pair.teacher.config], own + own_test, knobs.max_new_tokens)
+    own = models.render_prompts(tokenizer, problems, knobs, [pair.teacher.config])
+    own_test = models.render_prompts(tokenizer, test, knobs, [pair.teacher.config])
     texts = [problem.question for problem in problems[:100]]
     share, length = coverage(align, texts)
     what = f"the teacher has another tokenizer and reads the student's text: {share:.1%} of the tokens of"

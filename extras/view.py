@@ -24,7 +24,7 @@ from opd import reverse_kl
 from rollout import Rollout, rollout, sampling_noise
 from support import data, models, run_folder
 from support.cli import BadInput, knob, parse, run_main
-from support.prompts import decode_answers, render
+from support.prompts import decode_answers
 from support.report import token_texts
 from support.workers import one_grader
 
@@ -112,9 +112,8 @@ def problems_with_answers(
 ) -> dict[str, Any]:
     """All problems with their answers, and the table of texts that they refer to."""
     before = pairs["before"]
-    prompts = render(before.tokenizer, problems, run.instruction, run.system_prompt)
     configs = [before.student.config, before.teacher.config]
-    models.check_context(configs, prompts, run.max_new_tokens)
+    prompts = models.render_prompts(before.tokenizer, problems, run, configs)
     noise = sampling_noise([(run.seed, "view", i) for i in range(len(problems))], run.max_new_tokens)
     writers = {name: pair.student for name, pair in pairs.items()}
     writers |= {"teacher": before.teacher} if with_teacher else {}

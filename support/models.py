@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from support.cli import BadInput
-from support.prompts import TEMPLATE_ERRORS
+from support.prompts import TEMPLATE_ERRORS, render
 
 # Settings of a generation config that apply to sampling alone.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -379,11 +379,11 @@ def check_context(configs: list, prompts: list[list[int]], max_new_tokens: int) 
     Also if an id has no embedding: tokens were added to the tokenizer, and the model was not resized.
     """
     rows = min(config.get_text_config(decoder=True).vocab_size for config in configs)
-    largest = max(map(max, prompts))
+    largest = max(map(max, prompts), default=0)
     if largest >= rows:
         what = f"a prompt has the token id {largest}, and a model has {rows} embeddings"
         raise BadInput(f"{what}: resize its embeddings to its tokenizer, or name another model")
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     context = min(map(context_length, configs))
     if longest + max_new_tokens > context:
         remedy = "lower --max-new-tokens or remove that problem"
@@ -391,6 +391,13 @@ def check_context(configs: list, prompts: list[list[int]], max_new_tokens: int) 
             f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context "
             f"of {context} tokens: {remedy if longest < context else 'remove that problem'}"
         )
+
+
+def render_prompts(tokenizer, problems: list, knobs, configs: list) -> list[list[int]]:
+    """The prompts of a training run, for models with these `configs`. Raises BadInput as `check_context`."""
+    prompts = render(tokenizer, problems, knobs.instruction, knobs.system_prompt)
+    check_context(configs, prompts, knobs.max_new_tokens)
+    return prompts
 
 
 def find_device(name: str) -> torch.device:
