@@ -409,11 +409,9 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
 
     # 3. Evaluate, train, evaluate again.
     optimizer = engine.adamw(pair, knobs)
-    run = engine.run(folder, pair, optimizer, knobs.save_every)
-    with run.open(knobs, horizon_at):
-        inputs = run_folder.training_inputs(knobs, problems, test)
-        inputs["functions of the script"] = functions
-        run_folder.write_config(folder, asdict(knobs), device, inputs)  # raises if a resumed run had others
+    run = engine.run(folder, pair, optimizer, knobs)
+    inputs = run_folder.training_inputs(knobs, problems, test) | {"functions of the script": functions}
+    with run.open(horizon_at, inputs):  # raises BadInput if a resumed run had other inputs
         if knobs.tracker:
             from extras import tracker
 

@@ -169,8 +169,8 @@ class ShardedLeader(Leader):
         optimizer.register_step_pre_hook(lambda *_: self.begin("step", optimizer.param_groups[0]["lr"]))
         return optimizer
 
-    def run(self, folder: Path, pair, optimizer, save_every: int) -> CheckpointedRun:
-        return ShardedRun(self, folder, pair, optimizer, save_every)
+    def run(self, folder: Path, pair, optimizer, knobs) -> CheckpointedRun:
+        return ShardedRun(self, folder, pair, optimizer, knobs)
 
 
 class ShardedRun(CheckpointedRun):

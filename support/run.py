@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,13 @@ class CheckpointedRun(Run):
         folder: Path,
         pair,  # train.Pair
         optimizer: torch.optim.Optimizer,
-        save_every: int,  # steps; 0: no checkpoints
+        knobs,  # train.Knobs
     ):
         super().__init__(pair.student.device)
         self.folder = folder
         self.pair = pair
         self.optimizer = optimizer
-        self.save_every = save_every
-        self.is_resumed = False  # whether the folder may hold checkpoints and rows of an earlier process
+        self.knobs = knobs
         self.run_id: str | None = None
         self.step = 0  # steps that are done
         self.updating = False  # whether the optimizer has begun to change the weights in the current step
@@ -117,17 +117,19 @@ class CheckpointedRun(Run):
         self.bar: tqdm | None = None
 
     @contextmanager
-    def open(self, knobs, horizon_at: Callable[[int], int]) -> Iterator[None]:
+    def open(self, horizon_at: Callable[[int], int], inputs: dict[str, str | None]) -> Iterator[None]:
         """Hold the folder's lock; turn errors of memory, disk and processes into a one-line Stopped.
 
-        Raises BadInput if the student cannot be saved.
+        Writes config.json. Raises BadInput if the student cannot be saved, or if a resumed run had other
+        inputs.
         """
-        self.is_resumed = bool(knobs.resume)
-        with run_folder.exclusive(self.folder, fresh=not self.is_resumed):
+        knobs = self.knobs
+        with run_folder.exclusive(self.folder, fresh=not knobs.resume):
             if (self.folder / "summary.json").exists() and not self.checkpoints():
                 what = f"{self.folder} has finished, and has no checkpoint to continue from"
                 raise BadInput(f"{what}: start a new run")
             self.check_saving()
+            run_folder.write_config(self.folder, asdict(knobs), self.device, inputs)
             try:
                 yield
             except Exception as error:
@@ -167,7 +169,7 @@ class CheckpointedRun(Run):
                 os.write(2, b"\nfinishing and saving this step; repeat to stop at once\n")
 
         self.run_id = run_folder.run_id_of(self.folder)
-        if self.is_resumed:
+        if self.knobs.resume:
             self.load(total)
         self.bar = tqdm(total=total, initial=self.step, mininterval=0.5)
         handled = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores SIGHUP
@@ -179,7 +181,8 @@ class CheckpointedRun(Run):
                 self.step += 1
                 self.updating = False
                 self.bar.update()
-                if signals or (self.save_every and (self.step % self.save_every == 0 or self.step == total)):
+                every = self.knobs.save_every
+                if signals or (every and (self.step % every == 0 or self.step == total)):
                     self.save()
                 if signals:
                     self.save_student(self.folder / "student")

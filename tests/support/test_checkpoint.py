@@ -289,7 +289,7 @@ def test_a_damaged_checkpoint_is_skipped(saved, monkeypatch, capsys, fault):
 def test_every_flipped_bit_is_noticed(tmp_path):
     """In the header, whose step was once not part of the checksum, and in the tensors."""
     pair = pair_of(tiny(), tiny(seed=1))
-    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), 1)
+    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.Knobs())
     run.save()
     path = tmp_path / "checkpoint-000000.safetensors"
     content = path.read_bytes()
@@ -576,7 +576,7 @@ def test_checkpoint_of_a_student_that_is_trained_in_part(tmp_path):
         student = tiny()
         student.model.layers[0].requires_grad_(False)
         pair = pair_of(student, tiny(seed=1))
-        runs.append(CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), 1))
+        runs.append(CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.Knobs()))
     first, second = runs
     first.pair.student(input_ids=torch.arange(9)[None]).logits.square().sum().backward()
     first.optimizer.step()
@@ -599,7 +599,7 @@ def test_a_student_that_can_be_saved_passes_and_leaves_nothing(world, tmp_path, 
     pair = train.replace(
         pair_of(student, tiny(seed=1)), tokenizer=AutoTokenizer.from_pretrained(world / "student")
     )
-    CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), 1).check_saving()
+    CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.Knobs()).check_saving()
     assert not list(tmp_path.iterdir())
 
 

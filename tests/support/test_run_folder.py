@@ -166,7 +166,7 @@ def test_a_second_evaluation_on_one_folder_leaves_that_of_the_first(here, world,
 def test_a_run_without_its_metrics_is_refused(here):
     """The rows of the steps that are done could not be written again."""
     pair = pair_of(tiny(), tiny(seed=1))
-    run = CheckpointedRun(here, pair, train.adamw(pair, train.Knobs()), 1)
+    run = CheckpointedRun(here, pair, train.adamw(pair, train.Knobs()), train.Knobs())
     run.step = 2
     run.save()
     rows = [{"step": step, "loss": 0.5} for step in range(3)]
@@ -203,7 +203,7 @@ def test_every_key_of_the_row_is_a_column_of_metrics_csv(tmp_path):
     rollouts = rollout(pair.student, [[5, 6], [7]], 4, pair.eos_ids, torch.rand(2, 4))
     with torch.no_grad():
         _, tokens = train.score(pair, rollouts)
-    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), 1)
+    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.Knobs())
     run.bar = tqdm(disable=True)
     with run.timed("own_s"):
         pass
