@@ -283,15 +283,13 @@ def train(
             optimizer.zero_grad()
             pair.copy_masters_to_weights()
 
-        # 4. Evaluate if it is due, log, and show an answer if it is due.
+        # 4. Evaluate if it is due, and log; the log shows an answer every --show-every steps.
         done = step + 1
         accuracy = ""  # an empty cell; after the last step, main evaluates
         if grade and knobs.eval_every and done % knobs.eval_every == 0 and done < knobs.steps:
             accuracy = grade(pair.student, f"step_{done}")["accuracy"]
         columns = {"step": step, "horizon": horizon, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         run.log(rollouts, statistics, **columns, accuracy=accuracy)
-        if knobs.show_every and step % knobs.show_every == 0:
-            run.show(step, rollouts, statistics)
 
 
 def load_pair(knobs: Knobs, device: torch.device) -> Pair:

@@ -75,9 +75,6 @@ class Run:
         self.rows.append(row)
         return row
 
-    def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
-        """Does nothing here; CheckpointedRun shows an answer of this step."""
-
     def stop_non_finite(
         self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
     ) -> None:
@@ -199,16 +196,16 @@ class CheckpointedRun(Run):
         return f"continue with python {sys.argv[0]} --resume {self.folder}"
 
     def log(self, rollouts, statistics: dict[str, Tensor], **columns: Any) -> dict[str, Any]:
+        """Append the step's row to metrics.csv, and show an answer every --show-every steps."""
         row = super().log(rollouts, statistics, **columns)
         self.rows.clear()  # the file keeps them
         run_folder.append_csv(self.folder / "metrics.csv", [row])
         self.track(self.step, row)
         shown = {name: row[name] for name in ("horizon", "reverse_kl", "response_length")}
         self.bar.set_postfix(shown, refresh=False)
+        if self.knobs.show_every and self.step % self.knobs.show_every == 0:
+            report.show_rollout(self.folder, self.bar, self.step, self.pair.tokenizer, rollouts, statistics)
         return row
-
-    def show(self, step: int, rollouts, statistics: dict[str, Tensor]) -> None:
-        report.show_rollout(self.folder, self.bar, step, self.pair.tokenizer, rollouts, statistics)
 
     def stop_non_finite(
         self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]

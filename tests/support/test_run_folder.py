@@ -203,7 +203,7 @@ def test_every_key_of_the_row_is_a_column_of_metrics_csv(tmp_path):
     rollouts = rollout(pair.student, [[5, 6], [7]], 4, pair.eos_ids, torch.rand(2, 4))
     with torch.no_grad():
         _, tokens = train.score(pair, rollouts)
-    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.Knobs())
+    run = CheckpointedRun(tmp_path, pair, train.adamw(pair, train.Knobs()), train.Knobs(show_every=0))
     run.bar = tqdm(disable=True)
     with run.timed("own_s"):
         pass
