@@ -246,8 +246,6 @@ def evaluate_model(name: str, label: str, benchmarks: dict, knobs: Knobs, folder
     tokenizer = models.load_tokenizer(name)
     model = models.load_model(name, getattr(torch, knobs.dtype), models.find_device(knobs.device))
     eos_ids = models.eos_ids(tokenizer, model)
-    if knobs.instruction and tokenizer.chat_template is None:
-        print(f"{name} has no chat template: two worked examples take the place of --instruction", flush=True)
     records = {}
     for title, (instruction, problems) in benchmarks.items():
         prompts = render(tokenizer, problems, instruction, knobs.system_prompt, knobs.thinking, few_shot=True)

@@ -63,6 +63,8 @@ def render(
             return f"{FEW_SHOT}Question: {content}\nAnswer:"
         return apply_template(tokenizer, content, system_prompt, thinking)
 
+    if not chat and instruction:
+        print(f"{name} has no chat template: two worked examples take the place of --instruction", flush=True)
     encode = Encoder(tokenizer, text_around, bos=not chat)
     if thinking and "enable_thinking" not in tokenizer.get_chat_template():
         print(f"the chat template of {name} has no switch: --thinking changes nothing", flush=True)
