@@ -52,8 +52,8 @@ def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float 
 
     beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. In the gradient with
     respect to log p, differentiating log p gives (1 - beta) p, and differentiating log m, in both terms
-    together, gives -(1 - beta) p. They cancel, so the logarithms are computed without gradient. What remains
-    is (1 - beta) p (log p - log m), exactly zero where p = q.
+    together, gives -(1 - beta) p. In this sum they cancel (in either KL alone they do not), so the logarithms
+    are computed without gradient. What remains is (1 - beta) p (log p - log m), exactly zero where p = q.
     """
     with torch.no_grad():
         log_ratio = (teacher_logp - student_logp).clamp_max(80)  # log q - log p; e^89 overflows in fp32
@@ -132,10 +132,10 @@ def opd_backward(
     if len(set(lengths)) > 1:
         raise ValueError(f"the lengths of student states, teacher states and tokens differ: {lengths}")
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    # So that (C, V) tensors exist for one chunk, and the one before until it is overwritten, but never for
-    # all N tokens, the graph is cut at the hidden states: at `leaf`.
+    # Logits of all N tokens would not fit into memory. So the graph is cut at the hidden states: `leaf` has
+    # their values, but no history.
     # 1. Each chunk runs head, divergence and backward before the next one starts. This fills its rows of
-    #    leaf.grad, and frees its graph; the split, which all chunks share, keeps no tensors.
+    #    leaf.grad and frees its graph. Its (C, V) tensors remain until those of the next chunk replace them.
     # 2. After the last chunk, one backward pass takes leaf.grad through the rest of the student.
     leaf = student_hidden.detach().requires_grad_(student_hidden.requires_grad)
     chunks = zip(leaf.split(chunk), teacher_hidden.split(chunk), tokens.split(chunk))
@@ -149,7 +149,7 @@ def opd_backward(
         if token_loss.shape != token_chunk.shape:
             shape = tuple(token_loss.shape)
             raise ValueError(f"the divergence returns the shape {shape}, not one value per token")
-        chunk_loss = token_loss.sum() / max(normalizer, 1)  # it is 0 if no token of the step has a loss
+        chunk_loss = token_loss.sum() / max(normalizer, 1)  # the normalizer is 0 if no token has a loss
         if chunk_loss.requires_grad:
             chunk_loss.backward()  # into leaf.grad and the head's weight
         loss += chunk_loss.detach()

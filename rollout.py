@@ -29,8 +29,8 @@ def sampling_noise(keys: Iterable[object], horizon: int) -> Tensor:
     """One uniform number in [0, 1) per row and token, (B, H). Each row has a generator seeded by its own key.
 
     Training uses the key (seed, step, row): a row's noise depends neither on the other rows of the batch nor
-    on the horizon, and no generator state has to be saved. Its tokens depend on the batch through rounding
-    alone: the last digits of the logits differ with the number of rows.
+    on the horizon, and no generator state has to be saved. The row's tokens depend on the batch through
+    rounding alone: the last digits of the logits differ with the number of rows.
     """
     rows = []
     for key in keys:
@@ -43,8 +43,8 @@ def sampling_noise(keys: Iterable[object], horizon: int) -> Tensor:
 def sampling_logp(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """The distribution that `sample` draws from, as fp32 log-probabilities: (b, V) -> (b, V).
 
-    With top_p below 1, the fewest tokens that together reach it, renormalised; -inf elsewhere. Temperature 0,
-    greedy sampling, has the log-probabilities of temperature 1, and does not use top_p.
+    A top_p below 1 keeps the fewest tokens that together reach it, renormalised; the others get -inf.
+    Temperature 0, greedy sampling, has the log-probabilities of temperature 1, and does not use top_p.
     """
     if temperature not in (0, 1):
         logits = logits.float() / temperature

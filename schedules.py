@@ -50,7 +50,7 @@ def first_horizon(horizon: float, budget: int) -> int:
     """H0 in tokens, at least 1, from a fraction up to 1 or a number of tokens above 1. Raises BadInput."""
     is_valid = 0 < horizon <= budget and (horizon <= 1 or horizon == int(horizon))
     if not is_valid:
-        what = f"horizon {horizon:g} is neither a fraction above 0 and up to 1 nor a number of tokens up to"
+        what = f"horizon {horizon:g} is neither a fraction above 0 and up to 1 nor a whole number up to"
         raise BadInput(f"{what} --max-new-tokens {budget}: give one of the two")
     return int(horizon) if horizon > 1 else max(1, round(horizon * budget))
 
@@ -66,7 +66,7 @@ def make_schedule(
     """The function step -> H in tokens. Raises BadInput if the settings are invalid or contradict each other.
 
     By default the horizon is the schedule's, and POPD's grows every 1/30 of the run, by an amount with which
-    it reaches the budget at 2/3 of the run. This is our choice; growth and interval of the paper are unknown.
+    it reaches the budget by 2/3 of the run. This is our choice: we did not find the paper's.
     """
     schedule = SCHEDULES[name]
     if name == "full" and horizon not in (None, 1, budget):

@@ -28,7 +28,7 @@ from support.run import CheckpointedRun, Run
 from support.scores import score_answers
 
 
-# knob(default, help, limits); a numeric flag accepts the text `word` too; `group` starts a section of --help.
+# knob(default, help, limits). `word` is a text that a numeric flag takes too; `group` heads a part of --help.
 # A preset (PRESET in support/toy.py and support/words.py) replaces some defaults; flags replace both.
 @dataclass(frozen=True)
 class Knobs:
@@ -36,7 +36,7 @@ class Knobs:
     horizon: float | str | None = knob(
         None, "up to 1 a fraction of --max-new-tokens, above 1 tokens; auto: measured first", word="auto"
     )
-    popd_growth: int | None = knob(None, "tokens per increase; default: reaches T at 2/3 of the run")
+    popd_growth: int | None = knob(None, "tokens per increase; default: reaches T by 2/3 of the run")
     popd_interval: int | None = knob(None, "steps between two increases; default: 1/30 of the run")
     max_new_tokens: int = knob(1024, "T, the longest response; evaluation always allows T", least=1)
 
@@ -126,7 +126,7 @@ class Pair:
 
 
 def move_gradient(master: Tensor, weight: Tensor) -> None:
-    """Add a weight's bf16 gradient to its master's: each chunk's for the head, else each micro-batch's."""
+    """Add a weight's bf16 gradient to its master's, after each micro-batch; the head's after each chunk."""
     if master.grad is None:
         master.grad = weight.grad.to(master.dtype)
     else:
@@ -151,11 +151,12 @@ def make_pair(student, teacher, tokenizer, vocab_size: int | None, eos_ids: set[
         if weight.requires_grad and dtype == torch.float32:
             masters[name] = weight
         elif weight.requires_grad:
-            masters[name] = torch.nn.Parameter(weight.detach().float())  # shares the memory of an fp32 weight
+            # Until the cast below, an fp32 weight and its master share their memory.
+            masters[name] = torch.nn.Parameter(weight.detach().float())
             # Called in backward, each time that autograd has added to the weight's gradient.
             weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
-        # The weight gets memory of its own; it stays the Parameter that the head refers to. Buffers stay in
-        # fp32: rotary frequencies need it.
+        # The cast gives the weight memory of its own; it stays the Parameter that the head refers to. Buffers
+        # are not cast: rotary frequencies need fp32.
         weight.data = weight.data.to(dtype)
     return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
 
@@ -172,7 +173,7 @@ def score(
 ) -> tuple[float, dict[str, Tensor]]:
     """Score rollouts with both models, and backpropagate into the masters, unless under `torch.no_grad()`.
 
-    Returns the loss, the sum of the divergence / `normalizer`, and `token_statistics` of all tokens with a
+    Returns the loss (the sum of the divergence / `normalizer`), and `token_statistics` of all tokens with a
     loss, with the `row` of each in `rollouts` and its `position` in the response, both counted from 0.
     """
     loss_mask = rollouts.response_mask if loss_mask is None else loss_mask & rollouts.response_mask
@@ -266,7 +267,7 @@ def train(
                 temperature=knobs.temperature,
                 micro_batch=knobs.micro_batch,
             )
-            # The sampled distribution has to be the one in the loss: compared whenever answers may be longer.
+            # The loss must be that of the sampled distribution: checked whenever answers may be longer.
             if horizon > longest_checked:
                 models.check_rollouts(pair.student, rollouts, statistics, knobs.dtype)
                 longest_checked = horizon
@@ -374,7 +375,6 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
     prompts = models.render_prompts(pair.tokenizer, problems, knobs, readers)
     test_prompts = models.render_prompts(pair.tokenizer, test, knobs, readers)
     held_out = HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
-    default_scorer = engine.score
     teacher_held_out = held_out
     if pair.teacher_tokenizer:
         if scorer:
@@ -382,11 +382,13 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
             raise BadInput(f"{what}: name a teacher of the student's family")
         from extras.other_tokenizer import prepare
 
-        default_scorer, teacher_held_out = prepare(pair, prompts, problems, test, knobs)
+        scorer, teacher_held_out = prepare(pair, prompts, problems, test, knobs)
+    sampler = sampler or engine.rollout
+    scorer = scorer or engine.score
     if knobs.horizon == "auto":
         from extras import profile_horizon
 
-        knobs = replace(knobs, horizon=profile_horizon.choose(default_scorer, pair, prompts, knobs))
+        knobs = replace(knobs, horizon=profile_horizon.choose(scorer, pair, prompts, knobs))
         horizon_at = schedule_of(knobs)
 
     def grade(model, name: str, held_out: HeldOut = held_out) -> dict | None:
@@ -414,12 +416,10 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
             from extras import tracker
 
             run.track = tracker.start(knobs.tracker, folder, asdict(knobs))
-        # A resumed run finds these answers in its folder, and samples none again. Its student still has the
-        # weights from before training here: `run.steps`, which `train` calls, restores the checkpoint.
+        # A resumed run reads these answers from its folder. Its student, too, has the weights from before
+        # training here: the checkpoint is restored by `run.steps`, which `train` calls.
         summary = {"before": grade(pair.student, "before")}
         summary["teacher"] = grade(pair.teacher, "teacher", teacher_held_out)
-        sampler = sampler or engine.rollout
-        scorer = scorer or default_scorer
         train(pair, optimizer, prompts, horizon_at, knobs, run, grade if test else None, sampler, scorer)
         run.save_student(folder / "student")
         summary["seconds"] = run.seconds()
