@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from support.cli import BadInput
-from support.prompts import TEMPLATE_ERRORS, render
+from support.prompts import TEMPLATE_ERRORS, hidden_ids, render
 
 # Settings of a generation config that apply to sampling alone.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -355,7 +355,7 @@ def end_of_turn(tokenizer) -> int | None:
     except TEMPLATE_ERRORS:  # the template has other roles
         return None
     after = tokenizer(text.rpartition("An answer.")[2], add_special_tokens=False)["input_ids"]
-    return after[0] if after and after[0] in tokenizer.all_special_ids else None
+    return after[0] if after and after[0] in hidden_ids(tokenizer) else None
 
 
 def context_length(config) -> int:

@@ -137,6 +137,18 @@ def test_the_end_of_turn_of_the_chat_template_is_an_eos_id(world):
         assert models.eos_ids(tokenizer, model) == {tokenizer.eos_token_id}
 
 
+def test_an_end_of_turn_that_is_special_without_a_name_is_an_eos_id(world, tmp_path):
+    """As in Llama 3's tokenizers, where tokenizer.json alone says that it is special."""
+    AutoTokenizer.from_pretrained(world / "student").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}
+    named = ("additional_special_tokens", "extra_special_tokens")
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in named}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in tokenizer.all_special_ids and end in models.eos_ids(tokenizer, tiny())
+
+
 def test_a_smaller_teacher_is_allowed_and_reported(world, capsys):
     load_pair(world / "teacher", world / "student")
     assert "teacher is smaller" in capsys.readouterr().out
