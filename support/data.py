@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.cli import BadInput
-from support.grading import boxes
+from support.grading import boxes, without_reasoning
 
 QUESTION_COLUMNS = ("question", "problem", "query", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
@@ -36,7 +36,9 @@ LONGEST = 200_000  # characters of a question: longer than any context, and enou
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 LOST_BACKSLASH = re.compile(  # "\frac" in JSON is a form feed and "rac"
-    r"\x0crac[{\d\\]|\x08(?:oxed|inom|eta|egin|ar)|\t(?:ext|frac)\{|\t(?:imes|heta)\b|\right[)\]}.|\\]|\nabla\b"
+    r"\x0c(?:rac[{\d\\]|orall\b)|\x08(?:oxed|inom|eta|egin|ar|oldsymbol)"
+    r"|\t(?:ext|frac)\{|\t(?:imes|heta|au|riangle|op|o)\b|\right[)\]}.|\\]"
+    r"|\r(?:ho|ightarrow|angle|ceil|floor|brace)\b|\n(?:abla|eq|leq|geq|mid|otin|ot)\b"
 )
 
 
@@ -309,6 +311,9 @@ def final_answer(text: str, column: str) -> str:
     Text without any of these is the answer itself. Raises BadRow if such a text is a whole solution, or if
     two of these answers differ.
     """
+    text = without_reasoning(text)
+    if not text.strip():
+        raise BadRow(f"has no answer after its reasoning in {column}")
     before, last = ["", *filter(str.strip, text.split("\n"))][-2:]
     line, *phrase = re.split(r"(?i)the (?:final )?answer is:|^\W*(?:final )?answer:", last)
     _, *hashes = re.split("####", before if phrase and "####" not in line else line)
