@@ -8,7 +8,7 @@ Conventions, where mathematics does not decide:
 | letters | m is a unit after a number, and a variable beside variables; M is another variable; mW is not MW |
 | percent | 50\% equals 50 and 1/2; without a percent sign, 50 is not 1/2 |
 | decimals | equal an irrational number within 1e-6 of its value, and a fraction exactly |
-| lists, sets | in any order, "or" and "and" are commas; tuples, intervals and matrices in their order |
+| lists, sets | in any order, duplicates ignored; "or", "and" are commas; tuples and matrices in their order |
 | inequalities | a list, also with "and" or "or", is what all have in common; if that is empty, their union |
 | calculations | 5/2 = 2.5 is 2.5 |
 | names | in x = 5, f(x) = 2x, x \in (0, 1) the name may be left out, but two names must be the same |
@@ -90,9 +90,10 @@ CALCULATION = re.compile(  # "5/2 =" in 5/2 = 2.5
     r"^(?:[-+*/\d.(){}^!%=\s]|,\d{3}|\\(?:frac|sqrt|binom|times|cdot|div|pi|%))*(?<!!)="
 )
 NO_UNIT = (  # words after a number that change its value
-    r"\s*\(?(?:in )?(?:and|or|times|dozen|hundred|thousand|[mbtr]+illion|lakh|crore|score|remainder|more"
-    r"|less|mod|base|binary|to|if|factorial|divided|minus|plus|over|root|squared|cubed|hal(?:f|ves)|thirds?"
-    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?)(?![a-z])"
+    r"\s*\(?(?:in )?(?:and|or|times|(?:dozen|hundred|thousand|[a-z]+illion|lakh|crore)s?|score|remainder|more"
+    r"|less|mod|base|binary|octal|hex\w*|to|if|is|not|out|raised|choose|factorial|divided|minus|plus|over|root"
+    r"|squared|cubed|hal(?:f|ves)|thirds?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand)ths?)(?![a-z])"
 )
 POWER = r"\^(?:\{?-?\d\}?|\\circ)"
 TEXT_UNIT = rf"(?:\\mu *)?\\text *\{{(?!{NO_UNIT})(?:[^{{}}\d^]|{POWER})*\}}(?:{POWER})?"
@@ -114,7 +115,7 @@ UNITS |= {"gram": "g", "lit(er|re)": "l", "second|sec": "s", "pound": "lb"}
 UNITS |= {" per ": "/", r"dollar|usd|\\\$": "$", r"\^\s*\\circ|degree": "°", "''|\"": "in"}
 # Words, and what latex2sympy misreads: it adds two numbers side by side, and drops a base or an ellipsis.
 NOT_MATHEMATICS = re.compile(
-    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[A-Za-z]'|[\d}]_|:.*:"
+    r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[\w)}]'|[\d}]_|:.*:"
     r"|(?<!_)\d(?:\s+| *[a-z]{1,2} +)[\d.]"  # also with a unit between them: 6 ft 2 in
     r"|\.\.\.|!!|^\s*(?:\d{4}-(?:0\d|1[0-2])-\d\d|(?:\d{3}-)?\d{3}-\d{4})\s*$"  # dates, telephone numbers
     r"|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
@@ -191,6 +192,7 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
         return "right" if ours[1].lower() == theirs[1].lower() else "wrong", found, gold
     found = ours[2] if ours and ours[2] else found
     gold = theirs[2] if theirs and theirs[2] else gold
+    found, gold = without_names(found, gold), without_names(gold, found)
     names, gold_names = {*NAME.findall(found)}, {*NAME.findall(gold)}
     if len(names | gold_names) == 1 and (names == gold_names or not ("=" in found and "=" in gold)):
         found, gold = NAME.sub("", found), NAME.sub("", gold)
@@ -202,6 +204,8 @@ def compare_quickly(found: str, gold: str) -> tuple[str | None, str, str]:
     if re.fullmatch("[ap]m", unit or other_unit) and ":" in found + gold:  # no ratio: 1:15 pm is not 3:45 pm
         return "right" if squeeze(found) == squeeze(gold) else "wrong", found, gold
     percent = found.endswith("%") - gold.endswith("%")
+    if percent and (other_unit if percent > 0 else unit):  # 20 % is neither 20 dollars nor 0.20
+        return "wrong", found, gold
     found, gold = found.rstrip("%\\ "), gold.rstrip("%\\ ")
     ours, theirs = number(found), number(gold)
     if None not in (ours, theirs):
@@ -225,6 +229,16 @@ def tidy(text: str) -> str:
     return text.strip()
 
 
+def without_names(text: str, other: str) -> str:
+    """(1, 2) from "y = 2, x = 1" if the other side is a tuple; any other text as it is."""
+    start, *pieces = NAME.split(text)
+    if start.strip() or len(pieces) < 4 or not other.startswith("("):
+        return text
+    values = dict(zip(pieces[::2], pieces[1::2]))
+    names = sorted(values) if values.keys() <= {"x", "y", "z"} else values
+    return f"({', '.join(values[name].strip(' ,') for name in names)})"
+
+
 def from_repeating(whole: str, once: str, period: str) -> str:
     r"""0.1\overline{6} -> (0.10+\frac{6}{90})"""
     return rf"({whole}.{once}0+\frac{{{period}}}{{{10 ** len(once) * (10 ** len(period) - 1)}}})"
@@ -241,8 +255,8 @@ def split_unit(text: str, other: str = "") -> tuple[str, str]:
         if units[0] and len(set(units)) == 1:
             return ", ".join(amounts), units[0]
     match = AMOUNT.fullmatch(text)
-    if not match or r"\circ" in match["unit"] and number(match["amount"]) is None:  # \sin 30^\circ
-        return text, ""
+    if not match or re.search(r"\\circ|['\"]", match["unit"]) and number(match["amount"]) is None:
+        return text, ""  # \sin 30^\circ, x_1'
     beside = AMOUNT.fullmatch(other)
     if match["bare"] and VARIABLE.search(match["amount"] + (beside["amount"] if beside else other)):
         return text, ""
@@ -263,7 +277,7 @@ def squeeze(text: str) -> str:
 
 def number(text: str) -> Fraction | None:
     r"""The exact value of 1,234.5, 3/4, 3:4, \frac{3}{4} and 2 1/3; else None."""
-    text = re.sub(r"\\frac\s*(\{-?\d+\}|\d)\s*(\{\d+\}|\d)", r" \1/\2", text)
+    text = re.sub(r"\\frac\s*(\{-?\d+\}|\d)\s*(\{\d+\}|\d)(?!\s*[\d.{])", r" \1/\2", text)
     if not (match := NUMBER.fullmatch(re.sub("[{}]", "", text).strip())):
         return None
     sign, whole, above, below = (re.sub("[ ,]", "", part or "") for part in match.groups())

@@ -487,6 +487,28 @@ DIFFERENT = {
     "formulas": [(r"\frac{a}{b}", r"\frac{b}{a}"), ("ab", "a+b"), ("4k", "4n"), (r"\frac{1}{x-x}", "3")],
     "decimal commas": [("0,7", "7"), ("2,345", "2.345"), ("23,45", "2345")],
     "percent without its sign": [("70", "0.7"), (r"7\%", "700"), (r"70\%", r"0.7\%")],
+    "percent beside a unit": [
+        (r"20\%", r"\$20"),
+        (r"\$0.20", r"20\%"),
+        ("20 percent", "20 apples"),
+        (r"5\text{ km}", r"5\%"),
+        (r"100\%", "1 m"),
+    ],
+    "names and tuples": [("y=1, x=2", "(1,2)"), ("(1,3,2)", "x=1, y=2, z=3"), ("a=3, b=2, c=1", "(1,2,3)")],
+    "words of number": [
+        ("5 millions", "5"),
+        (r"2\text{ quadrillion}", "2"),
+        ("3 dozens", "3"),
+        ("5 twelfths", "5"),
+        ("3 twentieths", "3"),
+        ("12 hex", "12"),
+        ("10 choose three", "10"),
+        ("2 raised to the fifth", "2"),
+        ("1 out of four", "1"),
+        (r"5\text{ is not a solution}", "5"),
+    ],
+    "primes": [("x_1'", "x_1"), ("f(x)'", "f(x)"), ("(x^2+1)'", "x^2+1")],
+    "a fraction before a digit": [(r"\frac{1}{2}3", "1/23"), (r"\frac{3}{4}5", "3/45")],
 }
 
 
