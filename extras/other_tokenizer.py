@@ -45,7 +45,8 @@ from support import models
 from support.cli import BadInput
 
 CHUNK = 128  # states whose logits exist at a time, as in opd.opd_backward
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # GPT-2's names of the bytes
+NAMES = bytes_to_unicode()  # GPT-2's names of the bytes
+BYTES = {character: byte for byte, character in NAMES.items()}
 # A text that is changed by normalisation, or by a vocabulary that lacks a byte.
 PROBE = " a  b\r\n\te\u0301\u00e9\ufb01 \U0001f600\u65e5 <|endoftext|>"
 
@@ -58,13 +59,13 @@ class Vocabulary:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise BadInput(f"{name} has no fast tokenizer, so its bytes are unknown: name another teacher")
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        of_bytes = '"ByteLevel"' in json.dumps(state["decoder"])
+        self.of_bytes = '"ByteLevel"' in json.dumps(state["decoder"])
         added = tokenizer.added_tokens_decoder
         self.pieces: dict[int, bytes] = {}  # without control tokens, which have no text
         for token, i in tokenizer.get_vocab().items():
             if i in added:
                 piece = b"" if added[i].special else added[i].content.encode()
-            elif of_bytes and BYTES.keys() >= set(token):
+            elif self.of_bytes and BYTES.keys() >= set(token):
                 piece = bytes(BYTES[character] for character in token)
             elif re.fullmatch("<0x[0-9A-F]{2}>", token):
                 piece = bytes.fromhex(token[3:5])
@@ -82,6 +83,16 @@ class Vocabulary:
         """The ids of a text; None if they do not spell it byte for byte."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return ids if self.spell(ids) == text.encode() else None
+
+    def split(self, raw: bytes) -> list[bytes]:
+        """The pieces that spell these bytes, which may end within a character."""
+        text = valid_start(raw)
+        rest = raw[len(text.encode()) :]
+        if rest and self.of_bytes:
+            found = self.backend.model.tokenize("".join(NAMES[byte] for byte in raw))
+            return [self.pieces[token.id] for token in found]
+        ids = self.encode(text) or []
+        return [*(self.pieces[i] for i in ids), *(bytes([byte]) for byte in rest)]
 
     def spell(self, ids: list[int]) -> bytes:
         return b"".join(self.pieces.get(i, b"") for i in ids)
@@ -120,10 +131,7 @@ class Aligner:
         self.beginning: dict[tuple[bytes, ...], list[int]] = {}
         own = set(student.pieces.values())
         for t, piece in sorted(teacher.pieces.items()):
-            spelling = (piece,)
-            if piece not in own:
-                ids = student.encode(piece.decode(errors="ignore")) or []
-                spelling = tuple(student.pieces[i] for i in ids)
+            spelling = (piece,) if piece in own else tuple(student.split(piece))
             if b"".join(spelling) == piece:
                 for n in range(1, len(spelling) + 1):
                     self.beginning.setdefault(spelling[:n], []).append(t)

@@ -349,6 +349,16 @@ def test_bias_where_both_models_have_the_same_distribution(small_probe, merges, 
     assert found[1] == pytest.approx(of_common, abs=5e-4)
 
 
+@pytest.mark.parametrize("merges", ["", "{0} {1}"])
+def test_no_bias_where_tokens_of_the_teacher_end_within_a_character(merges):
+    """Four bytes F0 9F 98 80; the teacher has F0 9F 98, which is no text that a student could be given."""
+    first, second, third, _ = (NAMES[byte] for byte in "\U0001f600".encode())
+    teacher = of_bytes(f"{first} {second},{first + second} {third}")
+    texts = {"": 0.2, "\U0001f600": 0.3, "\U0001f601": 0.4, "\U0001f642": 0.01, "\U0001f600a": 0.09}
+    student = of_bytes(merges.format(first, second))
+    assert expected_gradient(student, teacher, texts, only_common=False) < 1e-12
+
+
 def run(out, flags, monkeypatch):
     """The rows of a run of two steps, and what its teacher answered."""
     flags = f"--preset toy --divergence sampled --steps 2 --batch-size 8 --save-every 0 --out {out} {flags}"
