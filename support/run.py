@@ -112,6 +112,7 @@ class CheckpointedRun(Run):
         optimizer.register_step_pre_hook(self.note_update)
         self.track: Callable[[int, dict[str, Any]], None] = lambda step, row: None
         self.bar: tqdm | None = None
+        self.handlers: dict[int, Any] = {}  # of signals, from before `steps`
 
     @contextmanager
     def open(self, horizon_at: Callable[[int], int], inputs: dict[str, str | None]) -> Iterator[None]:
@@ -134,6 +135,8 @@ class CheckpointedRun(Run):
                 rows = f"{knobs.batch_size} x {knobs.rollouts_per_prompt} rollouts"
                 self.stop_on_fault(error, f"{rows} of at most {longest} tokens")
                 raise
+            finally:
+                self.release_signals()
 
     def check_saving(self) -> None:
         """Save the student, read it back and remove it again. Raises BadInput if that fails.
@@ -170,7 +173,7 @@ class CheckpointedRun(Run):
             self.load(total)
         self.bar = tqdm(total=total, initial=self.step, mininterval=0.5)
         handled = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-        before = {number: signal.signal(number, note) for number in handled}
+        self.handlers = {number: signal.signal(number, note) for number in handled}
         try:
             while self.step < total:
                 yield self.step
@@ -186,7 +189,12 @@ class CheckpointedRun(Run):
                     raise Stopped(128 + signals[0], f"stopped after step {self.step - 1}: {self.remedy()}")
         finally:
             self.bar.close()
-            for number, handler in before.items():
+        self.release_signals()  # after an error `open` does so: until then a signal must not end the process
+
+    def release_signals(self) -> None:
+        """Restore the handlers from before `steps`, but for signals that `stop_on_fault` ignores."""
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handler)
 
     def note_update(self, *given: Any) -> None:

@@ -237,6 +237,27 @@ def test_settings_that_do_not_work_with_several_processes(monkeypatch, settings,
         leader.start(train.Knobs(**({"device": "cpu"} | settings)), rollout)
 
 
+def test_until_the_last_state_is_saved_a_signal_does_not_end_the_process(world, tmp_path, monkeypatch):
+    """torchrun sends one when another process has ended: 0.1 s later, so in the middle of the handling."""
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def sampler(*given, **options):
+        if found:
+            raise cli.ProcessEnded("process 1 has ended")
+        found.append("sampled")
+        return rollout(*given, **options)
+
+    def stop_on_fault(run, error, workload):
+        found.append(signal.getsignal(signal.SIGTERM))
+
+    monkeypatch.setattr(train.CheckpointedRun, "stop_on_fault", stop_on_fault)
+    monkeypatch.setattr(sys, "argv", ["train.py", *f"{FLAGS} --out {tmp_path}/run".split()])
+    with pytest.raises(cli.ProcessEnded):
+        train.main(sampler=sampler)
+    assert found[1].__name__ == "note" and signal.getsignal(signal.SIGTERM) is before
+
+
 def test_all_processes_get_the_sampler(monkeypatch):
     leader = ranks.Leader.__new__(ranks.Leader)
     leader.size = 2
