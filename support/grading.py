@@ -77,7 +77,8 @@ NAME = re.compile(  # "x =", "a_{n+1} =", "f'(x) =", "f^{-1}(x) =", "(x, y) =", 
 )
 CHOICE = re.compile(  # but "a:b = 2:3" is a ratio, and "(i)" a part
     r"(?:(?:\\text\s*\{)?(?:option|choice)\}? *)?\(?([a-hj]|(?-i:I))"
-    r"(?:[).]+:?|(?-i:(?<=[A-J]):(?!\s*[A-Z]\s*[:=]))|\}?$)(?!\(|\s*[-+*/^=_,])\s*(.*)",
+    r"(?:[).]+:?|(?-i:(?<=[A-J]):(?!\s*[A-Z]\s*[:=]))|\}?$)"
+    r"(?:(?!\(|\s*[-+*/^=_,])|(?-i:(?<=\([A-J]\)))(?= +-[\d.\\]))\s*(.*)",  # (C) -5, but not (C) - 5
     re.I | re.S,
 )
 PARTS = re.compile(  # of "(a) 5, (b) 6" and "i) 3; ii) 4"
