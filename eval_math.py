@@ -95,11 +95,12 @@ def after_phrase(text: str) -> list[str]:
 
 
 def last_number(text: str) -> list[str]:
-    """The last number, such as 42, -$1,042.50, .5, 1.2e5, 3/4 or \\frac{3}{4}, in a list of at most one."""
+    """The last number, such as -$1,042.50, .5, 5%, 1.2e5, 3/4 or \\frac{3}{4}, in a list of at most one."""
     fraction = r"\\[dt]?frac\{\d+\}\{\d+\}"
     number = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
     exponent_or_denominator = r"(?:[eE][-+]?\d+(?!\w|\.\d)|/\d+)?"
-    return re.findall(rf"(?<![\d.])[-−]?(?:{fraction}|\$?{number}{exponent_or_denominator})", text)[-1:]
+    value = rf"(?:{fraction}|\$?{number}{exponent_or_denominator})"
+    return re.findall(rf"(?<![\d.])[-−]?{value}(?:\s?\\?%)?", text)[-1:]
 
 
 def extract(response: str) -> str | None:

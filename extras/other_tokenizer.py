@@ -6,19 +6,19 @@ token y_i, and z_1..z_j the teacher's tokens that end before o. Then
 
     F(o) = log q(z_1..z_j) + log sum_{t in I} q(t | z_1..z_j)
 
-The set I contains the teacher's tokens that agree with the text up to o: z_{j+1} if it ends at o and, if a
-student's token y_a ends where z_j does, every token whose spelling begins with y_{a+1}..y_i. The spelling of
-a teacher's token is the student's token of the same bytes, or else the student's tokenization of them. If I
-is empty, y_i is joined with the next token. A chunk of the student's tokens from o to o' has the advantage
+The set I contains the teacher's tokens that agree with the text up to o: z_{j+1} if it ends at o; and, where
+a student's token y_a ends where z_j does, every token whose spelling begins with y_{a+1}..y_i. The spelling
+of a teacher's token is the student's token of the same bytes, or else the student's tokenization of them. If
+I is empty, y_i is joined with the next token. A chunk of the student's tokens from o to o' has the advantage
 A = F(o') - F(o) - log p(chunk), detached, and the loss is the mean of -A log p(y) over the scored tokens. All
 eos tokens of a model count as one event.
 
 With equal tokenizers and one eos token this is `opd.sampled_reverse_kl`. With a student whose tokens are
-bytes, the gradient is that of the reverse KL to the teacher's distribution of texts, if the teacher's tokens
-up to a place do not depend on the text after the next token. Otherwise the gradient is biased: z depends on
-the whole text, so that a boundary in z can reveal what comes next, and other tokenizations of the text are
-left out. If both models have the same distribution of texts, the expected gradient should be 0; its largest
-component for a logit is, by enumeration for a teacher with the tokens {a, b, ab}:
+bytes, the gradient is that of the reverse KL to the teacher's distribution of texts, if the text after
+z_{j+1} never changes z_1..z_j. Otherwise the gradient is biased: z depends on the whole text, so that a
+boundary in z can reveal what comes next, and other tokenizations of the text are left out. If both models
+have the same distribution of texts, the expected gradient should be 0. By enumeration, for a teacher with the
+tokens {a, b, ab}, its largest component for a logit is:
 
     student                 {a, b}   {a, b, ba}   {a, b, bb}
     this                         0         0.18         0.11
@@ -117,8 +117,8 @@ class Alignment:
     """What the teacher reads of one response, and where both models can be compared."""
 
     tokens: list[int]  # z; if the response has ended, then an eos id of the teacher
-    # (i, j, I): the number of the student's tokens up to a boundary, and what F is there. The first is
-    # (0, 0, []), where F is 0; tokens after the last one are not scored.
+    # (i, j, I) of each boundary o, as above. The first is (0, 0, []), where F is 0; tokens after the last one
+    # are not scored.
     bounds: list[tuple[int, int, list[int]]]
     size: int  # bytes up to the last boundary
     unscored: int  # the student's tokens after it
@@ -213,7 +213,7 @@ def gains(
     for row in aligned:
         opened = 0.0  # of the last set
         for (start, before, _), (end, after, _) in pairwise(row.bounds):
-            # -opened first: where the last set was the first of these tokens alone, the two cancel exactly.
+            # -opened first: it cancels exactly if the last set was the first of these tokens alone.
             gain = sum(islice(logp, after - before), -opened)
             opened = next(logp)
             found.append((end - start, gain + opened))

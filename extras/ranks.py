@@ -2,7 +2,7 @@
 
 Rank 0 runs train.py as a single process would: it alone reads settings and data, prints, writes, saves, and
 steps the optimizer. The other ranks load the same models and do what rank 0 asks. In each step a rank samples
-its share of the answers and then scores a share of them, with the number of tokens of the whole step as the
+some of the answers and then scores some of all, with the number of tokens of the whole step as the
 normalizer. The gradients are summed in fp32 into rank 0's masters before they are clipped, and the weights
 are broadcast before the next answers are sampled.
 

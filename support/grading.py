@@ -4,19 +4,19 @@ Conventions, where mathematics does not decide:
 
 | kind | rule |
 |---|---|
-| units | either side may leave its unit out; two units must be the same; none is converted |
+| units | either side may have none, as 5 in \boxed{5} cm; two units must be the same; none is converted |
 | letters | m is a unit after a number, and a variable beside variables; M is another variable; mW is not MW |
-| percent | 50\% equals 50 and 1/2; without a percent sign, 50 is not 1/2 |
+| percent | 50\% equals 50, 1/2 and 0.5, but no amount with a unit; without its sign, 50 is not 1/2 |
 | decimals | equal an irrational number within 1e-6 of its value, and a fraction exactly |
 | lists, sets | in any order, duplicates ignored; "or", "and" are commas; tuples and matrices in their order |
-| inequalities | a list, also with "and" or "or", is what all have in common; if that is empty, their union |
+| inequalities | several, also with "and" or "or", mean their intersection, or their union if that is empty |
 | calculations | 5/2 = 2.5 is 2.5 |
 | names | in x = 5, f(x) = 2x, x \in (0, 1) the name may be left out, but two names must be the same |
 | choices | the letter decides, as in (B) 12; if one side has no letter, the text after it decides |
 | parts | (a) 5, (b) 6 is compared as text |
 | bases | 101_2 needs its base, and is not converted |
 | a:b | the fraction a/b; longer ratios are compared as text, and times of day with am or pm |
-| words, "..." | compared as text, ignoring case; so is all that math-verify cannot read completely |
+| words, ellipses | compared as text, ignoring case; so is all that math-verify cannot read completely |
 | gold unreadable | the texts differ, and math-verify cannot read the gold: not correct, and reported |
 | several boxes | the first that is not blank counts; `correct_last` shows the last |
 | reasoning | only what follows the last </think> is graded; an unclosed <think> has no answer |

@@ -221,6 +221,8 @@ EXTRACTED = [  # response, its answer
     ("The answer is 42, which is 6 times 7", "42"),
     ("Answer: " + " " * 4000 + "y" * 300, None),
     ("That makes 40 and 2, so 1,042 in all", "1,042"),
+    ("Revenue grew by 12.5%.", "12.5%"),
+    (r"It is 5 \% of them", r"5 \%"),
     ("it costs $-3.50", "-3.50"),
     ("of 3 dice it is .5.", ".5"),
     ("in total 1.2e5.", "1.2e5"),
