@@ -17,7 +17,7 @@ def test_numbers_of_the_results():
     rows = {(row["curve"], row["at"]): row for row in read_csv(ROOT / "results" / "other_family.csv")}
     text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     for readout in ("accuracy", "cut", "newline"):
-        for curve in ("before", "esr50 after 10 steps", "esr50 after 100 steps", "esr100 after 100 steps"):
+        for curve in ("before", *(f"{run} after 100 steps" for run in ("esr50", "esr100", "full"))):
             value, low, high = (100 * float(rows[curve, readout][name]) for name in ("value", "low", "high"))
             assert f" {value:.1f} % [{low:.1f} to {high:.1f}] |" in text
 

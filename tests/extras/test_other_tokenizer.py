@@ -402,9 +402,9 @@ def bad(kind, world, folder):
 @pytest.mark.parametrize(
     "kind, divergence, line",
     [
-        ("ids", "reverse_kl", r"entries differ\): add --divergence s"),
-        ("ids", "jsd", r"entries differ\): add --divergence s"),
-        ("ids", "forward_kl", r"entries differ\): add --divergence s"),
+        ("ids", "reverse_kl", r"entries differ\): name another teacher"),
+        ("ids", "jsd", r"entries differ\): name another teacher"),
+        ("ids", "forward_kl", r"entries differ\): name another teacher"),
         ("template", "sampled", "has no chat template"),
         ("bytes", "sampled", "does not keep every byte of a text"),
     ],
