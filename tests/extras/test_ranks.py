@@ -180,7 +180,7 @@ RESUME = "continue with python program --resume"
         ("", 0, "kill", [-9, 1, 1], "error: process 0 has ended, .*: continue with --resume", 2),
         ("", 1, "nan", [1, 0], "error: step 3 has loss nan", 2),
         ("", 1, "bug", [1, 0], "ZeroDivisionError: division by zero", 2),
-        ("", "all", "interrupt", [130, 1], "stopped", 2),
+        ("", "all", "interrupt", [130, 1], "error: stopped: continue with --resume", 2),
         ("--shard", 1, "kill", [1, -9], f"error: .*process.* has ended, .* at step 3: {RESUME}", 2),
         ("--shard", 0, "memory", [1, 1], f"error: out of memory at step 3, .*{RESUME}", 2),
     ],
