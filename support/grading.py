@@ -119,7 +119,8 @@ NOT_MATHEMATICS = re.compile(
     r"(?<![\\A-Za-z])(?<!n\{)(?<!d\{)(?:[A-Za-z]{4}|[A-Z][a-z]{2})|[\w)}]'|[\d}]_|:.*:"
     r"|(?<!_)\d(?:\s+| *[a-z]{1,2} +)[\d.]"  # also with a unit between them: 6 ft 2 in
     r"|\.\.\.|!!|^\s*(?:\d{4}-(?:0\d|1[0-2])-\d\d|(?:\d{3}-)?\d{3}-\d{4})\s*$"  # dates, telephone numbers
-    r"|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots)(?![a-z])"
+    r"|\\(?:text|operatorname|angle|gcd|lcm|[bp]?mod|[lcdv]?dots|partial)(?![a-z])"
+    r"|\\frac\s*\{d[a-z]\}\s*\{d[a-z]\}|(?<![\\A-Za-z])[A-Z]\("  # dy/dx; E(X^2), of which E is no factor
 )
 CHANGES = re.compile(  # words before a number that change it
     r"\b(?:negative|minus|twice|double|triple|(?:half|third|quarter|root) of|(?:less|greater|more) than)"

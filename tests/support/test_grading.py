@@ -515,6 +515,12 @@ DIFFERENT = {
         ("1 out of four", "1"),
         (r"5\text{ is not a solution}", "5"),
     ],
+    "derivatives and functions": [
+        (r"\frac{\partial f}{\partial x}", r"\frac{\partial f}{\partial y}"),
+        ("0", r"\frac{dy}{dx}"),
+        ("E(X^2)", "E(X)^2"),
+        ("T(n-1)+T(n-2)", "T(2n-3)"),
+    ],
     "primes": [("x_1'", "x_1"), ("f(x)'", "f(x)"), ("(x^2+1)'", "x^2+1")],
     "a fraction before a digit": [(r"\frac{1}{2}3", "1/23"), (r"\frac{3}{4}5", "3/45")],
 }
