@@ -124,7 +124,7 @@ def is_correct(response: str, answer: str) -> bool:
     `answer` may be a whole solution, such as GSM8K's. Raises ValueError if it has no final answer.
     """
     gold = data.gold_answer(answer)
-    return one_grader(extract, boxed).verdict(response, gold)["correct"]
+    return one_grader(extract, boxed).verdict(response, gold)["correct"]  # support/ does not import this file
 
 
 @torch.no_grad()

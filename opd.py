@@ -43,7 +43,10 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Tensor:
-    """KL(teacher || student) = sum_v q (log q - log p): the reverse KL with the two models exchanged."""
+    """KL(teacher || student) = sum_v q (log q - log p): the reverse KL with the two models exchanged.
+
+    Its gradient in log p is p - q, exactly zero where p = q.
+    """
     return reverse_kl(teacher_logp, student_logp, tokens)
 
 
@@ -135,7 +138,7 @@ def opd_backward(
     # Logits of all N tokens would not fit into memory. So the graph is cut at the hidden states: `leaf` has
     # their values, but no history.
     # 1. Each chunk runs head, divergence and backward before the next one starts. This fills its rows of
-    #    leaf.grad and frees its graph. Its (C, V) tensors remain until those of the next chunk replace them.
+    #    leaf.grad and frees its graph.
     # 2. After the last chunk, one backward pass takes leaf.grad through the rest of the student.
     leaf = student_hidden.detach().requires_grad_(student_hidden.requires_grad)
     chunks = zip(leaf.split(chunk), teacher_hidden.split(chunk), tokens.split(chunk))

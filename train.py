@@ -68,7 +68,7 @@ class Knobs:
     beta2: float = knob(0.95, "of AdamW; low, because runs are short", least=0, most=0.9999)
     clip: float = knob(1.0, "largest gradient norm", least=1e-6)
     micro_batch: int = knob(2048, "tokens in one backward: changes memory and rounding alone", least=1)
-    low_memory: bool = knob(False, "train LoRA adapters instead of all weights; lr 5e-5 with preset qwen")
+    low_memory: bool = knob(False, "train LoRA adapters, not all weights; sets --lr 5e-5 with preset qwen")
     shard: bool = knob(False, "with torchrun: divide both models among the processes (FSDP2)")
     checkpointing: bool = knob(True, "recompute activations in backward: less memory, a third more time")
 
@@ -309,8 +309,8 @@ def load_pair(knobs: Knobs, device: torch.device) -> Pair:
         lora.add_adapters(student)
     if knobs.checkpointing:
         models.enable_checkpointing(student)
-    readers = [student] if teacher_tokenizer else [student, teacher]  # of the student's tokens
     vocab_size = None if teacher_tokenizer else models.shared_vocabulary(student, teacher)
+    readers = [student] if teacher_tokenizer else [student, teacher]  # the models that read the student's ids
     # The teacher may end answers with an id that the student's list lacks; the student learns to use it.
     eos_ids = models.eos_ids(tokenizer, *readers)
     student.generation_config.eos_token_id = sorted(eos_ids)

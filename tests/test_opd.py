@@ -126,7 +126,11 @@ def test_the_gradient_is_that_of_the_value(divergence):
 
 @pytest.mark.parametrize("divergence", [name for name in opd.DIVERGENCES if name != "nll"])  # without teacher
 def test_the_gradient_between_equals_is_exactly_zero(divergence):
-    """AdamW divides by the gradient's size: rounding errors of 1e-7 would move weights by a full step."""
+    """AdamW divides by the gradient's size: rounding errors of 1e-7 would move weights by a full step.
+
+    A KL(p || m) with the mixture m = w q + (1 - w) p passes if it is `reverse_kl` with the logarithm of m as
+    log p + log1p(w expm1(log q - log p)), which is exactly log p where p = q.
+    """
     hidden, student = states(64), head()
     run(student, hidden, student, hidden.detach(), divergence=opd.DIVERGENCES[divergence])
     assert hidden.grad.abs().max() == 0 and student.weight.grad.abs().max() == 0

@@ -33,7 +33,7 @@ def test_the_update_that_is_explained_has_the_sign_of_the_gradient():
 
 
 def test_the_toys_step(world, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["trace", "--tokens", "4", "--lr", "0.003", "--every"])
+    monkeypatch.setattr(sys, "argv", ["trace", "--tokens", "4", "--lr", "0.0003", "--every"])
     trace.main()
     out = capsys.readouterr().out
     values = [float(x) for x in re.findall(r"reverse KL +([\d.]+)$", out, re.M)]
