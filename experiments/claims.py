@@ -164,9 +164,10 @@ def mean_of(rows: list[Row], column: str) -> float:
     return statistics.fmean(float(row[column]) for row in rows)
 
 
-def difference(rows: list[Row], others: list[Row]) -> tuple[float, float]:
-    """Accuracy of `rows` minus that of `others`, paired by seed and problem, and its standard error."""
-    return mean_and_se(correct(rows) - correct(others))
+def difference(results: Results, arm: str, other: str) -> tuple[float, float, int]:
+    """Accuracy of `arm` minus that of `other` on the same seeds and problems, its error, and the seeds."""
+    rows, others = paired(results, arm, other)
+    return (*mean_and_se(correct(rows) - correct(others)), len(rows))
 
 
 HEAD = ("sampled", "+- se", "greedy", "+- se", "- full", "+- se")
@@ -183,7 +184,7 @@ def cells(results: Results, arm: str) -> list[str]:
     if arm == "full":
         found += ["", ""]
     else:
-        gap, se = difference(ours, full) if full else (math.nan, math.nan)
+        gap, se, _ = difference(results, arm, "full") if full else (math.nan, math.nan, 0)
         found += [f"{gap:+.1%}", f"{se:.1%}"]
     for column, digits in (("response_tokens", 0), ("seconds", 1)):
         ratio = f"{mean_of(ours, column) / mean_of(full, column):.2f}" if full else "-"
@@ -258,8 +259,7 @@ def points(found: Interval) -> str:
 
 def accuracy(claim: Claim, results: Results, curves: Curves) -> tuple[str, str]:
     """The final accuracy of an arm minus that of another."""
-    rows, others = paired(results, claim.arm, claim.other)
-    found = interval(*difference(rows, others), len(rows))
+    found = interval(*difference(results, claim.arm, claim.other))
     return verdict(found, claim.low, claim.high), points(found)
 
 
@@ -353,17 +353,12 @@ def format_claims(results: Results, curves: Curves, arms: tuple[str, ...], closi
         seeds = shared["full"]
         if len(seeds) < MIN_SEEDS:
             found, numbers = OPEN, f"needs {MIN_SEEDS} seeds of {', '.join(needed)}"
-        elif claim.measure is not accuracy and not full_gains(shared):
+        elif claim.measure is not accuracy and interval(*difference(shared, "full", "student")).low <= 0:
             found, numbers = OPEN, "full itself is not shown to be better than the untrained student"
         else:
             found, numbers = claim.measure(claim, shared, curves)
         lines.append(f"{found + ':':15} {claim.text}: {numbers}; {len(seeds)} seeds")
     return lines
-
-
-def full_gains(results: Results) -> bool:
-    full, student = paired(results, "full", "student")
-    return interval(*difference(full, student), len(full)).low > 0
 
 
 def format_results(results: Results, curves: Curves, arms: tuple[str, ...], seeds: int, closing: bool) -> str:
