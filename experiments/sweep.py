@@ -6,7 +6,6 @@ problems, student, teacher and training. The learning rate of each arm is chosen
 highest mean accuracy, and then kept. Several processes share the work by locks.
 """
 
-import statistics
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import product
@@ -16,7 +15,7 @@ from typing import Any
 import compare
 import torch
 from arms import Arm
-from claims import Results, Row, check_settings, read_rows
+from claims import Results, Row, check_settings, mean_of, read_rows
 from compare import Setup
 from filelock import FileLock, Timeout
 
@@ -123,12 +122,9 @@ class Sweep:
         """The best learning rate of each arm for which all have been tried; if equal, the lowest."""
         rates = {}
         for arm in arms:
-            means = {}
-            for lr in self.rates:
-                found = [rows.get((place, SWEEP_SEED, arm, lr)) for place in self.tuning]
-                if None not in found:
-                    means[lr] = statistics.fmean(float(row["accuracy"]) for row in found)
-            if len(means) == len(self.rates):
+            runs = {lr: [(place, SWEEP_SEED, arm, lr) for place in self.tuning] for lr in self.rates}
+            if all(key in rows for keys in runs.values() for key in keys):
+                means = {lr: mean_of([rows[key] for key in keys], "accuracy") for lr, keys in runs.items()}
                 rates[arm] = max(means, key=means.get)
         return rates
 
