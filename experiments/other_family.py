@@ -76,18 +76,12 @@ def sums_of_text(pair: train.Pair, scorer, part: Rollout) -> tuple[list, list]:
 def measure(knobs: Knobs) -> list[dict]:
     """The rows of the student before training and of each trained one. Raises BadInput."""
     _, test = data.train_and_test(knobs.data, knobs.eval_data, knobs.problems, seed=0)
+    shared = {name: getattr(knobs, name) for name in ("teacher", "instruction", "max_new_tokens")}
+    shared |= {"divergence": "sampled", "checkpointing": False, "dtype": "float32"}
     rows = []
     fixed = None
     for name in (knobs.student, *knobs.trained):
-        settings = train.Knobs(
-            student=name,
-            teacher=knobs.teacher,
-            divergence="sampled",
-            instruction=knobs.instruction,
-            max_new_tokens=knobs.max_new_tokens,
-            checkpointing=False,
-            dtype="float32",
-        )
+        settings = train.Knobs(student=name, **shared)
         pair = train.load_pair(settings, models.find_device(""))
         prompts = render(pair.tokenizer, test, knobs.instruction)
         scorer, _ = prepare(pair, prompts, test, test, settings)
