@@ -205,16 +205,11 @@ class Arm(NamedTuple):
         if self.sharpened:
             teacher = deepcopy(pair.student).requires_grad_(False)
             pair = replace(pair, teacher=teacher, teacher_head=models.OutputHead.of(teacher, pair.vocab_size))
-        train.train(
-            pair,
-            train.adamw(pair, knobs),
-            prompts,
-            self.horizon(knobs, run.rows),
-            knobs,
-            run,
-            sampler=self.sampler(pair, knobs) if self.sampler else rollout,
-            scorer=self.scorer(knobs),
-        )
+        optimizer = train.adamw(pair, knobs)
+        horizon_at = self.horizon(knobs, run.rows)
+        sampler = self.sampler(pair, knobs) if self.sampler else rollout
+        scorer = self.scorer(knobs)
+        train.train(pair, optimizer, prompts, horizon_at, knobs, run, sampler=sampler, scorer=scorer)
 
 
 FULL = by_schedule("full")
