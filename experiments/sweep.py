@@ -106,10 +106,18 @@ class Sweep:
         print(f"{self.column} {place}, seed {seed}, {arm} {lr}: {found['accuracy']:.0%}", flush=True)
 
     def read(self) -> dict[Key, Row]:
-        """The rows. Raises BadInput for one of other settings, an incomplete one, or one twice."""
-        rows = read_rows(Path(self.csv), (self.column, "seed", "arm", "lr"))
+        """The rows. Raises BadInput for one of other settings, an incomplete or damaged one, or one twice."""
+        rows = read_rows(Path(self.csv), (self.column, "seed", "arm", "lr"), ("accuracy",))
         check_settings(Path(self.csv), rows.values(), self.settings())
-        return {(self.place_of(place), int(seed), *run): row for (place, seed, *run), row in rows.items()}
+        found: dict[Key, Row] = {}
+        try:
+            for (place, seed, *run), row in rows.items():
+                float(row["accuracy"])
+                found[(self.place_of(place), int(seed), *run)] = row
+        except ValueError as error:
+            what = f"{self.csv} has a damaged row ({error})"
+            raise BadInput(f"{what}: restore it, or name another --csv") from error
+        return found
 
     def finished(self) -> dict[Key, Row]:
         """The rows; raises BadInput if there are none."""

@@ -60,6 +60,19 @@ def test_a_run_writes_a_row_once_and_mixes_no_settings(tmp_path, monkeypatch):
         replace(knobs, steps=3).read()
 
 
+@pytest.mark.parametrize("changes", [{"seed": "x"}, {"accuracy": ""}, {"q": "middle"}])
+def test_damaged_rows(tmp_path, changes):
+    path = tmp_path / "phase.csv"
+    knobs = replace(KNOBS, csv=str(path))
+    row = {"q": "0.5", "seed": "1", "arm": "student", "lr": "", "accuracy": "0.3"} | knobs.settings()
+    append_csv(path, [row])
+    assert list(knobs.read()) == [(0.5, 1, "student", "")]
+    path.unlink()
+    append_csv(path, [row | changes])
+    with pytest.raises(BadInput, match="damaged row"):
+        knobs.read()
+
+
 def test_the_committed_rows_are_read():
     """The format of results/phase.csv: its rows have the default settings, and the columns in their order."""
     path = Path(phase.Knobs().csv)
