@@ -129,14 +129,20 @@ def is_correct(response: str, answer: str) -> bool:
 
 @torch.no_grad()
 def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -> None:
-    """Raise BadInput unless one pass over the last answer gives the log-probabilities of the sampler."""
-    # The longest prompts come first, so this row was sampled with the most padding; the pass below has none.
-    row = len(rollouts.prompts) - 1
-    mask = rollouts.response_mask[row]
-    ids, predicts = model_inputs(rollouts, [row], rollouts.response_mask)
-    logits = model(input_ids=ids, use_cache=False).logits[predicts]
-    logp = sampling_logp(logits, temperature, top_p)
-    models.check_sampler(model, rollouts.logp[row][mask], token_logp(logp, rollouts.tokens[row][mask]))
+    """Raise BadInput unless one pass over each of the last answers gives the sampler's log-probabilities."""
+    sampled = []
+    scored = []
+    # The longest prompts come first, so the last rows were sampled with the most padding; the pass has none.
+    for row in reversed(range(len(rollouts.prompts))):
+        mask = rollouts.response_mask[row]
+        ids, predicts = model_inputs(rollouts, [row], rollouts.response_mask)
+        logits = model(input_ids=ids, use_cache=False).logits[predicts]
+        logp = sampling_logp(logits, temperature, top_p)
+        sampled.append(rollouts.logp[row][mask])
+        scored.append(token_logp(logp, rollouts.tokens[row][mask]))
+        if sum(map(len, scored)) >= 64:  # a mean over few tokens says little about rounding
+            break
+    models.check_sampler(model, torch.cat(sampled), torch.cat(scored))
 
 
 class HeldOut(NamedTuple):

@@ -273,7 +273,7 @@ def print_notes(student, teacher, dtype: torch.dtype) -> None:
 
 
 # The largest mean difference of two ways to compute the same log-probabilities, in nats. Correct models were
-# below 2e-5 in fp32 and 0.033 in bf16, wrong ones above 2e-3 (110 families at random weights, and SmolLM2).
+# below 2e-5 in fp32 and 0.041 in bf16, wrong ones above 2e-3 (110 families at random weights, and SmolLM2).
 SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -286,10 +286,15 @@ def check_sampler(model, sampled: Tensor, scored: Tensor, dtype_name: str = "") 
     """
     gap = (sampled.float() - scored.float()).abs()
     gap = gap[gap.isfinite()]
-    if gap.mean() > SAMPLER_TOLERANCE[getattr(torch, dtype_name) if dtype_name else model.dtype]:
+    dtype = getattr(torch, dtype_name) if dtype_name else model.dtype
+    tolerance = SAMPLER_TOLERANCE[dtype]
+    if dtype == torch.bfloat16 and 0 < len(gap) < 64:  # a token may differ by 0.5: the mean of a few varies
+        tolerance *= (64 / len(gap)) ** 0.5
+    if gap.mean() > tolerance:
         what = f"{type(model).__name__} samples from another distribution than a pass over the text gives"
         size = f"log-probabilities differ by {gap.mean():.2g} nats on average, by {gap.max():.2g} at most"
-        raise BadInput(f"{what}, {size}: drop --sampler graphs if it was given, or name another model")
+        remedy = "drop --sampler graphs if it was given, use --dtype float32, or name another model"
+        raise BadInput(f"{what}, {size}: {remedy}")
 
 
 def check_rollouts(model, rollouts, statistics: dict[str, Tensor], dtype_name: str) -> None:

@@ -141,6 +141,20 @@ def test_a_sampler_of_another_distribution_is_refused(world, tmp_path, monkeypat
         main(monkeypatch, *model, "--out", tmp_path / "wrong")
 
 
+def test_more_than_one_short_answer_is_compared_with_the_sampler(world, tmp_path, monkeypatch):
+    """A mean over a single token says little; here the last answer is right, and the others are not."""
+
+    def wrong_but_last(model, prompts, horizon, eos_ids, noise, **options):
+        rollouts = rollout(model, prompts, horizon, eos_ids, noise, **options)
+        rollouts.logp[:-1] -= 0.1
+        return rollouts
+
+    monkeypatch.setattr(eval_math, "evaluate", partial(eval_math.evaluate, sampler=wrong_but_last))
+    flags = ["--model", world / "student", "--data", world / "test.jsonl", "--limit", 4, *FLAGS]
+    with pytest.raises(cli.BadInput, match="Qwen2ForCausalLM samples from another distribution"):
+        main(monkeypatch, *flags, "--max-new-tokens", 1, "--out", tmp_path / "out")
+
+
 def test_non_finite_probabilities_end_an_evaluation(world, tmp_path, monkeypatch):
     """A temperature of 1e-320 divides by zero; the score was 0 %."""
     model = ["--model", world / "student", "--data", world / "test.jsonl", "--limit", 4, *FLAGS]

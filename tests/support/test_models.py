@@ -31,6 +31,24 @@ def random_model(name, **changes):
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
+@pytest.mark.parametrize(
+    "dtype, tokens, gap, refused",
+    [
+        ("bfloat16", 64, 0.12, True),
+        ("bfloat16", 3, 0.18, False),  # rounding alone, of a right model: SmolLM2-135M
+        ("bfloat16", 3, 0.6, True),
+        ("float32", 3, 0.002, True),
+    ],
+)
+def test_a_mean_of_few_tokens_varies_in_bf16(dtype, tokens, gap, refused):
+    scored = torch.full((tokens,), -1.0)
+    if not refused:
+        models.check_sampler(tiny(), scored - gap, scored, dtype)
+        return
+    with pytest.raises(BadInput, match="by .* nats on average.* --dtype float32"):
+        models.check_sampler(tiny(), scored - gap, scored, dtype)
+
+
 @pytest.mark.parametrize("name, changes, scale, softcap", HEADS)
 def test_heads_that_are_supported(name, changes, scale, softcap):
     model = random_model(name, **changes)
