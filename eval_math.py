@@ -124,7 +124,8 @@ def is_correct(response: str, answer: str) -> bool:
     `answer` may be a whole solution, such as GSM8K's. Raises ValueError if it has no final answer.
     """
     gold = data.gold_answer(answer)
-    return one_grader(extract, boxed).verdict(response, gold)["correct"]  # support/ does not import this file
+    # support/ imports none of the five files, so it is given the rules of this one.
+    return one_grader(extract, boxed).verdict(response, gold)["correct"]
 
 
 @torch.no_grad()
