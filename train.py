@@ -302,7 +302,7 @@ def load_pair(knobs: Knobs, device: torch.device) -> Pair:
     teacher_device = models.find_device(knobs.teacher_device) if knobs.teacher_device else device
     teacher = models.load_model(knobs.teacher, dtype, teacher_device, knobs.teacher_bits)
     teacher.requires_grad_(False)
-    models.print_notes(student, teacher, dtype)
+    models.note_smaller_teacher(student, teacher)
     if knobs.low_memory:
         from extras import lora
 

@@ -263,11 +263,8 @@ def move_head(head: OutputHead, device: torch.device) -> OutputHead:
     return replace(head, weight=head.weight.to(device), bias=bias)
 
 
-def print_notes(student, teacher, dtype: torch.dtype) -> None:
-    """Print what may surprise a user about a pair."""
-    if student.device.type != "cuda" and dtype == torch.bfloat16:
-        what = f"bf16 on {student.device.type}: logits are rounded to bf16, see RESULTS.md"
-        print(f"{what}; --dtype float32 avoids it", flush=True)
+def note_smaller_teacher(student, teacher) -> None:
+    """Print a line if the teacher is the smaller model of the two."""
     if teacher.num_parameters() < student.num_parameters():
         print("the teacher is smaller than the student: fine if it is the better one", flush=True)
 
@@ -425,6 +422,7 @@ def dtype_name(requested: str, device: torch.device) -> str:
     """`requested`, or if that is empty the name of the dtype in which this device multiplies faster.
 
     Raises BadInput for bf16 on a GPU that lacks it; without a request, fp32 is used there and a line says so.
+    Another line says where bf16 logits are rounded.
     """
     # torch.cuda.is_bf16_supported asks the current device, whichever is named.
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
@@ -434,7 +432,11 @@ def dtype_name(requested: str, device: torch.device) -> str:
         if not requested:
             print(f"{card} has no bf16: --dtype float32, which takes more memory", flush=True)
         return "float32"
-    return requested or str(fastest_dtype(device)).removeprefix("torch.")
+    name = requested or str(fastest_dtype(device)).removeprefix("torch.")
+    if name == "bfloat16" and device.type != "cuda":
+        what = f"bf16 on {device.type}: logits are rounded to bf16, see RESULTS.md"
+        print(f"{what}; --dtype float32 avoids it", flush=True)
+    return name
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
