@@ -53,10 +53,10 @@ def forward_kl(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> Te
 def jsd(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor, beta: float = 0.5) -> Tensor:
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., arXiv 2306.13649).
 
-    beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. In the gradient with
-    respect to log p, differentiating log p gives (1 - beta) p, and differentiating log m, in both terms
-    together, gives -(1 - beta) p. In this sum they cancel (in either KL alone they do not), so the logarithms
-    are computed without gradient. What remains is (1 - beta) p (log p - log m), exactly zero where p = q.
+    beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p. In the
+    gradient with respect to log p, the factor log p contributes (1 - beta) p, and the two factors log m
+    together -(1 - beta) p. They cancel (in either KL alone they do not), so the logarithms are computed
+    without gradient. What remains is (1 - beta) p (log p - log m), exactly zero where p = q.
     """
     with torch.no_grad():
         log_ratio = (teacher_logp - student_logp).clamp_max(80)  # log q - log p; e^89 overflows in fp32
@@ -98,7 +98,7 @@ DIVERGENCES = {
 
 @torch.no_grad()
 def token_statistics(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Per-token statistics, (C,) each, in nats, whichever loss is used.
+    """Per-token statistics, (C,) each, whichever loss is used.
 
     The two `_logp` are those of the token; `agreement` is 1 where both argmaxes are equal, else 0. The mean
     of each statistic over the tokens with a loss is a column of metrics.csv.

@@ -177,7 +177,7 @@ def model_inputs(rollouts: Rollout, rows: list[int], loss_mask: Tensor) -> tuple
         is_response = rollouts.response_mask[row]
         sequence = torch.cat([prompt, rollouts.tokens[row][is_response]])
         ids.append(sequence[:-1])
-        no_loss = loss_mask.new_zeros(len(prompt) - 1)  # prompt tokens before the last predict prompt tokens
+        no_loss = loss_mask.new_zeros(len(prompt) - 1)  # all prompt tokens but the last predict prompt tokens
         predicts.append(torch.cat([no_loss, loss_mask[row][is_response]]))
     return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)
 

@@ -371,9 +371,9 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
 
     # 2. The models, and what depends on their tokenizers.
     pair = engine.load_pair(knobs, device)
-    readers = [pair.student.config] if pair.teacher_tokenizer else [pair.student.config, pair.teacher.config]
-    prompts = models.render_prompts(pair.tokenizer, problems, knobs, readers)
-    test_prompts = models.render_prompts(pair.tokenizer, test, knobs, readers)
+    configs = [pair.student.config] if pair.teacher_tokenizer else [pair.student.config, pair.teacher.config]
+    prompts = models.render_prompts(pair.tokenizer, problems, knobs, configs)
+    test_prompts = models.render_prompts(pair.tokenizer, test, knobs, configs)
     held_out = HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
     teacher_held_out = held_out
     if pair.teacher_tokenizer:

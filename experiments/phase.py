@@ -243,7 +243,7 @@ def draw(cells: Cells, knobs: Knobs, path: Path) -> Path:
     axis.set_xticks([0.01, 0.02, *horizons], [0.01, 0.02, *HORIZONS, "full"])
     axis.set_xticks([], minor=True)
     axis.set_yticks(range(len(cells.places)), [f"{q:g}" for q in cells.places])
-    axis.set_ylabel("fraction of the countdown before the models differ (q)")
+    axis.set_ylabel("fraction of the countdown before the models differ")
     others.set(xscale="log", xticks=[2.0, 8.0], xticklabels=["auto", "POPD"])
     others.set_xticks([], minor=True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

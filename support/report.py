@@ -139,7 +139,7 @@ def advice_on_kl(rows: list[dict[str, Any]]) -> str:
     if len(rows) < 10:
         return f"{found}: too few steps to tell."
     if rows[0]["horizon"] != rows[-1]["horizon"]:
-        return f"{found}, of other tokens, as the horizon changed: positions.csv has it by position."
+        return f"{found}, not comparable as the horizon changed: see positions.csv, if --show-every is not 0."
     if last > first:
         return f"{found}: it rose; lower --lr, or raise --batch-size."
     return f"{found}: it fell."

@@ -129,11 +129,26 @@ def test_the_gradient_between_equals_is_exactly_zero(divergence):
     """AdamW divides by the gradient's size: rounding errors of 1e-7 would move weights by a full step.
 
     A KL(p || m) with the mixture m = w q + (1 - w) p passes if it is `reverse_kl` with the logarithm of m as
-    log p + log1p(w expm1(log q - log p)), which is exactly log p where p = q.
+    log p + log1p(w expm1(log q - log p)) where q <= p, and log q + log1p((1 - w) expm1(log p - log q)) where
+    q > p: exactly log p where p = q. Clamp both exponents at 0, as `torch.where` evaluates both formulas.
     """
     hidden, student = states(64), head()
     run(student, hidden, student, hidden.detach(), divergence=opd.DIVERGENCES[divergence])
     assert hidden.grad.abs().max() == 0 and student.weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("divergence", opd.DIVERGENCES)
+@pytest.mark.parametrize("gap", [-100.0, 100.0])  # nats; e^89 overflows in fp32
+def test_a_large_gap_overflows_nothing(divergence, gap):
+    logits = torch.tensor([[0.0, gap, 1.0]], requires_grad=True)
+    teacher_logp = torch.tensor([[gap, 0.0, 1.0]]).log_softmax(-1)
+    value = opd.DIVERGENCES[divergence](logits.log_softmax(-1), teacher_logp, torch.tensor([2]))
+    value.sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = opd.DIVERGENCES[divergence](exact.log_softmax(-1), teacher_logp.double(), torch.tensor([2]))
+    expected.sum().backward()
+    assert torch.allclose(value.double(), expected, rtol=1e-4)
+    assert torch.allclose(logits.grad.double(), exact.grad, atol=1e-4)
 
 
 def test_forbidden_ids_give_no_nan():

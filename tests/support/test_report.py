@@ -93,7 +93,7 @@ WORSE = BETTER | {"accuracy": 0.2}
         (FELL, BETTER, [1.0, 1.0], 0, ["it fell", "Accuracy rose"]),  # every verdict changed
         (FELL, WORSE | {"n": 4}, [1.0, 1.0], 0, ["it fell", "(sign test, p = 0.12)", "teacher is not"]),
         (FELL, BETTER | {"n": 4}, [0.4, 1.0], 0, ["it fell", "not significant (sign test, p = 0.12)"]),
-        (GREW, BETTER, [0.1, 0.5], 0, ["of other tokens, as the horizon changed", "Accuracy rose"]),
+        (GREW, BETTER, [0.1, 0.5], 0, ["not comparable as the horizon changed", "Accuracy rose"]),
         (BLANK, BETTER, [0.1, 0.5], 0, ["in a step no token had a loss.", "Accuracy rose"]),
         (FELL, WORSE, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "teacher is not better"]),
         (FELL, BETTER, [0.1, 0.5], 0.5, ["it fell", "Accuracy rose", "50% of the answers were cut, 0% b"]),
