@@ -94,7 +94,7 @@ class Pair:
 
     A bf16 weight has 8 bits of precision: adding 1e-6 to 0.02 would change nothing. So the optimizer updates
     the masters, fp32 tensors in which the gradients accumulate too, and the student computes with bf16 copies
-    of them. If the student computes in fp32, its weights are the masters.
+    of them. A weight that is fp32 itself is its own master.
 
     Both models stay in evaluation mode: with dropout, sampling and scoring would differ in distribution.
     """
@@ -113,7 +113,7 @@ class Pair:
     @torch.no_grad()
     def copy_masters_to_weights(self) -> None:
         for name, master in self.masters.items():
-            self.student.get_parameter(name).copy_(master)  # in fp32 the two are one tensor
+            self.student.get_parameter(name).copy_(master)  # of fp32 weights the two are one tensor
 
     def save_student(self, folder: Path) -> None:
         """Write the student as a Hugging Face folder in the dtype of the matmuls, LoRA adapters merged."""
@@ -135,29 +135,20 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
 
 
 def make_pair(student, teacher, tokenizer, vocab_size: int | None, eos_ids: set[int]) -> Pair:
-    """Make a Pair of two loaded models. The teacher already has the dtype of the matmuls.
-
-    The student gets its masters, and its weights are then cast to that dtype in place. Raises BadInput if a
-    head is not supported.
-    """
+    """Find the output heads and create the student's masters. Raises BadInput if a head is not supported."""
     student_head = models.OutputHead.of(student, vocab_size)
     teacher_head = models.OutputHead.of(teacher, vocab_size)
     models.check_head(student, hidden_states, student_head)
     models.check_head(teacher, hidden_states, teacher_head)
     teacher_head = models.move_head(teacher_head, student.device)  # the two distributions are compared there
-    dtype = teacher_head.weight.dtype
     masters = {}
     for name, weight in student.named_parameters():
-        if weight.requires_grad and dtype == torch.float32:
+        if weight.requires_grad and weight.dtype == torch.float32:
             masters[name] = weight
         elif weight.requires_grad:
-            # Until the cast below, an fp32 weight and its master share their memory.
             masters[name] = torch.nn.Parameter(weight.detach().float())
             # Called in backward, each time that autograd has added to the weight's gradient.
             weight.register_post_accumulate_grad_hook(partial(move_gradient, masters[name]))
-        # The cast gives the weight memory of its own; it stays the Parameter that the head refers to. Buffers
-        # are not cast: rotary frequencies need fp32.
-        weight.data = weight.data.to(dtype)
     return Pair(student, teacher, masters, student_head, teacher_head, tokenizer, vocab_size, eos_ids)
 
 
@@ -297,8 +288,7 @@ def load_pair(knobs: Knobs, device: torch.device) -> Pair:
     """Load both models. Raises BadInput, also for two tokenizers with another divergence than `sampled`."""
     tokenizer, teacher_tokenizer = models.load_tokenizers(knobs.student, knobs.teacher, knobs.divergence)
     dtype = getattr(torch, knobs.dtype)
-    # In fp32, for the masters; with LoRA only the adapters are trained, so only they have masters.
-    student = models.load_model(knobs.student, dtype if knobs.low_memory else torch.float32, device)
+    student = models.load_model(knobs.student, dtype, device)
     teacher_device = models.find_device(knobs.teacher_device) if knobs.teacher_device else device
     teacher = models.load_model(knobs.teacher, dtype, teacher_device, knobs.teacher_bits)
     teacher.requires_grad_(False)

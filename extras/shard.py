@@ -151,7 +151,11 @@ class ShardedLeader(Leader):
         if teacher_tokenizer:
             what = "--shard needs one tokenizer, and the teacher has another"
             raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")
-        super().load_pair(knobs, device)
+        pair = super().load_pair(knobs, device)
+        weights = (*pair.student.named_parameters(), *pair.teacher.named_parameters())
+        if kept := [name for name, weight in weights if weight.dtype != getattr(torch, knobs.dtype)]:
+            what = f"{type(pair.student).__name__} keeps {kept[0]} in float32, which --shard does not"
+            raise BadInput(f"{what}: add --dtype float32, or drop --shard")
         self.everywhere("divide", [(self.knobs, models.find_device(self.knobs.device))] * self.size)
         return self.worker.pair
 

@@ -43,8 +43,9 @@ def pair_of(student, teacher, dtype: torch.dtype = torch.float32, ends=(END,)) -
     """A pair without a tokenizer, as `train.load_pair` makes it; `ends` are its eos ids."""
     vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
     teacher.requires_grad_(False)
-    for weight in teacher.parameters():  # not buffers: from_pretrained keeps the rotary frequencies in fp32
-        weight.data = weight.data.to(dtype)
+    for model in (student, teacher):
+        for weight in model.parameters():  # not buffers: from_pretrained keeps the rotary frequencies in fp32
+            weight.data = weight.data.to(dtype)
     return train.make_pair(student, teacher, None, vocab_size, set(ends))
 
 

@@ -279,6 +279,16 @@ def test_shards_need_one_tokenizer(monkeypatch):
         leader.load_pair(train.Knobs(), torch.device("cpu"))
 
 
+def test_shards_need_one_dtype(monkeypatch):
+    leader = shard.ShardedLeader.__new__(shard.ShardedLeader)
+    pair = pair_of(tiny(), tiny(), torch.bfloat16)
+    pair.student.model.norm.weight.data = pair.student.model.norm.weight.data.float()
+    monkeypatch.setattr(shard.models, "load_tokenizers", lambda *given: ("one", None))
+    monkeypatch.setattr(ranks.Leader, "load_pair", lambda *given: pair)
+    with pytest.raises(cli.BadInput, match="keeps model.norm.weight in float32, .*: add --dtype float32"):
+        leader.load_pair(train.Knobs(dtype="bfloat16"), torch.device("cpu"))
+
+
 def test_a_divergence_that_cannot_be_sent_is_refused(monkeypatch):
     monkeypatch.setattr(ranks.dist, "send_object_list", lambda objects, *_: pickle.dumps(objects))
     messages = object.__new__(ranks.Messages)

@@ -70,6 +70,29 @@ def test_supported(family, tmp_path):
     assert abs(loss) < 1e-4  # the teacher has the same weights
 
 
+KEPT_IN_FP32 = {  # families of which transformers keeps some weights in fp32, whatever dtype is asked for
+    "Glm4Moe": {"n_routed_experts": 4, "head_dim": 4, "first_k_dense_replace": 0, "n_group": 1} | EXPERTS,
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 4},
+}
+
+
+@pytest.mark.parametrize("family", KEPT_IN_FP32)
+def test_weights_that_stay_in_fp32(family, tmp_path):
+    """In bf16 both models keep them; rounding the student's router would send tokens to other experts."""
+    build(family, **KEPT_IN_FP32[family]).save_pretrained(tmp_path)
+    student, teacher = (
+        models.load_model(str(tmp_path), torch.bfloat16, torch.device("cpu")) for _ in range(2)
+    )
+    pair = train.make_pair(student, teacher.requires_grad_(False), None, V, {END})
+    dtypes = {name: weight.dtype for name, weight in student.named_parameters()}
+    assert dtypes == {name: weight.dtype for name, weight in teacher.named_parameters()}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert {master.dtype for master in pair.masters.values()} == {torch.float32}
+    rollouts = rollout(student, PROMPTS, 12, {END}, sampling_noise([1, 2, 3], 12))
+    loss, _ = train.score(pair, rollouts)
+    assert loss == 0 and all(master.grad.abs().max() == 0 for master in pair.masters.values())
+
+
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_merged_adapters(family, tmp_path):
     """`--low-memory` saves what it trained; fused experts once failed after the last step."""
