@@ -143,7 +143,7 @@ def check_sampling(model, rollouts: Rollout, temperature: float, top_p: float) -
         scored.append(token_logp(logp, rollouts.tokens[row][mask]))
         if sum(map(len, scored)) >= 64:  # a mean over few tokens says little about rounding
             break
-    models.check_sampler(model, torch.cat(sampled), torch.cat(scored))
+    models.check_sampler(model, torch.cat(sampled), torch.cat(scored), temperature=temperature)
 
 
 class HeldOut(NamedTuple):

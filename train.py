@@ -260,7 +260,7 @@ def train(
             )
             # The loss must be that of the sampled distribution: checked whenever answers may be longer.
             if horizon > longest_checked:
-                models.check_rollouts(pair.student, rollouts, statistics, knobs.dtype)
+                models.check_rollouts(pair.student, rollouts, statistics, knobs)
                 longest_checked = horizon
 
         # 3. One AdamW step. A non-finite loss or gradient ends the run before the weights move.

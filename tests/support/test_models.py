@@ -48,6 +48,27 @@ def test_a_mean_of_few_tokens_varies_in_bf16(dtype, tokens, gap, refused):
         models.check_sampler(tiny(), scored - gap, scored, dtype)
 
 
+def test_the_limit_grows_as_the_temperature_falls():
+    """Rounding of the logits is divided by the temperature; at 0 the log-probabilities are those of 1."""
+    scored = torch.full((64,), -1.0)
+    models.check_sampler(tiny(), scored - 0.3, scored, "bfloat16", temperature=0.3)
+    for temperature in (0, 1, 2):
+        with pytest.raises(BadInput, match="by 0.3 nats on average"):
+            models.check_sampler(tiny(), scored - 0.3, scored, "bfloat16", temperature=temperature)
+
+
+def test_tokens_that_one_pass_excludes_count_as_different():
+    """They show that the pass has another nucleus (top_p); NaN is found by `check_finite`."""
+    scored = torch.full((64,), -1.0)
+    excluded = scored.clone()
+    excluded[0] = -torch.inf
+    excluded[1] = torch.nan
+    models.check_sampler(tiny(), scored, excluded, "bfloat16")  # one of 64 may be rounding
+    excluded[:32] = -torch.inf
+    with pytest.raises(BadInput, match="samples from another distribution"):
+        models.check_sampler(tiny(), scored, excluded, "bfloat16")
+
+
 @pytest.mark.parametrize("name, changes, scale, softcap", HEADS)
 def test_heads_that_are_supported(name, changes, scale, softcap):
     model = random_model(name, **changes)
