@@ -192,6 +192,10 @@ def test_benchmark_tables():
     for row in rows_of("bench_loss"):
         cells = [f"{float(row['seconds']):.1f}", f"{float(row['peak_gb']):.1f}", f"{float(row['loss']):.6f}"]
         assert f"| {row['dtype']} | {row['side']} | " + " | ".join(cells) + " |" in RESULTS
+    for row in rows_of("bench_allocator"):
+        cells = [row["part"], row["side"], row["allocator"]]
+        cells += [f"{float(row['seconds']):.1f}", f"{float(row['peak_gb']):.1f}"]
+        assert "| " + " | ".join(cells) + " |" in RESULTS
     for row in rows_of("bench_steps"):
         tokens = f"{int(row['response_tokens']):,}" if row["response_tokens"] else "-"
         sampling = f"{float(row['rollout_s']):.1f}" if row["rollout_s"] else "-"

@@ -128,5 +128,5 @@ def test_committed_scores_of_half_the_rate_recomputed():
         line = next(line for line in text.splitlines() if f"| {name} | {cells[0]}" in line)
         assert all(cell in line for cell in cells)
         mean, _, low, high = (100 * number for number in claims.interval_of(gaps))
-        words = " ".join(text.split())
+        words = " ".join(text.split()).replace(" points [", " [")
         assert f"{form}{mean:+.1f} [{low:.1f} to {high:+.1f}]" in words
