@@ -136,10 +136,8 @@ def move_gradient(master: Tensor, weight: Tensor) -> None:
 
 def make_pair(student, teacher, tokenizer, vocab_size: int | None, eos_ids: set[int]) -> Pair:
     """Find the output heads and create the student's masters. Raises BadInput if a head is not supported."""
-    student_head = models.OutputHead.of(student, vocab_size)
-    teacher_head = models.OutputHead.of(teacher, vocab_size)
-    models.check_head(student, hidden_states, student_head)
-    models.check_head(teacher, hidden_states, teacher_head)
+    student_head = models.checked_head(student, hidden_states, vocab_size)
+    teacher_head = models.checked_head(teacher, hidden_states, vocab_size)
     teacher_head = models.move_head(teacher_head, student.device)  # the two distributions are compared there
     masters = {}
     for name, weight in student.named_parameters():

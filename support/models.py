@@ -235,15 +235,16 @@ class OutputHead:
 
 
 @torch.no_grad()
-def check_head(model, hidden_states: Callable, head: OutputHead) -> None:
-    """Compare a head with the model's own logits; both get the same ids.
+def checked_head(model, hidden_states: Callable, vocab_size: int | None) -> OutputHead:
+    """The output head of a model, compared with the model's own logits; both get the same ids.
 
     The tolerance is a rounding error of bf16 or fp32, relative to the logits: a soft cap of 30 changes a
     logit of 6 by 1.3 %. Raises BadInput, naming the model's class, if the model computes its logits in a way
     that the head does not.
     """
-    weight = model.get_output_embeddings().weight
-    vocab_size = head.vocab_size or len(weight)
+    head = OutputHead.of(model, vocab_size)
+    weight = head.weight
+    vocab_size = vocab_size or len(weight)
     length = min(64, context_length(model.config))
     ids = torch.arange(length, device=weight.device)[None] * 7919 % vocab_size
     theirs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size].float()
@@ -255,6 +256,7 @@ def check_head(model, hidden_states: Callable, head: OutputHead) -> None:
             f"{type(model).__name__} computes its logits in a way that OutputHead does not support: "
             "name another model"
         )
+    return head
 
 
 def move_head(head: OutputHead, device: torch.device) -> OutputHead:

@@ -160,7 +160,7 @@ REFUSED_HEADS = {
 def test_refused_by_the_head(name):
     model = size_of(name, **REFUSED_HEADS[name])
     with pytest.raises(BadInput, match=f"{name} computes its logits in a way that OutputHead does not"):
-        models.check_head(model, hidden_states, models.OutputHead.of(model, V))
+        models.checked_head(model, hidden_states, V)
 
 
 BART = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}

@@ -72,11 +72,10 @@ def test_tokens_that_one_pass_excludes_count_as_different():
 @pytest.mark.parametrize("name, changes, scale, softcap", HEADS)
 def test_heads_that_are_supported(name, changes, scale, softcap):
     model = random_model(name, **changes)
-    head = models.OutputHead.of(model, V - 3)
-    assert (head.scale, head.softcap) == (scale, softcap)
     if name == "Phi":
-        torch.nn.init.normal_(head.bias)
-    models.check_head(model, hidden_states, head)
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    head = models.checked_head(model, hidden_states, V - 3)
+    assert (head.scale, head.softcap) == (scale, softcap)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         logits = head(hidden_states(model, ids)[0])
@@ -97,7 +96,7 @@ def test_a_head_that_does_more_is_refused_by_name(change):
 
     model.forward = changed
     with pytest.raises(BadInput, match="Qwen2ForCausalLM computes its logits in a way"):
-        models.check_head(model, hidden_states, models.OutputHead.of(model, V))
+        models.checked_head(model, hidden_states, V)
 
 
 def counted(model):
