@@ -365,12 +365,9 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
     held_out = HeldOut(test, test_prompts, pair.tokenizer, pair.eos_ids)
     teacher_held_out = held_out
     if pair.teacher_tokenizer:
-        if scorer:
-            what = f"the script's {functions} needs one tokenizer"
-            raise BadInput(f"{what}: name a teacher of the student's family")
-        from extras.other_tokenizer import prepare
+        from extras.other_tokenizer import prepare  # refuses a scorer that a script has given
 
-        scorer, teacher_held_out = prepare(pair, prompts, problems, test, knobs)
+        scorer, teacher_held_out = prepare(pair, prompts, problems, test, knobs, scorer)
     sampler = sampler or engine.rollout
     scorer = scorer or engine.score
     if knobs.horizon == "auto":

@@ -43,6 +43,7 @@ from opd import log_probs, token_logp
 from rollout import Rollout, hidden_states, micro_batches, model_inputs
 from support import models
 from support.cli import BadInput
+from support.run_folder import describe_functions
 
 CHUNK = 128  # states whose logits exist at a time, as in opd.opd_backward
 NAMES = bytes_to_unicode()  # GPT-2's names of the bytes
@@ -347,11 +348,17 @@ def coverage(align: Aligner, texts: list[str]) -> tuple[float, float]:
     return scored / max(sum(map(len, ids)), 1), scored / max(chunks, 1)
 
 
-def prepare(pair, prompts: list[list[int]], problems: list, test: list, knobs):
+def prepare(
+    pair, prompts: list[list[int]], problems: list, test: list, knobs, scorer: Callable | None = None
+) -> tuple[Scorer, HeldOut]:
     """The `Scorer`, and the held-out problems as the teacher reads them.
 
-    Raises BadInput if the teacher has no chat template, or if a tokenizer does not keep the bytes of a text.
+    Raises BadInput if the teacher has no chat template, if a tokenizer does not keep the bytes of a text, or
+    if a script has given a `scorer` of its own.
     """
+    if scorer:
+        what = f"the script's {describe_functions(scorer=scorer)} needs one tokenizer"
+        raise BadInput(f"{what}: name a teacher of the student's family")
     tokenizer = pair.teacher_tokenizer or pair.tokenizer
     align = Aligner(Vocabulary(pair.tokenizer), Vocabulary(tokenizer))
     own = models.render_prompts(tokenizer, problems, knobs, [pair.teacher.config])
@@ -361,5 +368,5 @@ def prepare(pair, prompts: list[list[int]], problems: list, test: list, knobs):
     what = f"the teacher has another tokenizer and reads the student's text: {share:.1%} of the tokens of"
     print(f"{what} {len(texts)} problems can be scored, in chunks of {length:.2f} tokens", flush=True)
     ends = models.eos_ids(tokenizer, pair.teacher)
-    scorer = Scorer(align, dict(zip(map(tuple, prompts), own)), sorted(ends))
-    return scorer, HeldOut(test, own_test, tokenizer, ends)
+    found = Scorer(align, dict(zip(map(tuple, prompts), own)), sorted(ends))
+    return found, HeldOut(test, own_test, tokenizer, ends)
