@@ -265,7 +265,7 @@ def train(
         with run.timed("update_s"):
             grad_norm = torch.nn.utils.clip_grad_norm_(pair.masters.values(), knobs.clip).item()
             if not math.isfinite(loss + grad_norm):
-                run.stop_non_finite(step, loss, grad_norm, rollouts, statistics)  # raises
+                raise run.non_finite(step, loss, grad_norm, rollouts, statistics)
             lr = learning_rate(step, knobs.steps, knobs.lr, knobs.warmup, knobs.decay)
             for group in optimizer.param_groups:
                 group["lr"] = lr

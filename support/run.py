@@ -75,11 +75,11 @@ class Run:
         self.rows.append(row)
         return row
 
-    def stop_non_finite(
+    def non_finite(
         self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
-    ) -> None:
-        """End the run, whose weights have not moved in this step. Raises Stopped."""
-        raise Stopped(1, f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --lr")
+    ) -> Stopped:
+        """The error that ends the run, whose weights have not moved in this step."""
+        return Stopped(1, f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --lr")
 
 
 def digest(facts: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -215,15 +215,15 @@ class CheckpointedRun(Run):
             report.show_rollout(self.folder, self.bar, self.step, self.pair.tokenizer, rollouts, statistics)
         return row
 
-    def stop_non_finite(
+    def non_finite(
         self, step: int, loss: float, grad_norm: float, rollouts, statistics: dict[str, Tensor]
-    ) -> None:
-        """Write the offending rows to non_finite.json. Raises Stopped."""
+    ) -> Stopped:
+        """As `Run.non_finite`; also writes the offending rows to non_finite.json."""
         path = self.folder / "non_finite.json"
         facts = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
         run_folder.write_json(path, facts | report.offending_rows(self.pair.tokenizer, rollouts, statistics))
         what = f"step {step} has loss {loss} and gradient norm {grad_norm}"
-        raise Stopped(1, f"{what}: start a new run with a lower --lr, or look for odd data in {path}")
+        return Stopped(1, f"{what}: start a new run with a lower --lr, or look for odd data in {path}")
 
     def save_student(self, folder: Path) -> None:
         self.pair.save_student(folder)
