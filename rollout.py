@@ -102,7 +102,7 @@ def rollout(
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     ids, mask = pad_left(prompts, device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)  # each row counts from its own first token
     noise = noise.to(device)

@@ -39,7 +39,7 @@ def graph_rollout(
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     ids, mask = pad_left(prompts, device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = fixed_cache(model, ids.shape[1] + horizon)
