@@ -112,8 +112,7 @@ def extract(response: str) -> str | None:
     """
     response = without_reasoning(response)
     for rule in (boxed, after_hashes, after_phrase, last_number):
-        found = rule(response)
-        if found:
+        if found := rule(response):
             return found[0]
     return None
 
