@@ -23,7 +23,7 @@ from opd import DIVERGENCES, Divergence, opd_backward, reverse_kl
 from rollout import Rollout, hidden_states, micro_batches, model_inputs, rollout, sampling_noise
 from schedules import SCHEDULES, make_schedule
 from support import data, models, report, run_folder, toy
-from support.cli import BadInput, knob, parse, run_main
+from support.cli import knob, parse, run_main
 from support.run import CheckpointedRun, Run
 from support.scores import score_answers
 
@@ -342,9 +342,7 @@ def main(sampler: Callable | None = None, scorer: Callable | None = None) -> int
     if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
         from extras.ranks import join
 
-        ranks = join(load_pair, score, adamw)  # returns on rank 0 alone; the others serve it, and exit
-        if functions:
-            raise BadInput(f"the script's {functions} needs one process: start it without torchrun")
+        ranks = join(load_pair, score, adamw, functions)  # returns on rank 0; the others serve it, and exit
     knobs, folder = run_folder.settings(Knobs, parse(Knobs, __doc__))  # new, or those of a resumed run
     engine = choose_engine(knobs, ranks)
     horizon_at = schedule_of(knobs)

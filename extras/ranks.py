@@ -227,10 +227,11 @@ class Leader:
         return self.worker.adamw(pair, knobs)
 
 
-def join(load_pair: Callable, score: Callable, adamw: Callable) -> Leader:
+def join(load_pair: Callable, score: Callable, adamw: Callable, functions: str | None = None) -> Leader:
     """Connect to the other processes that torchrun started. Returns on rank 0; the others work, and exit.
 
-    Raises BadInput if this process was not started by torchrun.
+    Raises BadInput if this process was not started by torchrun, or if a script has given `functions` of its
+    own, which are not sent to the other processes.
     """
     try:
         rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
@@ -245,6 +246,8 @@ def join(load_pair: Callable, score: Callable, adamw: Callable) -> Leader:
     if rank > 0:
         work(worker, messages)
     atexit.register(messages.close)
+    if functions:
+        raise BadInput(f"the script's {functions} needs one process: start it without torchrun")
     return Leader(worker, messages)
 
 

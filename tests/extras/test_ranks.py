@@ -111,6 +111,14 @@ def test_processes_train_the_student_of_one(alone, tmp_path, size, flags):
     assert names == {path.name for path in alone.iterdir()}
 
 
+def test_a_script_of_its_own_runs_in_one_process(tmp_path):
+    """One process says so, and both end."""
+    codes, written = run(2, FLAGS, tmp_path, main=partial(train.main, scorer=train.score))
+    assert codes == [2, 0]
+    what = "the script's scorer score needs one process: start it without torchrun"
+    assert written == [f"error: {what}\n", ""]
+
+
 @pytest.mark.slow
 def test_settings_with_two_processes(world, tmp_path, monkeypatch):
     flags = "--low-memory --horizon auto --micro-batch 60 --rollouts-per-prompt 2 --temperature 0.7"

@@ -457,13 +457,6 @@ def test_a_script_with_a_scorer_has_one_tokenizer(world, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_script_of_its_own_runs_in_one_process(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("extras.ranks.join", lambda *functions: None)
-    with pytest.raises(BadInput, match="the script's scorer score needs one process"):
-        train.main(scorer=train.score)
-
-
 def test_out_of_memory_in_an_evaluation_saves_no_half_done_step(whole, tmp_path, monkeypatch):
     """The update is done by then, the step is not: a checkpoint would apply the update twice."""
     evaluate = train.evaluate
