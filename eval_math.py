@@ -241,10 +241,10 @@ def read_benchmarks(knobs: Knobs) -> dict[str, tuple[str, list[data.Problem]]]:
     if len(chosen) < len(given):
         raise BadInput(f"{', '.join(given)}: two have the same name; rename a file, or give each once")
     benchmarks = {}
-    for title, (source, split, instruction) in chosen.items():
+    for title, (source, split, own_instruction) in chosen.items():
         problems = data.distinct(data.read_problems(source, split, data.layout_of(knobs)), title)
-        problems = data.subset(problems, knobs.limit, knobs.seed)
-        benchmarks[title] = instruction if knobs.instruction is None else knobs.instruction, problems
+        instruction = own_instruction if knobs.instruction is None else knobs.instruction
+        benchmarks[title] = instruction, data.subset(problems, knobs.limit, knobs.seed)
     return benchmarks
 
 
