@@ -1,7 +1,7 @@
 """Loading and saving of models and tokenizers, and the checks that they must pass before training starts."""
 
 import shutil
-import time
+import timeit
 from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
@@ -453,11 +453,6 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     def seconds(dtype: torch.dtype) -> float:
         a = torch.randn(64, 1024).to(dtype)
         b = torch.randn(4096, 1024).to(dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.nn.functional.linear(a, b)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timeit.repeat(lambda: F.linear(a, b), number=1, repeat=4))
 
     return min(torch.bfloat16, torch.float32, key=seconds)
