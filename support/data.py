@@ -34,7 +34,6 @@ QUESTION_COLUMNS = ("question", "problem", "query", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
 LONGEST = 200_000  # characters of a question: longer than any context, and enough to stall a tokenizer
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 LOST_BACKSLASH = re.compile(  # "\frac" in JSON is a form feed and "rac"
     r"\x0c(?:rac[{\d\\]|orall\b)|\x08(?:oxed|inom|eta|egin|ar|oldsymbol)"
     r"|\t(?:ext|frac)\{|\t(?:imes|heta|au|riangle|op|o)\b|\right[)\]}.|\\]"
@@ -96,28 +95,26 @@ def read_problems(
 def read_rows(source: str, split: str) -> tuple[str, list[tuple[str, Row]]]:
     """The name of what is read, and its rows with their places. Raises BadInput."""
     path = Path(source)
-    readers = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
     try:
         path = file_of(path, split) if path.is_dir() else path
         if path.is_file():
-            if path.suffix not in readers:
-                raise BadInput(
-                    f"data {source} is not a {', '.join(SUFFIXES)} file: convert it to one of them"
-                )
-            return str(path), list(readers[path.suffix](path))
+            if path.suffix not in READERS:
+                what = f"data {source} is not a {', '.join(READERS)} file"
+                raise BadInput(f"{what}: convert it to one of them")
+            return str(path), list(READERS[path.suffix](path))
     except BadInput:
         raise
     except (OSError, ValueError, NotImplementedError, RecursionError, csv.Error) as error:
         what = f"cannot read data {path} ({type(error).__name__}: {str(error)[:120]})"
         raise BadInput(f"{what}: give a readable file, text in UTF-8") from error
-    if path.suffix in readers or source.startswith((".", "/", "~")):
+    if path.suffix in READERS or source.startswith((".", "/", "~")):
         raise BadInput(f"data {source} does not exist: give a file, a folder, or the name of a hub data set")
     return source, list(hub_rows(source, split))
 
 
 def file_of(folder: Path, split: str) -> Path:
     """The file of a folder that holds `split`. Raises BadInput."""
-    found = sorted(p for p in folder.iterdir() if p.stem == split and p.suffix in SUFFIXES and p.is_file())
+    found = sorted(p for p in folder.iterdir() if p.stem == split and p.suffix in READERS and p.is_file())
     if not found:
         raise BadInput(f"folder {folder} has no {split}.jsonl, .json, .csv or .parquet: name a file")
     if len(found) > 1:
@@ -156,10 +153,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield from jsonl_rows(path)
         return
     for number, row in enumerate(json.loads(content, object_pairs_hook=each_once), 1):
-        yield (
-            f"row {number}",
-            row if isinstance(row, dict) else BadRow(f"is not a JSON object: {str(row)[:40]}"),
-        )
+        is_object = isinstance(row, dict)
+        yield f"row {number}", row if is_object else BadRow(f"is not a JSON object: {str(row)[:40]}")
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -195,6 +190,9 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
             table = table.set_column(i, column.name, table[i].cast("string").cast("float64"))
     for number, row in enumerate(table.to_pylist(), 1):
         yield f"row {number}", row
+
+
+READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 
 
 def hub_rows(source: str, split: str) -> Iterator[tuple[str, Row]]:
@@ -411,9 +409,8 @@ def train_and_test(
             print(f"{len(problems) - len(rest)} training problems are held out as well: left out", flush=True)
         return rest, test
     if len(problems) <= limit:
-        raise BadInput(
-            f"{source} has {len(problems)} problems, none left if {limit} are held out: lower --eval-limit"
-        )
+        what = f"{source} has {len(problems)} problems, none left if {limit} are held out"
+        raise BadInput(f"{what}: lower --eval-limit")
     answered = distinct([problem for problem in problems if problem.answer is not None], source)
     if len(answered) < limit:
         what = f"{source} has only {len(answered)} problems with an answer, and {limit} are to be held out"
