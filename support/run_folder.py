@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -162,10 +163,8 @@ def new_folder(out: str, default: str) -> Path:
             raise BadInput(f"output {out} already holds a run or a file: name another folder with --out")
         check_creatable(Path(out), "--out")
         return Path(out)
-    number = 1
-    while Path("runs", f"{default}-{number}").exists():
-        number += 1
-    return Path("runs", f"{default}-{number}")
+    numbered = (Path("runs", f"{default}-{number}") for number in count(1))
+    return next(path for path in numbered if not path.exists())
 
 
 def check_creatable(path: Path, flag: str) -> None:
@@ -456,11 +455,9 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         return
     with path.open(newline="", encoding="utf-8") as file:
         header = next(csv.reader(file), [])
-    new = [name for name in rows[0] if name not in header]
-    columns = header + new
-    if new:
-        old = [{name: row.get(name, "") for name in columns} for row in read_csv(path)]
-        write_csv(path, columns, old)
+    columns = list(dict.fromkeys([*header, *rows[0]]))
+    if columns != header:
+        write_csv(path, columns, read_csv(path))  # the cells of a new column are empty
     with path.open("a", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, columns).writerows(map(rounded, rows))
 

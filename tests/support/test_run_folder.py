@@ -39,6 +39,9 @@ def test_a_named_model_or_data_set_never_gets_the_settings_of_the_toy(here, monk
     assert knobs == train.Knobs(preset="qwen", dtype="float32", device="cpu", **{name: "X"})
     assert knobs.lr == 5e-6 and knobs.max_new_tokens == 1024 and "boxed" in knobs.instruction
     assert folder == Path("runs/qwen-topd-1")
+    for number in (1, 2):
+        (here / "runs" / f"qwen-topd-{number}").mkdir(parents=True)
+    assert settings(monkeypatch, **{name: "X"})[1] == Path("runs/qwen-topd-3")
 
 
 def test_the_toy_is_chosen_without_a_gpu_and_without_names(here, monkeypatch, capsys):
