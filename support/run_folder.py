@@ -357,15 +357,11 @@ def describe_functions(**functions: Callable | None) -> str | None:
     return ", ".join(found) or None
 
 
-def description(function: Callable) -> str:
-    if isinstance(function, partial):
-        arguments = json.dumps([function.args, function.keywords], default=name_of, skipkeys=True)
-        return name_of(function.func) + arguments
-    return name_of(function)
-
-
-def name_of(value: Any) -> str:
-    """The name of a function or class, else that of the value's type."""
+def description(value: Any) -> str:
+    """The name of a function or class, else that of the value's type; with the arguments of a `partial`."""
+    if isinstance(value, partial):
+        arguments = json.dumps([value.args, value.keywords], default=description, skipkeys=True)
+        return description(value.func) + arguments
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 

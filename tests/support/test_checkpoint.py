@@ -446,6 +446,8 @@ def test_functions_of_a_script_differ_by_name_and_by_the_arguments_of_a_partial(
     assert found == ["scorer noted", "scorer noted[[1], {}]", "scorer noted[[2], {}]"]
     assert describe(sampler=partial(noted, main), scorer=None) == 'sampler noted[["main"], {}]'
     assert describe(sampler=None, scorer=partial(noted, {(1, 2): 3}, {4})) == 'scorer noted[[{}, "set"], {}]'
+    nested = [describe(scorer=partial(noted, partial(main, flag))) for flag in ("a", "b")]
+    assert nested[0] == r'scorer noted[["main[[\"a\"], {}]"], {}]' != nested[1]
 
 
 def test_a_script_with_a_scorer_has_one_tokenizer(world, tmp_path, monkeypatch):
