@@ -12,6 +12,7 @@ import copy
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
@@ -135,7 +136,6 @@ class Encoder:
         self.controls = {i: t for i, t in added.items() if t.special or t.content.strip(SPACES)}
         longest_first = sorted((t.content for t in self.controls.values()), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.plain = None  # the copy, made when it is first needed
         parts = text_around(MARK).split(MARK)
         if len(parts) != 2:
             what = f"the chat template of {tokenizer.name_or_path} writes a message {len(parts) - 1} times"
@@ -151,7 +151,6 @@ class Encoder:
         control = self.pattern.search(content)
         if not control:
             return text, self.tokenizer(text, add_special_tokens=self.bos)["input_ids"]
-        self.plain = self.plain or self.plain_copy()
         content = text[len(self.before) : len(text) - len(self.after)]  # a template may strip it
         renamed = self.rename(self.before) + content + self.rename(self.after)
         ids = self.plain.encode(renamed, add_special_tokens=False).ids
@@ -168,7 +167,8 @@ class Encoder:
         ids = {token.content: i for i, token in self.controls.items()}
         return self.pattern.sub(lambda match: renamed_token(ids[match[0]]), text)
 
-    def plain_copy(self) -> Tokenizer:
+    @cached_property
+    def plain(self) -> Tokenizer:
         """A copy that finds control tokens under their new names only. Raises BadInput."""
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             what = f"the tokenizer of {self.tokenizer.name_or_path} cannot read control tokens as plain text"
