@@ -66,11 +66,9 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, bits: str = 
     if bits:
         options |= {"quantization_config": quantization(bits, dtype), "device_map": {"": device}}
     model, info = load(AutoModelForCausalLM, name, **options)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise BadInput(
-            f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a complete model folder"
-        )
+    if missing := sorted(info["missing_keys"]):
+        what = f"{name} lacks {len(missing)} weights, such as {missing[0]}"
+        raise BadInput(f"{what}: give a complete model folder")
     if ignored := sorted(info["unexpected_keys"]):
         what = f"{len(ignored)} weights of {name} have no place in its architecture, such as {ignored[0]}"
         print(f"{what}: they are ignored; look at its config.json", flush=True)
@@ -126,9 +124,8 @@ def check_cache(model) -> None:
         model(input_ids=torch.tensor([[1, 2]], device=model.device), cache=cache, use_cache=True)
         length = cache.get_seq_length()
     except (AttributeError, LookupError, TypeError, ValueError) as error:  # models with their own cache
-        raise BadInput(
-            f"{name} does not take a KV cache ({first_line(error)}): name another model"
-        ) from error
+        what = f"{name} does not take a KV cache ({first_line(error)})"
+        raise BadInput(f"{what}: name another model") from error
     if length != 2:
         raise BadInput(f"{name} does not keep a KV cache: name another model")
 
@@ -252,10 +249,8 @@ def checked_head(model, hidden_states: Callable, vocab_size: int | None) -> Outp
     tolerance = 1e-4 if weight.dtype == torch.float32 else 2**-7
     largest = theirs[theirs > -1e4].abs().max().item()  # ids that a model forbids have -inf
     if not torch.allclose(ours, theirs.clamp_min(-1e4), rtol=tolerance, atol=tolerance / 2 * largest):
-        raise BadInput(
-            f"{type(model).__name__} computes its logits in a way that OutputHead does not support: "
-            "name another model"
-        )
+        what = f"{type(model).__name__} computes its logits in a way that OutputHead does not support"
+        raise BadInput(f"{what}: name another model")
     return head
 
 
@@ -394,11 +389,11 @@ def check_context(configs: list, prompts: list[list[int]], max_new_tokens: int) 
     longest = max(map(len, prompts), default=0)
     context = min(map(context_length, configs))
     if longest + max_new_tokens > context:
+        what = f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens}"
         remedy = "lower --max-new-tokens or remove that problem"
-        raise BadInput(
-            f"the longest prompt, {longest} tokens, and --max-new-tokens {max_new_tokens} exceed the context "
-            f"of {context} tokens: {remedy if longest < context else 'remove that problem'}"
-        )
+        if longest >= context:
+            remedy = "remove that problem"
+        raise BadInput(f"{what} exceed the context of {context} tokens: {remedy}")
 
 
 def render_prompts(tokenizer, problems: list, knobs, configs: list) -> list[list[int]]:
