@@ -122,16 +122,15 @@ def summarize(runs: dict[str, dict[str, list[dict]]]) -> dict:
 def format_scores(summary: dict) -> str:
     """A table of the scores with their warnings, and a line for each difference."""
     width = max(map(len, summary["scores"]))
-    head = ("accuracy", "+- se", "95 % interval", "strict", "last box", "no answer", "truncated", "repeating")
-    widths = (9, 7, 18, 9, 10, 11, 11, 11, 8, 7, 7, 10)
-    head += ("length", "p95", "n", "tokens/s")
-    lines = [" " * width + "".join(f"{h:>{w}}" for h, w in zip(head, widths))]
+    columns = {"accuracy": 9, "+- se": 7, "95 % interval": 18, "strict": 9, "last box": 10, "no answer": 11}
+    columns |= {"truncated": 11, "repeating": 11, "length": 8, "p95": 7, "n": 7, "tokens/s": 10}
+    lines = [" " * width + "".join(f"{head:>{w}}" for head, w in columns.items())]
     for name, s in summary["scores"].items():
         low, high = s["interval"]
         cells = [f"{s['accuracy']:.1%}", f"{s['se']:.1%}", f"{low:.1%} to {high:.1%}"]
         cells += [f"{s[k]:.1%}" for k in ("strict", "last_box", "no_answer", "truncated", "repeating")]
         cells += [f"{s[k]:.0f}" for k in ("mean_length", "p95_length", "n", "tokens_per_second")]
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, columns.values())))
         lines += ["  " + warning for warning in warnings_of(s)]
     lines += [f"{name}: {format_difference(d)}" for name, d in summary["differences"].items()]
     return "\n".join(lines)
