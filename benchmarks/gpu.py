@@ -132,7 +132,7 @@ def measure(plan: Plan, folder: Path, out: Path) -> None:
         columns = list(dict.fromkeys(name for row in rows for name in row))  # sides have different ones
         run_folder.write_csv(out.with_suffix(".part"), columns, rows)
         print(summary(rows[-1]), f"({time.perf_counter() - started:.0f} s)", flush=True)
-    run_folder.atomic_rename(out.with_suffix(".part"), out)
+    out.with_suffix(".part").replace(out)
     print(f"{rows[0]['hardware']}: {out}")
 
 

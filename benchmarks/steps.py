@@ -234,7 +234,7 @@ def measure_growth(knobs: Knobs, given: dict[str, Any], table: Path) -> None:
         rows.append(row)
         run_folder.write_csv(part, list(row), rows)  # an interrupted run leaves its rows here
         tokens *= 2
-    run_folder.atomic_rename(part, table)
+    part.replace(table)
     print(draw_growth(table))
 
 

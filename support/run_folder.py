@@ -396,12 +396,6 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
         raise BadInput(f"{what}: {remedy}")
 
 
-def atomic_rename(part: Path, path: Path) -> None:
-    """Give a complete file its name: after a power cut there is the old file or the new one."""
-    sync(part)
-    part.replace(path)
-
-
 def sync(path: Path) -> None:
     """Wait until what was written is on the disk."""
     if path.exists():
@@ -411,11 +405,15 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file to write in the block, which then gets the name `path`; after an error it is removed."""
+    """A file to write in the block, which then gets the name `path`; after an error it is removed.
+
+    After a power cut there is the old file or the new one.
+    """
     part = path.with_name(f"{path.name}.part")
     try:
         yield part
-        atomic_rename(part, path)
+        sync(part)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -194,11 +194,11 @@ def test_a_page_is_replaced_at_the_end_only(tmp_path, monkeypatch):
     out = tmp_path / "view.html"
     out.write_text("old")
 
-    def full(part, path):
+    def full(part):
         assert out.read_text() == "old" and part.read_text() == "new"
         raise OSError("no space left")
 
-    monkeypatch.setattr(run_folder, "atomic_rename", full)
+    monkeypatch.setattr(run_folder, "sync", full)
     with pytest.raises(BadInput, match="no space left.*make room"):
         view.write("new", out)
     assert [path.name for path in tmp_path.iterdir()] == ["view.html"] and out.read_text() == "old"
