@@ -283,9 +283,11 @@ def check_sampler(
     """
     gap = (sampled.float() - scored.float()).abs()
     gap = gap[~gap.isnan()]
-    gap = gap.where(gap.isfinite(), 1.0)  # a token that top_p excludes in one pass alone; rounding may do so
     dtype = getattr(torch, dtype_name) if dtype_name else model.dtype
-    tolerance = SAMPLER_TOLERANCE[dtype] / min(temperature or 1, 1)  # 0 has the logits of 1
+    # Rounding errors of logits are divided by the temperature; at 0 the log-probabilities are those of 1.
+    scale = 1 / min(temperature or 1, 1)
+    gap = gap.where(gap.isfinite(), scale)  # top_p excludes the token in one pass alone; rounding may do so
+    tolerance = SAMPLER_TOLERANCE[dtype] * scale
     if dtype == torch.bfloat16 and 0 < len(gap) < 64:  # single tokens differ more than their mean
         tolerance *= (64 / len(gap)) ** 0.5
     if gap.mean() > tolerance:

@@ -65,8 +65,9 @@ def test_tokens_that_one_pass_excludes_count_as_different():
     excluded[1] = torch.nan
     models.check_sampler(tiny(), scored, excluded, "bfloat16")  # one of 64 may be rounding
     excluded[:32] = -torch.inf
-    with pytest.raises(BadInput, match="samples from another distribution"):
-        models.check_sampler(tiny(), scored, excluded, "bfloat16")
+    for temperature in (1, 0.02):
+        with pytest.raises(BadInput, match="samples from another distribution"):
+            models.check_sampler(tiny(), scored, excluded, "bfloat16", temperature)
 
 
 @pytest.mark.parametrize("name, changes, scale, softcap", HEADS)
