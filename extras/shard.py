@@ -152,10 +152,11 @@ class ShardedLeader(Leader):
             what = "--shard needs one tokenizer, and the teacher has another"
             raise BadInput(f"{what}: drop --shard, or name a teacher of the student's family")
         pair = super().load_pair(knobs, device)
-        weights = (*pair.student.named_parameters(), *pair.teacher.named_parameters())
-        if kept := [name for name, weight in weights if weight.dtype != getattr(torch, knobs.dtype)]:
-            what = f"{type(pair.student).__name__} keeps {kept[0]} in float32, which --shard does not"
-            raise BadInput(f"{what}: add --dtype float32, or drop --shard")
+        for model in (pair.student, pair.teacher):
+            for name, weight in model.named_parameters():
+                if weight.dtype != getattr(torch, knobs.dtype):
+                    what = f"{type(model).__name__} keeps {name} in float32, which --shard does not"
+                    raise BadInput(f"{what}: add --dtype float32, or drop --shard")
         self.everywhere("divide", [(self.knobs, models.find_device(self.knobs.device))] * self.size)
         return self.worker.pair
 

@@ -287,13 +287,17 @@ def test_shards_need_one_tokenizer(monkeypatch):
         leader.load_pair(train.Knobs(), torch.device("cpu"))
 
 
-def test_shards_need_one_dtype(monkeypatch):
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_shards_need_one_dtype(which, monkeypatch):
     leader = shard.ShardedLeader.__new__(shard.ShardedLeader)
     pair = pair_of(tiny(), tiny(), torch.bfloat16)
-    pair.student.model.norm.weight.data = pair.student.model.norm.weight.data.float()
+    model = getattr(pair, which)
+    model.__class__ = type("Kept", (type(model),), {})
+    model.model.norm.weight.data = model.model.norm.weight.data.float()
     monkeypatch.setattr(shard.models, "load_tokenizers", lambda *given: ("one", None))
     monkeypatch.setattr(ranks.Leader, "load_pair", lambda *given: pair)
-    with pytest.raises(cli.BadInput, match="keeps model.norm.weight in float32, .*: add --dtype float32"):
+    match = "Kept keeps model.norm.weight in float32, .*: add --dtype float32, or drop --shard"
+    with pytest.raises(cli.BadInput, match=match):
         leader.load_pair(train.Knobs(dtype="bfloat16"), torch.device("cpu"))
 
 
