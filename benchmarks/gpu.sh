@@ -10,6 +10,10 @@ if [[ " $* " == *" --tiny "* ]]; then
   device=cpu
   tests=(tests/test_opd.py tests/test_schedules.py)  # the others take minutes
 fi
+if [[ $device == cuda ]] && ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "error: there is no CUDA device here: add --tiny, which runs on a CPU" >&2
+  exit 2
+fi
 workers=()
 if python -c "import xdist" 2>/dev/null; then
   workers=(-n "$(nproc | awk '{print $1 < 4 ? 1 : $1 < 16 ? 4 : 8}')")
