@@ -451,7 +451,8 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         header = next(csv.reader(file), [])
     columns = list(dict.fromkeys([*header, *rows[0]]))
     if columns != header:
-        write_csv(path, columns, read_csv(path))  # the cells of a new column are empty
+        old = [{name: row.get(name) for name in columns} for row in read_csv(path)]
+        write_csv(path, columns, old)  # the cells of a new column are empty
     with path.open("a", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, columns).writerows(map(rounded, rows))
 
